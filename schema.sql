@@ -1,0 +1,50 @@
+-- The tables of a wallet, for SQLite and for Postgres alike.
+--
+-- Statements end with a semicolon, and no semicolon stands anywhere else, so
+-- that the file can be split at them. Every key begins with the account id, so
+-- that a sharding database keeps an account's rows together. Amounts are whole
+-- minor units of the wallet's currency (1250 is $12.50), and times are whole
+-- microseconds since 1970-01-01T00:00:00Z. The CHECKs repeat what wallet.py
+-- enforces, so that no other program can break a promise either.
+
+-- One row: what this database is. It is read before anything else is made.
+CREATE TABLE IF NOT EXISTS wallet (
+    id             INTEGER PRIMARY KEY CHECK (id = 1),
+    schema_version INTEGER NOT NULL CHECK (schema_version >= 1),
+    currency       TEXT    NOT NULL CHECK (length(currency) = 3)
+);
+
+-- One row an account. Its balance is that of its last transaction, kept here
+-- so that a charge can be refused by one conditional UPDATE. last_sequence
+-- counts its transactions. Of the token, only the SHA-256 is kept, in hex.
+CREATE TABLE IF NOT EXISTS accounts (
+    id             TEXT    NOT NULL PRIMARY KEY,
+    name           TEXT    NOT NULL CHECK (length(name) BETWEEN 1 AND 100),
+    token_hash     TEXT    NOT NULL CHECK (length(token_hash) = 64),
+    balance        BIGINT  NOT NULL CHECK (balance BETWEEN 0 AND 9007199254740991),
+    last_sequence  BIGINT  NOT NULL CHECK (last_sequence >= 0),
+    created_at     BIGINT  NOT NULL
+);
+
+-- One row a movement of money, written once and never changed. The sequence
+-- counts 1, 2, 3 ... within the account, without gaps. balance is the
+-- account's after this movement. The idempotency key is the client's or one
+-- made for the request, and the fingerprint is the SHA-256 of the request, in
+-- hex, so that a key sent again with another request is noticed.
+CREATE TABLE IF NOT EXISTS transactions (
+    account_id      TEXT   NOT NULL REFERENCES accounts (id),
+    sequence        BIGINT NOT NULL CHECK (sequence >= 1),
+    type            TEXT   NOT NULL CHECK (type IN ('topup', 'charge')),
+    amount          BIGINT NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
+    balance         BIGINT NOT NULL CHECK (balance BETWEEN 0 AND 9007199254740991),
+    description     TEXT   CHECK (length(description) <= 500),
+    idempotency_key TEXT   NOT NULL CHECK (length(idempotency_key) BETWEEN 1 AND 255),
+    fingerprint     TEXT   NOT NULL CHECK (length(fingerprint) = 64),
+    created_at      BIGINT NOT NULL,
+    PRIMARY KEY (account_id, sequence),
+    UNIQUE (account_id, idempotency_key)
+);
+
+-- History of one type costs no more than history of all types, however rare
+-- the type is in the account.
+CREATE INDEX IF NOT EXISTS transactions_by_type ON transactions (account_id, type, sequence);

@@ -1,0 +1,1781 @@
+"""The promises of wallet.py, each as a test that can fail.
+
+Every test that touches data runs on each database there is, through the `dsn` fixture, and after it the books are
+checked: each balance is the sum of its transactions. A safety test carries its negative control: a careless variant
+that the same check catches.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import io
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+from bottle import Bottle
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from openapi_spec_validator import validate
+from webtest import TestApp
+
+import wallet as wallet_module
+from wallet import (
+    AMOUNT_MAX,
+    BODY_BYTES_MAX,
+    SETTINGS,
+    BalanceLimitExceeded,
+    ConfigurationError,
+    IdempotencyKeyReused,
+    InsufficientFunds,
+    MalformedRequest,
+    NotFound,
+    OutcomeUnknown,
+    Unauthorized,
+    Unavailable,
+    ValidationFailed,
+    Wallet,
+    WalletError,
+    create_app,
+    running,
+)
+
+HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text()
+CONTRACT = yaml.safe_load((HERE / "openapi.yaml").read_text())
+WRONG_TOKEN = wallet_module.make_token("acc_" + "0" * 16)
+
+
+# Fixtures and helpers ################################################################################################
+
+
+def check_books(wallet):
+    """Assert the first promise from the rows themselves, and for SQLite that the file is whole."""
+
+    def read(tx):
+        return (
+            tx("SELECT id, balance, last_sequence FROM accounts"),
+            tx("SELECT account_id, sequence, type, amount, balance FROM transactions ORDER BY account_id, sequence"),
+            tx("PRAGMA integrity_check"),
+        )
+
+    accounts, transactions, integrity = wallet.database.read(read)
+    books = {account_id: (0, 0) for account_id, _, _ in accounts}
+    for account_id, sequence, type, amount, balance in transactions:
+        last_sequence, last_balance = books[account_id]
+        assert sequence == last_sequence + 1
+        assert balance == last_balance + (amount if type == "topup" else -amount)
+        assert 0 <= balance <= AMOUNT_MAX
+        books[account_id] = (sequence, balance)
+    assert {account_id: (sequence, balance) for account_id, balance, sequence in accounts} == books
+    assert integrity == [("ok",)]
+
+
+@pytest.fixture(params=["memory", "file"])
+def dsn(request, tmp_path):
+    return {"memory": "sqlite://", "file": f"sqlite:///{tmp_path}/wallet.db"}[request.param]
+
+
+@pytest.fixture
+def file_dsn(tmp_path):
+    return f"sqlite:///{tmp_path}/wallet.db"
+
+
+@pytest.fixture
+def wallet(dsn):
+    with Wallet(dsn) as wallet:
+        yield wallet
+        check_books(wallet)
+
+
+@pytest.fixture
+def file_wallet(file_dsn):
+    with Wallet(file_dsn) as wallet:
+        yield wallet
+        check_books(wallet)
+
+
+@pytest.fixture
+def ada(wallet):
+    return wallet.register("Ada")[0]
+
+
+class Client:
+    """A WebTest client of one account. Every answer is checked for what every answer carries."""
+
+    def __init__(self, app, token=None):
+        self.app = TestApp(app, lint=True)
+        self.token = token
+
+    def send(self, method, path, body=None, *, raw=None, status=None, **headers):
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        if self.token:
+            headers.setdefault("Authorization", f"Bearer {self.token}")
+        if body is not None or raw is not None:
+            headers.setdefault("Content-Type", "application/json")
+            headers = {"body": json.dumps(body).encode() if raw is None else raw, "headers": headers}
+        else:
+            headers = {"headers": headers}
+        answer = self.app.request(path, method=method, expect_errors=True, **headers)
+        check_common(answer.status_int, answer.headers, answer.body, head=method == "HEAD")
+        if status is not None:
+            assert answer.status_int == status, answer.text
+        return answer
+
+
+def check_common(status, headers, body, head=False):
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,100}", headers["X-Request-Id"])
+    if status >= 400:
+        assert headers["Content-Type"] == "application/problem+json"
+        problem = {} if head else json.loads(body)
+        assert head or problem.keys() >= {"title", "status", "detail", "code"}
+        assert head or problem["status"] == status
+
+
+@pytest.fixture
+def api(wallet):
+    return Client(create_app(wallet), wallet.register("Ada")[1])
+
+
+def together(*functions):
+    """Call every function in a thread of its own, all at once. Return what each returned or raised."""
+    barrier = threading.Barrier(len(functions))
+
+    def call(function):
+        barrier.wait(timeout=30)
+        try:
+            return function()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(functions)) as threads:
+        return list(threads.map(call, functions))
+
+
+def send(url, method, path, body=None, token=None, connection=None, **headers):
+    """Send one request over a real socket. Return status, headers and document."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+    parts = urlsplit(url)
+    used = connection or http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+    try:
+        used.request(method, parts.path + path, None if body is None else json.dumps(body), headers)
+        answer = used.getresponse()
+        document = answer.read()
+    finally:
+        if connection is None:
+            used.close()
+    check_common(answer.status, answer.headers, document)
+    is_json = answer.headers["Content-Type"].endswith("json")
+    return answer.status, answer.headers, json.loads(document) if is_json else document
+
+
+def environment(**settings):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WALLET_")}
+    return {**kept, "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "error", **settings}
+
+
+@contextmanager
+def served(*arguments, program=("wallet.py",), cwd=None, **settings):
+    """Run the service as a process of its own, on a free port. Yield it, with its URL and banner."""
+    program = [str(HERE / part) if part == "wallet.py" else part for part in program]
+    process = subprocess.Popen(
+        [sys.executable, *program, "--port", "0", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(**settings),
+    )
+    try:
+        process.banner = "".join(process.stdout.readline() for _ in wallet_module.BANNER.splitlines())
+        assert "listens on" in process.banner, process.stderr.read()
+        process.url = re.search(r"http://\S+(?=,)", process.banner)[0]
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=30)
+
+
+def command(*arguments, cwd=None, **settings):
+    """Run the command line to its end."""
+    return subprocess.run([sys.executable, str(HERE / "wallet.py"), *arguments], capture_output=True, text=True,
+                          cwd=cwd, env=environment(**settings), timeout=60)
+
+
+# Promise 1: a balance is never negative, never above the cap, and the sum of its transactions ########################
+
+
+def test_topup_and_charge_move_the_balance_and_are_written_down(wallet, ada):
+    topup = wallet.topup(ada.id, 1250, "Order 17")
+    charge = wallet.charge(ada.id, 250)
+    assert (topup.type, topup.amount, topup.balance, topup.description) == ("topup", 1250, 1250, "Order 17")
+    assert (charge.type, charge.amount, charge.balance, charge.description) == ("charge", 250, 1000, None)
+    assert wallet.account(ada.id).balance == 1000
+    assert wallet.transactions(ada.id).transactions == [charge, topup]
+    assert wallet.transaction(ada.id, topup.id) == topup
+    assert ada.created_at <= topup.created_at <= charge.created_at <= datetime.now(timezone.utc)
+
+
+def test_charge_of_the_whole_balance_leaves_zero(wallet, ada):
+    wallet.topup(ada.id, 7)
+    assert wallet.charge(ada.id, 7).balance == 0
+
+
+def test_charge_beyond_balance_is_refused_and_changes_nothing(wallet, ada):
+    topup = wallet.topup(ada.id, 7)
+    with pytest.raises(InsufficientFunds, match="The balance is 7, and this needs 8.") as refusal:
+        wallet.charge(ada.id, 8)
+    assert (refusal.value.balance, refusal.value.required) == (7, 8)
+    assert wallet.transactions(ada.id).transactions == [topup]
+    assert wallet.account(ada.id).balance == 7
+
+
+def test_refused_charge_answers_402_with_balance_and_required(api):
+    api.send("POST", "/api/transactions/topup", {"amount": 7})
+    answer = api.send("POST", "/api/transactions/charge", {"amount": 8}, status=402)
+    assert answer.json == {
+        "title": "The balance is too low.",
+        "status": 402,
+        "detail": "The balance is 7, and this needs 8.",
+        "code": "insufficient_funds",
+        "balance": 7,
+        "required": 8,
+    }
+
+
+def test_topup_reaches_the_cap_and_not_above(wallet, ada):
+    assert wallet.topup(ada.id, AMOUNT_MAX).balance == AMOUNT_MAX
+    with pytest.raises(BalanceLimitExceeded) as refusal:
+        wallet.topup(ada.id, 1)
+    assert refusal.value.balance == AMOUNT_MAX
+    assert wallet.charge(ada.id, AMOUNT_MAX).balance == 0
+
+
+@pytest.mark.parametrize("careless", [
+    "UPDATE accounts SET balance = -1",
+    "UPDATE accounts SET balance = 9007199254740992",
+    "UPDATE transactions SET amount = 0",
+    "UPDATE transactions SET balance = -1",
+    "UPDATE transactions SET type = 'gift'",
+    "UPDATE transactions SET idempotency_key = 'same'",
+    "UPDATE transactions SET account_id = 'acc_nobody'",
+    "INSERT INTO transactions SELECT * FROM transactions",
+    "INSERT INTO wallet VALUES (2, 1, 'EUR')",
+])
+def test_the_tables_refuse_what_would_break_a_promise(wallet, ada, careless):
+    wallet.topup(ada.id, 5)
+    wallet.topup(ada.id, 5)
+    with pytest.raises(sqlite3.IntegrityError):
+        wallet.database.write(lambda tx: tx(careless))
+    assert wallet.account(ada.id).balance == 10
+
+
+class CarelessWallet(Wallet):
+    """Reads the balance, and writes what it makes of it: how money is made and lost elsewhere."""
+
+    everyone_has_read = threading.Barrier(64)
+
+    def charge(self, account_id, amount, description=None, *, key=None):
+        balance = self.account(account_id).balance
+        self.everyone_has_read.wait(timeout=30)
+        if balance < amount:
+            raise InsufficientFunds(balance=balance, required=amount)
+        self.database.write(lambda tx: tx("UPDATE accounts SET balance = ? WHERE id = ?", balance - amount, account_id))
+
+
+@pytest.mark.parametrize("kind", [Wallet, CarelessWallet])
+def test_64_threads_charging_1_from_32_succeed_exactly_32_times(dsn, kind):
+    with kind(dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.topup(ada.id, 32)
+        outcomes = together(*[lambda: wallet.charge(ada.id, 1)] * 64)
+        refused = [outcome for outcome in outcomes if isinstance(outcome, InsufficientFunds)]
+        if kind is CarelessWallet:
+            assert len(refused) == 0
+            pytest.raises(AssertionError, check_books, wallet)
+            return
+        assert len(refused) == 32
+        assert sorted(outcome.balance for outcome in outcomes if outcome not in refused) == list(range(32))
+        check_books(wallet)
+
+
+def test_64_clients_charging_1_from_32_over_http_succeed_exactly_32_times(wallet):
+    ada, token = wallet.register("Ada")
+    wallet.topup(ada.id, 32)
+    with running(wallet) as url:
+        answers = together(*[lambda: send(url, "POST", "/api/transactions/charge", {"amount": 1}, token)] * 64)
+    statuses = [status for status, _, _ in answers]
+    assert (statuses.count(201), statuses.count(402)) == (32, 32)
+    assert wallet.account(ada.id).balance == 0
+
+
+def test_accounts_do_not_disturb_each_other_under_load(wallet):
+    accounts = [wallet.register(f"No. {number}")[0] for number in range(8)]
+
+    def work(account):
+        for amount in range(1, 41):
+            wallet.topup(account.id, amount)
+            wallet.charge(account.id, amount // 2 or 1)
+
+    assert together(*[lambda account=account: work(account) for account in accounts]) == [None] * 8
+    balances = {wallet.account(account.id).balance for account in accounts}
+    assert balances == {sum(range(1, 41)) - sum(amount // 2 or 1 for amount in range(1, 41))}
+
+
+class Model(RuleBasedStateMachine):
+    """Random sequences of everything, against a wallet of a few lines of plain Python."""
+
+    dsn = "sqlite://"
+    accounts = Bundle("accounts")
+    keys = st.none() | st.sampled_from(["a", "b", "c", "d"])
+    amounts = st.integers(1, 50) | st.sampled_from([AMOUNT_MAX, AMOUNT_MAX - 1])
+    descriptions = st.none() | st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=5)
+
+    @initialize()
+    def start(self):
+        self.wallet = Wallet(self.dsn)
+        self.books = {}
+        self.remembered = {}
+
+    def teardown(self):
+        if hasattr(self, "wallet"):
+            self.wallet.close()
+
+    @rule(target=accounts, name=st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=101))
+    def register(self, name):
+        if not name.strip() or len(name) > 100:
+            with pytest.raises(ValidationFailed):
+                self.wallet.register(name)
+            name = "Ada"
+        account, token = self.wallet.register(name)
+        assert self.wallet.authenticate(token) == account
+        assert account.name == name.strip()
+        self.books[account.id] = []
+        return account.id
+
+    @rule(account=accounts, type=st.sampled_from(["topup", "charge"]), amount=amounts, description=descriptions, key=keys)
+    def move(self, account, type, amount, description, key):
+        book, request = self.books[account], (type, amount, description)
+        balance = book[-1].balance if book else 0
+        after = balance + amount if type == "topup" else balance - amount
+        earlier = self.remembered.get((account, key))
+        expected = None
+        if earlier and earlier[0] != request:
+            expected = IdempotencyKeyReused
+        elif not earlier and after < 0:
+            expected = InsufficientFunds
+        elif not earlier and after > AMOUNT_MAX:
+            expected = BalanceLimitExceeded
+        if expected:
+            with pytest.raises(expected):
+                getattr(self.wallet, type)(account, amount, description, key=key)
+            return
+        done = getattr(self.wallet, type)(account, amount, description, key=key)
+        assert done.replayed == bool(earlier)
+        if earlier:
+            assert done == earlier[1]
+            return
+        assert (done.type, done.amount, done.description, done.balance) == (*request, after)
+        book.append(done)
+        if key is not None:
+            self.remembered[account, key] = (request, done)
+
+    @rule(account=accounts, limit=st.integers(1, 5), type=st.sampled_from([None, "topup", "charge"]))
+    def read_history(self, account, limit, type):
+        seen, cursor = [], None
+        while True:
+            page = self.wallet.transactions(account, limit=limit, cursor=cursor, type=type)
+            assert len(page.transactions) <= limit
+            seen, cursor = seen + page.transactions, page.next_cursor
+            if cursor is None:
+                break
+        assert seen == [one for one in reversed(self.books[account]) if type in (None, one.type)]
+
+    @invariant()
+    def balances_agree(self):
+        for account, book in self.books.items():
+            assert self.wallet.account(account).balance == (book[-1].balance if book else 0)
+
+
+def test_wallet_does_what_its_model_does(dsn):
+    run_state_machine_as_test(
+        type("ModelOnDsn", (Model,), {"dsn": dsn}),
+        settings=hypothesis_settings(max_examples=25, stateful_step_count=25, deadline=None, database=None),
+    )
+
+
+# Promise 2: a success that was answered is kept ######################################################################
+
+LATE = """
+import sys, threading, wallet
+class Late(wallet.SQLiteDatabase):
+    # Answers first, and commits only every hundredth time: the mistake that the kill must find.
+    def _attempt(self, batch):
+        self.count = getattr(self, "count", 0) + 1
+        if not self._writer.in_transaction: self._writer.execute("BEGIN IMMEDIATE")
+        for write in batch: self._run(write)
+        if self.count % 100 == 0 or self.count < 20: self._writer.execute("COMMIT")
+wallet.SQLiteDatabase = Late
+sys.exit(wallet.main())
+"""
+
+
+@pytest.mark.parametrize("program", [("wallet.py",), ("-c", LATE)], ids=["wallet", "control"])
+def test_kill_under_load_loses_nothing_that_was_answered(tmp_path, program):
+    file_dsn, acknowledged = f"sqlite:///{tmp_path}/wallet.db", []
+    with served("--dsn", file_dsn, "--log-level", "error", program=program) as server:
+        tokens = [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
+        enough = threading.Event()
+
+        def work(token):
+            for number in range(100_000):
+                key = f"{token[:20]}-{number}"
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    status, _, _ = send(server.url, "POST", "/api/transactions/topup", {"amount": 1}, token,
+                                        Idempotency_Key=key)
+                    assert status == 201
+                    acknowledged.append((token, key))
+                    if len(acknowledged) >= 250:
+                        enough.set()
+                    continue
+                return key
+            raise AssertionError("the server was never killed")
+
+        with ThreadPoolExecutor(4) as threads:
+            futures = [threads.submit(work, token) for token in tokens]
+            assert enough.wait(timeout=60)
+            server.kill()
+            unanswered = [future.result() for future in futures]
+    with Wallet(file_dsn) as wallet:
+        check_books(wallet)
+        replays = [wallet.topup("acc_" + token[4:20], 1, key=key).replayed for token, key in acknowledged]
+        if program != ("wallet.py",):
+            assert replays.count(False) > 0
+            return
+        assert replays.count(False) == 0
+        for token, key in zip(tokens, unanswered, strict=True):
+            wallet.topup("acc_" + token[4:20], 1, key=key)
+        totals = {token: wallet.authenticate(token).balance for token in tokens}
+        keys = {token: sum(1 for one, _ in acknowledged if one == token) + 1 for token in tokens}
+        assert totals == keys
+
+
+def test_what_was_written_is_there_after_reopening(file_dsn):
+    with Wallet(file_dsn, currency="EUR") as wallet:
+        ada, token = wallet.register("Ada")
+        topup = wallet.topup(ada.id, 1250, "Order 17", key="order-17")
+    with Wallet(file_dsn) as wallet:
+        account = wallet.authenticate(token)
+        assert (account.balance, account.currency) == (1250, "EUR")
+        assert wallet.transactions(ada.id).transactions == [topup]
+        assert wallet.topup(ada.id, 1250, "Order 17", key="order-17").replayed
+        assert wallet.account(ada.id).balance == 1250
+
+
+def test_every_commit_is_synced_to_the_disk(file_wallet):
+    pragmas = {name: file_wallet.database._writer.execute(f"PRAGMA {name}").fetchone()[0]
+               for name in ("synchronous", "journal_mode", "fullfsync", "foreign_keys")}
+    assert pragmas == {"synchronous": 2, "journal_mode": "wal", "fullfsync": 1, "foreign_keys": 1}
+
+
+def hold_the_writer(wallet):
+    """Begin a write that waits. Return the function that lets it go, and its thread."""
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(tx):
+        begun.set()
+        assert go.wait(timeout=30)
+
+    thread = threading.Thread(target=wallet.database.write, args=(slow,))
+    thread.start()
+    assert begun.wait(timeout=30)
+
+    def release():
+        go.set()
+        thread.join()
+
+    return release
+
+
+def wait_for_line(wallet, length):
+    deadline = time.monotonic() + 30
+    while len(wallet.database._line) < length:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_waiting_writes_share_one_commit_and_an_error_undoes_only_its_own(wallet, ada):
+    def fail(tx):
+        tx("UPDATE accounts SET balance = balance + 1000")
+        raise RuntimeError("a bug")
+
+    release = hold_the_writer(wallet)
+    statements = []
+    wallet.database._writer.set_trace_callback(statements.append)
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(wallet.topup, ada.id, 5)
+        wait_for_line(wallet, 1)
+        broken = threads.submit(wallet.database.write, fail)
+        wait_for_line(wallet, 2)
+        last = threads.submit(wallet.charge, ada.id, 6)
+        wait_for_line(wallet, 3)
+        release()
+        assert first.result().balance == 5
+        assert isinstance(last.exception(), InsufficientFunds)
+        assert isinstance(broken.exception(), RuntimeError)
+    wallet.database._writer.set_trace_callback(None)
+    assert statements.count("COMMIT") == 2
+    assert wallet.account(ada.id).balance == 5
+
+
+@contextmanager
+def files_cannot_grow():
+    """Make every write to a file fail, as a broken disk would. The process as a whole is affected."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_commit_that_keeps_failing_is_answered_as_unknown_and_its_key_decides(file_wallet, caplog):
+    ada, token = file_wallet.register("Ada")
+    api = Client(create_app(file_wallet), token)
+    with files_cannot_grow():
+        answer = api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key="k", status=503)
+        api.send("GET", "/api/account", status=200)
+    assert answer.json["code"] == "outcome_unknown"
+    assert answer.headers["Retry-After"] == "1"
+    assert "same key" in answer.json["title"]
+    api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key="k", status=201)
+    api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key="k", status=201)
+    assert file_wallet.account(ada.id).balance == 5
+
+
+def test_commit_that_fails_once_is_decided_by_running_it_again(file_wallet):
+    ada, _ = file_wallet.register("Ada")
+    disk, runs = contextlib.ExitStack(), []
+
+    def fail_at_the_first_commit(tx):
+        runs.append(1)
+        if len(runs) == 1:
+            disk.enter_context(files_cannot_grow())
+        else:
+            disk.close()
+        tx("UPDATE accounts SET name = ? WHERE id = ?", "Grace", ada.id)
+
+    file_wallet.database.write(fail_at_the_first_commit)
+    assert len(runs) == 2
+    assert file_wallet.account(ada.id).name == "Grace"
+
+
+FULL_DISK = """
+import contextlib, sys, wallet
+folder = sys.argv[1]
+with wallet.Wallet(f"sqlite:///{folder}/wallet.db") as w:
+    ada, _ = w.register("Ada")
+    acknowledged, refused = 0, 0
+    ballast = open(f"{folder}/ballast", "wb", buffering=0)
+    with contextlib.suppress(OSError):
+        while True: ballast.write(bytes(4096))
+    for _ in range(50):
+        try:
+            w.topup(ada.id, 1)
+            acknowledged += 1
+        except wallet.OutcomeUnknown: raise
+        except wallet.Unavailable as error:
+            assert "full" in str(error), error
+            refused += 1
+            assert w.account(ada.id).balance == acknowledged
+    assert refused > 0
+    ballast.truncate(0)
+    assert w.topup(ada.id, 1).balance == acknowledged + 1
+    print("refused", refused)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="a small disk of its own needs Linux and unshare")
+def test_full_disk_refuses_clearly_loses_nothing_and_is_got_over(tmp_path):
+    mount = f'mount -t tmpfs -o size=1m wallet {tmp_path} && exec "$0" -c "$1" {tmp_path}'
+    done = subprocess.run(["unshare", "--map-root-user", "--mount", "sh", "-c", mount, sys.executable, FULL_DISK],
+                          capture_output=True, text=True, env=environment(), timeout=60)
+    if done.returncode and "unshare" in done.stderr:
+        pytest.skip(f"this machine lets nobody mount: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"refused [1-9]", done.stdout)
+
+
+def test_database_that_is_full_is_unavailable_and_changes_nothing(wallet, ada, caplog):
+    pages = wallet.database._writer.execute("PRAGMA page_count").fetchone()[0]
+    wallet.database._writer.execute(f"PRAGMA max_page_count = {pages}")
+    done = 0
+    with pytest.raises(Unavailable, match="full"):
+        while True:
+            wallet.topup(ada.id, 1, "x" * 500)
+            done += 1
+    assert wallet.account(ada.id).balance == done
+    wallet.database._writer.execute("PRAGMA max_page_count = 1000000")
+    assert wallet.topup(ada.id, 1).balance == done + 1
+    assert "full" in caplog.text
+
+
+def test_database_locked_by_another_process_is_unavailable_and_can_be_read(file_dsn, monkeypatch, caplog):
+    monkeypatch.setattr(wallet_module, "BUSY_S", 0.05)
+    with Wallet(file_dsn) as wallet, contextlib.closing(sqlite3.connect(file_dsn[10:])) as other:
+        ada, _ = wallet.register("Ada")
+        other.isolation_level = None
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Unavailable, match="locked"):
+            wallet.topup(ada.id, 5)
+        assert wallet.account(ada.id).balance == 0
+        other.execute("ROLLBACK")
+        assert wallet.topup(ada.id, 5).balance == 5
+
+
+def test_read_that_the_database_cannot_do_is_unavailable(file_wallet, caplog):
+    with pytest.raises(Unavailable, match="no such table"):
+        file_wallet.database.read(lambda tx: tx("SELECT * FROM gone"))
+    with pytest.raises(Unavailable, match="readonly"):
+        file_wallet.database.read(lambda tx: tx("UPDATE accounts SET balance = 0"))
+
+
+def test_closed_wallet_says_so_and_closing_it_again_does_nothing(dsn):
+    wallet = Wallet(dsn)
+    ada, token = wallet.register("Ada")
+    wallet.close()
+    wallet.close()
+    with pytest.raises(Unavailable, match="closed"):
+        wallet.topup(ada.id, 5)
+    with pytest.raises(Unavailable, match="closed"):
+        wallet.authenticate(token)
+    api = Client(create_app(wallet))
+    assert api.send("GET", "/readyz", status=503).json["code"] == "unavailable"
+    assert api.send("GET", "/livez", status=200).json == {"status": "ok"}
+
+
+def test_closing_lets_the_write_that_runs_finish(file_dsn):
+    wallet = Wallet(file_dsn)
+    release = hold_the_writer(wallet)
+    closing = threading.Thread(target=wallet.close)
+    closing.start()
+    release()
+    closing.join()
+    with pytest.raises(Unavailable, match="closed"):
+        wallet.register("Ada")
+
+
+def test_closing_leaves_a_read_that_runs_alone(file_dsn):
+    wallet = Wallet(file_dsn)
+    rows = wallet.database.read(lambda tx: (wallet.close(), tx("SELECT currency FROM wallet"))[1])
+    assert rows == [("USD",)]
+    assert wallet.database._idle_readers == []
+
+
+def test_wallet_from_before_a_fork_refuses_to_be_used_after_it(file_dsn):
+    program = f"""
+import os, sys, wallet
+w = wallet.Wallet({file_dsn!r})
+ada, _ = w.register("Ada")
+child = os.fork()
+if child == 0:
+    try: w.topup(ada.id, 1)
+    except wallet.Unavailable as error: os._exit(7 if "fork" in str(error) else 8)
+    os._exit(9)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert w.topup(ada.id, 1).balance == 1
+w.close()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment(), timeout=60)
+
+
+def test_interrupted_write_that_waits_is_never_done(wallet, ada):
+    release = hold_the_writer(wallet)
+
+    def interrupt():
+        wait_for_line(wallet, 1)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        wallet.topup(ada.id, 5)
+    interrupter.join()
+    release()
+    assert wallet.account(ada.id).balance == 0
+    assert wallet.topup(ada.id, 1).balance == 1
+
+
+def test_interrupted_commit_leaves_no_write_half_done(wallet, ada):
+    def interrupt(tx):
+        tx("UPDATE accounts SET balance = 1000")
+        raise KeyboardInterrupt
+
+    release = hold_the_writer(wallet)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(wallet.topup, ada.id, 5)
+        wait_for_line(wallet, 1)
+        second = threads.submit(wallet.database.write, interrupt)
+        wait_for_line(wallet, 2)
+        release()
+        errors = {type(first.exception()), type(second.exception())}
+    assert errors == {OutcomeUnknown, KeyboardInterrupt} or errors == {OutcomeUnknown}
+    assert wallet.account(ada.id).balance == 0
+    assert wallet.topup(ada.id, 1).balance == 1
+
+
+# Promise 3: one idempotency key has at most one effect ###############################################################
+
+
+def test_same_key_and_request_gets_the_first_answer_again(api):
+    request = {"amount": 5, "description": "Order 17"}
+    first = api.send("POST", "/api/transactions/topup", request, Idempotency_Key="k", status=201)
+    api.send("POST", "/api/transactions/topup", {"amount": 1}, status=201)
+    again = api.send("POST", "/api/transactions/topup", request, Idempotency_Key="k", status=201)
+    assert again.body == first.body
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert "Idempotent-Replayed" not in first.headers
+    assert api.send("GET", "/api/account").json["balance"] == 6
+
+
+@pytest.mark.parametrize(("path", "request_"), [
+    ("topup", {"amount": 6}),
+    ("topup", {"amount": 5, "description": "x"}),
+    ("topup", {"amount": 5, "description": ""}),
+    ("charge", {"amount": 5}),
+])
+def test_same_key_with_another_request_is_refused(api, path, request_):
+    api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key="k", status=201)
+    answer = api.send("POST", f"/api/transactions/{path}", request_, Idempotency_Key="k", status=422)
+    assert answer.json["code"] == "idempotency_key_reused"
+    assert api.send("GET", "/api/account").json["balance"] == 5
+
+
+def test_refused_charge_leaves_its_key_free(wallet, ada):
+    with pytest.raises(InsufficientFunds):
+        wallet.charge(ada.id, 5, key="k")
+    wallet.topup(ada.id, 5)
+    assert wallet.charge(ada.id, 5, key="k").balance == 0
+    assert wallet.charge(ada.id, 5, key="k").replayed
+
+
+def test_keys_of_two_accounts_have_nothing_to_do_with_each_other(wallet, ada):
+    grace, _ = wallet.register("Grace")
+    wallet.topup(ada.id, 5, key="k")
+    assert not wallet.topup(grace.id, 6, key="k").replayed
+
+
+@pytest.mark.parametrize("with_key", [True, False], ids=["wallet", "control"])
+def test_32_concurrent_sends_of_one_key_have_one_effect_and_equal_answers(wallet, with_key):
+    ada, token = wallet.register("Ada")
+    key = {"Idempotency_Key": "order-17"} if with_key else {}
+    with running(wallet) as url:
+        answers = together(*[lambda: send(url, "POST", "/api/transactions/topup", {"amount": 5}, token, **key)] * 32)
+    effects = wallet.account(ada.id).balance // 5
+    if not with_key:
+        assert effects == 32
+        return
+    assert effects == 1
+    assert {status for status, _, _ in answers} == {201}
+    assert len({json.dumps(document) for _, _, document in answers}) == 1
+    assert sum("Idempotent-Replayed" in headers for _, headers, _ in answers) == 31
+
+
+def test_key_may_be_1_to_255_printable_characters(api, wallet, ada):
+    for key in ("!", "k" * 255, 'a "quoted" key, with: ~'):
+        api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key=key, status=201)
+    for key in ("", "k" * 256, "ké", "tab\there"):
+        answer = api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key=key, status=400)
+        assert "Idempotency-Key must be" in answer.json["detail"]
+    for key in ("", "line\n", "\ud800", 5, b"k", True):
+        with pytest.raises(MalformedRequest, match="Idempotency-Key must be"):
+            wallet.topup(ada.id, 5, key=key)
+    assert wallet.account(ada.id).balance == 0
+    assert api.send("GET", "/api/account").json["balance"] == 15
+
+
+# Promise 4: no input crashes it ######################################################################################
+
+BAD_AMOUNTS = ["0", "-1", "1.0", "1.5", "5e0", "1e999", '"5"', "true", "false", "null", "[]", "{}", "[5]",
+               str(AMOUNT_MAX + 1), str(2**63), str(2**64), "9" * 20, "-" + "9" * 30, "1" * 5000]
+
+
+@pytest.mark.parametrize("path", ["topup", "charge"])
+@pytest.mark.parametrize("amount", BAD_AMOUNTS, ids=lambda amount: amount[:20])
+def test_bad_amount_is_refused_and_changes_nothing(api, path, amount):
+    api.send("POST", "/api/transactions/topup", {"amount": 100})
+    raw = f'{{"amount": {amount}}}'.encode()
+    answer = api.send("POST", f"/api/transactions/{path}", raw=raw, status=422)
+    assert answer.json["code"] == "validation_failed"
+    assert [error["pointer"] for error in answer.json["errors"]] == ["#/amount"]
+    assert f"integer from 1 to {AMOUNT_MAX}" in answer.json["detail"]
+    assert len(api.send("GET", "/api/transactions").json["transactions"]) == 1
+
+
+@pytest.mark.parametrize("amount", [0, -1, 1.0, "5", True, None, AMOUNT_MAX + 1, 2**63, float("nan"), b"5"])
+def test_bad_amount_in_process_is_refused_alike(wallet, ada, amount):
+    with pytest.raises(ValidationFailed) as refusal:
+        wallet.topup(ada.id, amount)
+    assert [error["pointer"] for error in refusal.value.errors] == ["#/amount"]
+
+
+BAD_TEXTS = [5, True, [], {}, "line\nbreak", "tab\t", "nul\x00", "\x1b[31m", "\x7f", "\x85", "\ud800", "a\udfff"]
+
+
+@pytest.mark.parametrize("name", [*BAD_TEXTS, None, "", " ", "\u2003", "x" * 101])
+def test_bad_name_is_refused(api, wallet, name):
+    answer = api.send("POST", "/api/register", {"name": name}, status=422)
+    assert [error["pointer"] for error in answer.json["errors"]] == ["#/name"]
+    with pytest.raises(ValidationFailed):
+        wallet.register(name)
+
+
+@pytest.mark.parametrize("description", [*BAD_TEXTS, "x" * 501])
+def test_bad_description_is_refused_and_changes_nothing(api, description):
+    body = {"amount": 5, "description": description}
+    answer = api.send("POST", "/api/transactions/topup", body, status=422)
+    assert [error["pointer"] for error in answer.json["errors"]] == ["#/description"]
+    assert api.send("GET", "/api/account").json["balance"] == 0
+
+
+@pytest.mark.parametrize("text", ["x", "Ada Łovelace", "李", "👩‍🚀" * 20, "x" * 100, "<b>&amp;'\"\\", "=1+1"])
+def test_good_text_comes_back_as_it_was_given(api, text):
+    account = api.send("POST", "/api/register", {"name": f"  {text[:96]} "}, status=201).json
+    assert account["name"] == text[:96]
+    done = api.send("POST", "/api/transactions/topup", {"amount": 5, "description": text * 5}, status=201)
+    assert done.json["description"] == text * 5
+    listed = api.send("GET", "/api/transactions").json["transactions"]
+    assert listed == [done.json]
+
+
+def test_description_is_null_where_it_is_null_or_missing(api):
+    for body in ({"amount": 5}, {"amount": 5, "description": None}):
+        assert api.send("POST", "/api/transactions/topup", body, status=201).json["description"] is None
+
+
+def test_all_field_errors_come_at_once_with_pointers(api):
+    body = {"amount": "5", "description": 7, "amonut": 5, "a/b~c d": 1, "\ud800": 2}
+    answer = api.send("POST", "/api/transactions/topup", body, status=422)
+    errors = {error["pointer"]: error["detail"] for error in answer.json["errors"]}
+    assert errors.keys() == {"#/amount", "#/description", "#/amonut", "#/a~1b~0c%20d", "#/%3F"}
+    assert errors["#/amonut"] == "is not known here; the fields are: amount, description"
+    many = api.send("POST", "/api/register", {str(number): 1 for number in range(5000)}, status=422)
+    assert len(many.json["errors"]) == 20
+
+
+MALFORMED = {
+    "empty": b"", "space": b" ", "cut": b'{"amount": 5', "twice": b'{"amount": 5} {"amount": 5}', "text": b"amount=5",
+    "array": b"[]", "string": b'"x"', "number": b"5", "null": b"null", "byte order mark": b"\xef\xbb\xbf{}",
+    "same key twice": b'{"amount": 5, "amount": 500}', "deep same key twice": b'{"amount": {"a": 1, "a": 2}}',
+    "NaN": b'{"amount": NaN}', "Infinity": b'{"amount": -Infinity}', "comment": b'{"amount": 5} //',
+    "trailing comma": b'{"amount": 5,}', "single quotes": b"{'amount': 5}", "leading zero": b'{"amount": 05}',
+    "bad UTF-8": b'{"amount": 5, "description": "\xff"}', "UTF-16": '{"amount": 5}'.encode("utf-16"),
+    "raw control": b'{"amount": 5, "description": "\n"}', "deep array": b"[" * 50_000, "nul": b"\x00",
+    "deep object": b'{"amount":' * 6_000, "deep and closed": b'{"amount":' + b"[" * 30_000 + b"]" * 30_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("raw", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_body_is_refused_and_changes_nothing(api, raw):
+    answer = api.send("POST", "/api/transactions/topup", raw=raw, status=400)
+    assert answer.json["code"] == "malformed_request"
+    assert api.send("GET", "/api/account").json["balance"] == 0
+
+
+@pytest.mark.parametrize(("content_type", "status"), [
+    ("application/json", 201), ("application/json; charset=utf-8", 201), ("Application/JSON ;x=y", 201),
+    ("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("application/jsonp", 415), ("", 415),
+])
+def test_body_must_be_declared_as_json(api, content_type, status):
+    api.send("POST", "/api/transactions/topup", {"amount": 5}, Content_Type=content_type, status=status)
+
+
+def test_body_may_have_64_kib_and_no_more(api):
+    fitting = b'{"amount": 5}'.ljust(BODY_BYTES_MAX)
+    api.send("POST", "/api/transactions/topup", raw=fitting, status=201)
+    answer = api.send("POST", "/api/transactions/topup", raw=fitting + b" ", status=413)
+    assert answer.json["code"] == "body_too_large"
+    assert api.send("GET", "/api/account").json["balance"] == 5
+
+
+@pytest.mark.parametrize(("length", "terminated", "status"), [
+    ("13", False, 201), ("", True, 201), ("", False, 400), ("x", False, 400), ("-1", False, 400), ("5", False, 400),
+])
+def test_other_servers_may_tell_the_length_of_a_body_otherwise(wallet, length, terminated, status):
+    _, token = wallet.register("Ada")
+    environ = {
+        "REQUEST_METHOD": "POST", "PATH_INFO": "/api/transactions/topup", "CONTENT_TYPE": "application/json",
+        "HTTP_AUTHORIZATION": f"Bearer {token}", "CONTENT_LENGTH": length, "wsgi.input": io.BytesIO(b'{"amount": 5}'),
+        "wsgi.input_terminated": terminated,
+    }
+    answers = []
+    create_app(wallet)(environ, lambda line, headers: answers.append(line))
+    assert answers[0].startswith(str(status))
+
+
+@pytest.mark.parametrize("query", [
+    "limit=0", "limit=101", "limit=-1", "limit=1.0", "limit=", "limit=x", "limit=%D9%A1", "limit=1e1", "limit=+1",
+    "limit=1&limit=2", "cursor=", "cursor=x", "cursor=txn_0000000000000000_1", "type=", "type=gift", "type=TOPUP",
+    "typ=topup", "limit", "&", "limit=%FF", "limit=5;type=topup", "limit=" + "9" * 5000,
+])
+def test_bad_query_parameter_is_refused(api, query):
+    assert api.send("GET", f"/api/transactions?{query}", status=400).json["code"] == "malformed_request"
+
+
+@pytest.mark.parametrize("path", ["/api/account", "/api/transactions/topup", "/livez", "/", "/api/register"])
+def test_query_parameter_of_no_meaning_is_refused_everywhere(api, path):
+    method, body = ("POST", {"amount": 5}) if "register" in path or "topup" in path else ("GET", None)
+    answer = api.send(method, f"{path}?dry_run=true", body, status=400)
+    assert "takes no parameters" in answer.json["detail"]
+
+
+@pytest.mark.parametrize("path", ["/api", "/api/", "/api/account/", "/ap%C4%B1/account", "/api/acc%FFount", "/x<script>",
+                                  "/api/transactions/", "/api/transactions/5", "/api/transactions/%0d%0aX:1",
+                                  "//api/account", "/api/../wallet.py", "/wallet.py", "/schema.sql"])
+def test_unknown_route_is_404(api, path):
+    assert api.send("GET", path, status=404).json["code"] == "not_found"
+
+
+@pytest.mark.parametrize(("method", "path", "allow"), [
+    ("GET", "/api/register", "POST"), ("DELETE", "/api/account", "GET, HEAD"), ("PUT", "/api/account", "GET, HEAD"),
+    ("GET", "/api/transactions/topup", "POST"), ("HEAD", "/api/transactions/charge", "POST"),
+    ("OPTIONS", "/api/transactions", "GET, HEAD"), ("POST", "/livez", "GET, HEAD"), ("PATCH", "/", "GET, HEAD"),
+    ("DELETE", "/api/transactions/txn_0000000000000000_1", "GET, HEAD"),
+])
+def test_wrong_method_is_405_and_names_the_right_ones(api, method, path, allow):
+    assert api.send(method, path, status=405).headers["Allow"] == allow
+
+
+def test_head_answers_as_get_does_without_a_body(api):
+    got, head = api.send("GET", "/api/account", status=200), api.send("HEAD", "/api/account", status=200)
+    assert head.body == b""
+    assert head.headers["Content-Length"] == got.headers["Content-Length"] == str(len(got.body))
+
+
+def test_bug_answers_500_as_json_and_only_the_log_has_the_traceback(wallet, caplog):
+    class Broken(Wallet):
+        def register(self, name):
+            raise RuntimeError("secret detail")
+
+    with Broken() as broken:
+        api = Client(create_app(broken))
+        answer = api.send("POST", "/api/register", {"name": "Ada"}, X_Request_Id="req-7", status=500)
+    assert answer.json["code"] == "internal_error"
+    assert "secret" not in answer.text
+    assert "RuntimeError: secret detail" in caplog.text
+    assert "request req-7 failed" in caplog.text
+
+
+@pytest.mark.parametrize(("sent", "echoed"), [
+    ("req-7", True), ("A.b_c-9" * 10, True), ("x" * 100, True), ("x" * 101, False), ("a b", False), ("é", False),
+    ("<script>", False), ("", False),
+])
+def test_request_id_is_echoed_if_it_is_sane(api, sent, echoed):
+    answer = api.send("GET", "/livez", X_Request_Id=sent)
+    assert (answer.headers["X-Request-Id"] == sent) == echoed
+
+
+def raw_exchange(url, request, timeout_s=15):
+    """Send bytes, and return all that comes back until the server closes."""
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=timeout_s) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR) if not request else None
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+        return received
+
+
+POST = b"POST /api/register HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+RAW_REFUSED = {
+    "no HTTP": (b"hello\r\n\r\n", 400),
+    "lower-case method": (b"get / HTTP/1.1\r\n\r\n", 400),
+    "target that no URL parser takes": (b"GET http://[ HTTP/1.1\r\n\r\n", 400),
+    "bare line feed": (b"GET /livez HTTP/1.1\nHost: x\r\n\r\n", 400),
+    "header without a colon": (b"GET /livez HTTP/1.1\r\nHost\r\n\r\n", 400),
+    "length that is no number": (POST + b"Content-Length: +2\r\n\r\n{}", 400),
+    "two lengths": (POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
+    "length and chunks": (POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunked twice": (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunked, chunked": (POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
+    "gzip": (POST + b"Transfer-Encoding: gzip\r\n\r\n0\r\n\r\n", 400),
+    "bad chunk": (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    "headers too large": (b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", 431),
+    "body too large": (POST + b"Content-Length: 65537\r\n\r\n", 413),
+    "body far too large": (POST + b"Content-Length: 99999999999\r\n\r\n", 413),
+}
+
+
+@pytest.fixture(scope="module")
+def module_url():
+    with running() as url:
+        yield url
+
+
+@pytest.mark.parametrize(("request_", "status"), RAW_REFUSED.values(), ids=RAW_REFUSED.keys())
+def test_what_is_not_http_is_refused_in_the_same_form_and_the_connection_closed(module_url, request_, status):
+    head, _, body = raw_exchange(module_url, request_).partition(b"\r\n\r\n")
+    line, *fields = head.decode().split("\r\n")
+    headers = dict(field.split(": ", 1) for field in fields)
+    assert line.split()[1] == str(status)
+    assert headers["Connection"] == "close"
+    check_common(status, headers, body)
+    assert "waitress" not in head.decode() + body.decode()
+
+
+def test_client_that_still_sends_hears_why_it_is_refused(module_url, monkeypatch):
+    body = b"x" * 5_000_000
+    assert raw_exchange(module_url, POST + b"Content-Length: 5000000\r\n\r\n" + body).startswith(b"HTTP/1.1 413")
+    monkeypatch.setattr(wallet_module, "REQUEST_RECEIVE_S", 0)
+    assert raw_exchange(module_url, POST + b"Content-Length: 5000000\r\n\r\n").startswith(b"HTTP/1.1 413")
+
+
+def test_chunked_body_is_taken(module_url):
+    request = POST + b'Transfer-Encoding: Chunked\r\nConnection: close\r\n\r\nd\r\n{"name":"Ada"\r\n1\r\n}\r\n0\r\n\r\n'
+    assert raw_exchange(module_url, request).startswith(b"HTTP/1.1 201")
+
+
+def test_client_that_sends_too_slowly_is_let_go_and_an_idle_one_too(monkeypatch):
+    monkeypatch.setattr(wallet_module, "REQUEST_RECEIVE_S", 0)
+    monkeypatch.setattr(wallet_module, "IDLE_S", 0)
+    with running() as url:
+        assert raw_exchange(url, b"POST /api/register HTTP/1.1\r\nContent-Le") == b""
+        assert raw_exchange(url, b"") == b""
+        assert send(url, "GET", "/livez")[0] == 200
+
+
+def test_pipelined_requests_are_answered_in_order(module_url):
+    first = b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Request-Id: first\r\n\r\n"
+    second = b"GET /nowhere HTTP/1.1\r\nHost: x\r\nX-Request-Id: second\r\nConnection: close\r\n\r\n"
+    assert re.findall(rb"X-Request-Id: (\w+)", raw_exchange(module_url, first + second)) == [b"first", b"second"]
+
+
+# Promise 5: nobody sees or moves another account's money #############################################################
+
+OPEN_ROUTES = {"POST /api/register", "GET /livez", "GET /readyz", "GET /openapi.yaml", "GET /"}
+ROUTES = {f"{route.method} {route.rule}": route for route in wallet_module._router.routes}
+
+
+def test_only_these_routes_are_open():
+    assert {name for name, route in ROUTES.items() if route.config["takes"].public} == OPEN_ROUTES
+
+
+@pytest.mark.parametrize(("authorization", "error"), [
+    (None, False), ("", False), ("Basic QWRhOng=", False), ("Bearer", True), ("Bearer ", True), ("Bearer x", True),
+    (f"Bearer {WRONG_TOKEN}", True), (WRONG_TOKEN, False), (f"Bearer {WRONG_TOKEN}, Bearer {WRONG_TOKEN}", True),
+    (f"Bearer {WRONG_TOKEN} x", True), (f"Bearer: {WRONG_TOKEN}", False), ("Bearer wlt_é", True),
+])
+@pytest.mark.parametrize("name", ROUTES.keys() - OPEN_ROUTES)
+def test_every_other_route_refuses_whoever_has_no_valid_token(wallet, name, authorization, error):
+    method, rule = name.split()
+    api = Client(create_app(wallet))
+    headers = {} if authorization is None else {"Authorization": authorization}
+    body = {"amount": 5} if method == "POST" else None
+    answer = api.send(method, rule.partition("<")[0] + "txn_0" * ("<" in rule), body, status=401, **headers)
+    expected = 'Bearer realm="wallet"' + ', error="invalid_token"' * error
+    assert answer.headers["WWW-Authenticate"] == expected
+    assert answer.json["code"] == "unauthorized"
+
+
+def test_scheme_is_matched_in_any_case(wallet):
+    _, token = wallet.register("Ada")
+    api = Client(create_app(wallet))
+    for scheme in ("Bearer", "bearer", "BEARER", "Bearer "):
+        api.send("GET", "/api/account", Authorization=f"{scheme} {token}", status=200)
+
+
+def test_every_token_but_the_right_one_is_refused_alike(wallet):
+    _, token = wallet.register("Ada")
+    other_secret = wallet_module.make_token("acc_" + token[4:20])
+    typo = token[:30] + ("x" if token[30] != "x" else "y") + token[31:]
+    api, answers = Client(create_app(wallet)), set()
+    for wrong in (WRONG_TOKEN, other_secret, typo, token[:-1], token + "0", token.swapcase(), token[4:]):
+        with pytest.raises(Unauthorized):
+            wallet.authenticate(wrong)
+        answers.add(api.send("GET", "/api/account", Authorization=f"Bearer {wrong}", status=401).body)
+    assert len(answers) == 1
+
+
+def test_account_sees_nothing_of_another(wallet, api):
+    grace, _ = wallet.register("Grace")
+    hers = wallet.topup(grace.id, 5)
+    foreign = api.send("GET", f"/api/transactions/{hers.id}", status=404)
+    unknown = api.send("GET", "/api/transactions/txn_0000000000000000_1", status=404)
+    assert foreign.body == unknown.body
+    api.send("GET", f"/api/transactions?cursor={hers.id}", status=400)
+    assert api.send("GET", "/api/transactions", status=200).json == {"transactions": [], "next_cursor": None}
+    assert wallet.account(grace.id).balance == 5
+
+
+@pytest.mark.parametrize("nobody", ["acc_0000000000000000", "acc_", "", "Ada", None, 5, "acc_000000000000000\ud800"])
+def test_unknown_account_is_not_found_in_process(wallet, nobody):
+    for call in (wallet.account, wallet.transactions, lambda id: wallet.topup(id, 5), lambda id: wallet.charge(id, 5)):
+        with pytest.raises(NotFound, match="There is no such account"):
+            call(nobody)
+
+
+def test_unknown_transaction_is_not_found_in_process(wallet, ada):
+    mine = wallet.topup(ada.id, 5)
+    for unknown in (mine.id + "0", mine.id[:-1] + "2", mine.id[:-1] + "01", mine.id[:-2], "", None, 1):
+        with pytest.raises(NotFound, match="no such transaction"):
+            wallet.transaction(ada.id, unknown)
+
+
+def test_token_has_the_form_that_scanners_find_and_a_checksum(wallet):
+    account, token = wallet.register("Ada")
+    assert re.fullmatch("acc_[0-9A-Za-z]{16}", account.id)
+    assert re.fullmatch("wlt_[0-9A-Za-z]{54}", token)
+    assert token[4:20] == account.id[4:]
+    assert wallet_module.checksum(token[:-6]) == token[-6:]
+    digits = [wallet_module.BASE62.index(digit) for digit in wallet_module.checksum("123456789")]
+    assert sum(digit * 62**place for place, digit in enumerate(reversed(digits))) == 0xCBF43926  # CRC-32's check value.
+
+
+def test_token_is_shown_once_and_only_its_hash_is_stored(file_wallet, tmp_path):
+    api = Client(create_app(file_wallet))
+    shown = api.send("POST", "/api/register", {"name": "Ada in the file"}, status=201).json
+    api.token = shown["token"]
+    for path in ("/api/account", "/api/transactions", "/"):
+        assert shown["token"] not in api.send("GET", path, status=200).text
+    stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"Ada in the file" in stored
+    assert shown["token"].encode() not in stored
+    assert shown["token"][20:52].encode() not in stored
+    assert hashlib.sha256(shown["token"].encode()).hexdigest().encode() in stored
+
+
+def test_files_are_nobody_elses_to_read(file_wallet, tmp_path):
+    file_wallet.register("Ada")
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("wallet.db", "wallet.db-wal", "wallet.db-shm"), "0o600")
+
+
+def test_log_has_a_line_a_request_and_never_a_token(wallet, caplog):
+    _, token = wallet.register("Ada")
+    api = Client(create_app(wallet), token)
+    with caplog.at_level(logging.DEBUG):
+        api.send("GET", f"/api/account?token={token}", X_Request_Id="one")
+        api.send("GET", f"/api/{token}/x%0Afake", X_Request_Id="two")
+        api.send("POST", "/api/transactions/topup", {"amount": 5, "description": token}, X_Request_Id="three")
+    lines = [record.getMessage() for record in caplog.records if record.name == "wallet.access"]
+    assert [re.sub(r"\d+\.\d ms", "1.0 ms", line) for line in lines] == [
+        "GET /api/account 400 1.0 ms one",
+        "GET /api/wlt_***/x%0Afake 404 1.0 ms two",
+        "POST /api/transactions/topup 201 1.0 ms three",
+    ]
+    assert token[20:52] not in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        api.send("GET", "/livez")
+    assert caplog.text == ""
+
+
+# History #############################################################################################################
+
+
+def test_history_comes_in_pages_newest_first_and_the_link_leads_on(api):
+    ids = [api.send("POST", "/api/transactions/topup", {"amount": 5}).json["id"] for _ in range(5)]
+    path, seen = "/api/transactions?limit=2", []
+    while path:
+        answer = api.send("GET", path, status=200)
+        page = answer.json
+        seen.append([one["id"] for one in page["transactions"]])
+        link = re.fullmatch(r'<(\?[^>]+)>; rel="next"', answer.headers.get("Link", ""))
+        assert bool(link) == (page["next_cursor"] is not None)
+        path = link and "/api/transactions" + link[1]
+    assert seen == [ids[4:2:-1], ids[2:0:-1], ids[:1]]
+
+
+def test_page_that_ends_exactly_with_the_history_has_no_next(wallet, ada):
+    for _ in range(4):
+        wallet.topup(ada.id, 1)
+    page = wallet.transactions(ada.id, limit=2)
+    assert wallet.transactions(ada.id, limit=2, cursor=page.next_cursor).next_cursor is None
+    assert wallet.transactions(ada.id).next_cursor is None
+
+
+def test_history_can_be_of_one_type(api):
+    for path in ("topup", "charge", "topup", "charge"):
+        api.send("POST", f"/api/transactions/{path}", {"amount": 5}, status=201)
+    first = api.send("GET", "/api/transactions?type=charge&limit=1", status=200)
+    assert "type=charge" in first.headers["Link"]
+    rest = api.send("GET", "/api/transactions" + first.headers["Link"][1:].partition(">")[0], status=200)
+    charges = first.json["transactions"] + rest.json["transactions"]
+    assert [(one["type"], one["balance"]) for one in charges] == [("charge", 0), ("charge", 0)]
+    assert rest.json["next_cursor"] is None
+
+
+def test_what_is_written_between_two_pages_neither_repeats_nor_hides_anything(wallet, ada):
+    written = [wallet.topup(ada.id, 1).id for _ in range(6)]
+    seen, cursor = [], None
+    while True:
+        page = wallet.transactions(ada.id, limit=2, cursor=cursor)
+        seen += [one.id for one in page.transactions]
+        wallet.topup(ada.id, 1)
+        wallet.charge(ada.id, 1)
+        cursor = page.next_cursor
+        if cursor is None:
+            break
+    assert seen == written[::-1]
+
+
+def test_first_page_costs_the_same_however_long_the_history_is(file_wallet):
+    short, long = (file_wallet.register(name)[0] for name in ("short", "long"))
+    row = "INSERT INTO transactions VALUES (?, ?, ?, 1, 1, NULL, ?, ?, 0)"
+
+    def fill(tx):
+        for account, count in ((short, 60), (long, 30_000)):
+            for number in range(1, count + 1):
+                tx(row, account.id, number, "charge" if number <= 20 else "topup", f"k{number}", "f" * 64)
+
+    steps = {}
+    file_wallet.database.write(fill)
+    for account in (short, long):
+        for filters in ({}, {"type": "charge"}, {"cursor": f"txn_{account.id[4:]}_40"}):
+            file_wallet.transactions(account.id, **filters)  # Prepares the statement, which counts too.
+            counted = []
+            file_wallet.database._idle_readers[0].set_progress_handler(lambda: counted.append(1), 1)  # noqa: B023
+            file_wallet.transactions(account.id, **filters)
+            file_wallet.database._idle_readers[0].set_progress_handler(None, 1)
+            steps.setdefault(str(filters.keys()), []).append(len(counted))
+    assert all(0 < first < 1000 and abs(first - second) <= 2 for first, second in steps.values()), steps
+    file_wallet.database.write(lambda tx: tx("DELETE FROM transactions"))
+
+
+def test_limit_and_type_are_checked_in_process_too(wallet, ada):
+    for filters in ({"limit": 0}, {"limit": 101}, {"limit": True}, {"limit": "x"}, {"type": "gift"}, {"cursor": 5}):
+        with pytest.raises(MalformedRequest):
+            wallet.transactions(ada.id, **filters)
+
+
+def test_times_are_utc_to_the_microsecond(api, wallet):
+    shown = api.send("POST", "/api/transactions/topup", {"amount": 5}).json
+    account = wallet.account("acc_" + shown["id"][4:20])
+    stored = wallet.transactions(account.id).transactions[0].created_at
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", shown["created_at"])
+    assert datetime.fromisoformat(shown["created_at"].replace("Z", "+00:00")) == stored
+    assert abs(datetime.now(timezone.utc) - stored).total_seconds() < 60
+
+
+# Opening a database ##################################################################################################
+
+
+@pytest.mark.parametrize(("bad_dsn", "message"), [
+    ("wallet.db", "a DSN looks like sqlite:///wallet.db"), ("", "a DSN looks like"), ("sqlite:wallet.db", "a DSN looks"),
+    ("mysql://u:secret@host/db", "unknown kind of DSN, mysql://; known are"), ("sqlite://wallet.db", "three slashes"),
+    ("sqlite:///", "three slashes"), ("sqlite:///x?mode=ro", "without parameters"), ("sqlite:////no/such/x", "No such"),
+    ("sqlite:////tmp", "Is a directory"), ("sqlite:////proc/wallet.db", "cannot open"), ("sqlite:///\0", "cannot open"),
+])
+def test_bad_dsn_is_refused_with_advice_and_without_its_secret(bad_dsn, message):
+    with pytest.raises(ConfigurationError, match=message) as refusal:
+        Wallet(bad_dsn)
+    assert "secret" not in str(refusal.value)
+
+
+def test_memory_has_two_names():
+    with Wallet("sqlite:///:memory:") as one, Wallet("sqlite://") as other:
+        ada, _ = one.register("Ada")
+        pytest.raises(NotFound, other.account, ada.id)
+
+
+def test_file_of_another_program_is_refused_and_left_as_it_was(tmp_path):
+    for name, content in (("notes.db", b"These are notes, and no database.\n" * 100), ("other.db", None)):
+        path = tmp_path / name
+        if content is None:
+            with contextlib.closing(sqlite3.connect(path)) as other:
+                other.execute("CREATE TABLE notes (text)")
+        else:
+            path.write_bytes(content)
+        before = path.read_bytes()
+        with pytest.raises(ConfigurationError, match=r"not a database|another program"):
+            Wallet(f"sqlite:///{path}")
+        assert path.read_bytes() == before
+
+
+def test_newer_schema_is_refused(file_dsn):
+    with Wallet(file_dsn) as wallet:
+        wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 2"))
+    with pytest.raises(ConfigurationError, match="use a newer wallet"):
+        Wallet(file_dsn)
+
+
+def test_currency_is_fixed_when_the_database_is_made(file_dsn):
+    with Wallet(file_dsn, currency="JPY") as wallet:
+        assert wallet.register("Ada")[0].currency == "JPY"
+    with Wallet(file_dsn) as wallet:
+        assert wallet.currency == "JPY"
+    with pytest.raises(ConfigurationError, match="keeps JPY"):
+        Wallet(file_dsn, currency="USD")
+    with pytest.raises(ConfigurationError, match="three capital letters"):
+        Wallet(currency="usd")
+
+
+def test_sqlite_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr(wallet_module, "SQLITE_VERSION_MIN", (99, 0, 0))
+    with pytest.raises(ConfigurationError, match=r"SQLite 99\.0\.0 or newer is needed"):
+        Wallet()
+
+
+def test_two_processes_may_open_a_new_file_at_once_and_both_write(file_dsn):
+    program = f"""
+import sys, wallet
+sys.stdin.readline()
+with wallet.Wallet({file_dsn!r}) as w:
+    ada, _ = w.register("Ada")
+    for _ in range(50): w.topup(ada.id, 1)
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  env=environment()) for _ in range(4)]
+    for process in processes:
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors.decode()
+    with Wallet(file_dsn) as wallet:
+        check_books(wallet)
+        assert wallet.database.read(lambda tx: tx("SELECT balance FROM accounts")) == [(50,)] * 4
+
+
+# Settings and the command line #######################################################################################
+
+
+def test_help_names_every_setting_with_its_variable_and_default():
+    shown = " ".join(command("--help").stdout.split())
+    for setting in SETTINGS:
+        assert f"--{setting.name} VALUE {setting.meaning} (default: {setting.default or 'none'}; {setting.variable})" in shown
+    assert "Example: python wallet.py" in shown
+
+
+def test_version_is_told():
+    assert command("--version").stdout == f"wallet {wallet_module.__version__}\n"
+    assert CONTRACT["info"]["version"] == wallet_module.__version__
+
+
+@pytest.mark.parametrize(("arguments", "settings", "message"), [
+    (["--port", "x"], {}, "WALLET_PORT must be an integer from 0 to 65535, not 'x'"),
+    (["--port", "65536"], {}, "WALLET_PORT must be an integer from 0 to 65535"),
+    (["--threads", "0"], {}, "WALLET_THREADS must be an integer from 1 to 64"),
+    (["--log-level", "loud"], {}, "WALLET_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
+    ([], {"WALLET_PORT": "tcp://10.0.0.1:4000"}, "WALLET_PORT must be an integer"),
+    ([], {"WALLET_CURRENCY": "Dollar"}, "three capital letters"),
+    (["--por", "4000"], {}, "unrecognized arguments: --por 4000; see --help"),
+    (["--dsn", "mongodb://u:secret@x"], {}, "unknown kind of DSN, mongodb://"),
+    (["--dsn", "sqlite:////no/such/folder/wallet.db"], {}, "cannot open /no/such/folder/wallet.db: [Errno 2] No such"),
+    (["--host", "203.0.113.1", "--port", "0"], {}, "cannot listen on 203.0.113.1 port 0: Cannot assign"),
+    (["--host", "no.such.host.invalid"], {}, "cannot listen on no.such.host.invalid port 4000: "),
+])
+def test_bad_start_is_one_line_and_exit_code_2(tmp_path, arguments, settings, message):
+    done = command(*arguments, cwd=tmp_path, **settings)
+    assert done.returncode == 2
+    assert re.fullmatch(r"wallet: [^\n]+\n", done.stderr)
+    assert message in done.stderr
+    assert "secret" not in done.stderr + done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_port_in_use_is_one_line_and_exit_code_2(tmp_path):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        done = command("--port", str(port), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"wallet: cannot listen on 127.0.0.1 port {port}: Address already in use\n")
+
+
+def test_command_line_comes_before_the_environment(monkeypatch):
+    monkeypatch.setenv("WALLET_THREADS", "3")
+    assert wallet_module.load_settings()["threads"] == 3
+    assert wallet_module.load_settings(["--threads", "4"])["threads"] == 4
+    assert wallet_module.load_settings() == {
+        "dsn": "sqlite:///wallet.db", "host": "127.0.0.1", "port": 4000, "threads": 3, "currency": "", "log-level": "info",
+    }
+
+
+def test_it_serves_says_where_and_its_curls_can_be_pasted(tmp_path):
+    with served(cwd=tmp_path) as server:
+        first_line, _, pasted = server.banner.partition("\n")
+        assert first_line == f"wallet {wallet_module.__version__} listens on {server.url}, with its data in " \
+                             f"{tmp_path}/wallet.db. Try it from another terminal:"
+        assert pasted.count("curl ") == 3
+        done = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, timeout=60)
+        assert json.loads(done.stderr)["name"] == "Ada"
+        assert [json.loads(line).get("code") for line in done.stdout.splitlines()] == [None, "insufficient_funds"]
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=30)
+    lines = [line.split(" ", 2)[2] for line in log.splitlines()]
+    assert [re.sub(r"\d+\.\d ms [0-9a-f]{16}$", "_", line) for line in lines] == [
+        "INFO wallet.access: POST /api/register 201 _",
+        "INFO wallet.access: POST /api/transactions/topup 201 _",
+        "INFO wallet.access: POST /api/transactions/charge 402 _",
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_finishes_what_runs_closes_the_database_and_exits_0(tmp_path, number):
+    with served("--log-level", "warning", cwd=tmp_path) as server:
+        parts = urlsplit(server.url)
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        idle = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+        assert send(server.url, "GET", "/livez", connection=idle)[0] == 200
+        slow = socket.create_connection((parts.hostname, parts.port), timeout=30)
+        head = f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n" \
+               "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+        slow.sendall(head.encode() + b'{"amount"')
+        assert send(server.url, "GET", "/livez")[0] == 200  # By now the server has read the half request.
+        server.send_signal(number)
+        assert idle.sock.recv(1) == b""
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection((parts.hostname, parts.port), timeout=30)
+        slow.sendall(b": 5}")
+        answer = b""
+        while chunk := slow.recv(65536):
+            answer += chunk
+        slow.close()
+        idle.close()
+        assert answer.startswith(b"HTTP/1.1 201")
+        assert b"Connection: close" in answer
+        assert server.wait(timeout=30) == 0
+        assert server.stderr.read() == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"wallet.db"}  # Closed: the log is folded into the file.
+    with Wallet(f"sqlite:///{tmp_path}/wallet.db") as wallet:
+        assert wallet.authenticate(token).balance == 5
+
+
+def test_stop_under_load_drops_no_request_that_was_taken(tmp_path):
+    with served("--log-level", "warning", cwd=tmp_path) as server:
+        parts = urlsplit(server.url)
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        acknowledged, dropped, enough = [], [], threading.Event()
+
+        def work(_):
+            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+            while True:
+                try:
+                    connection.connect()
+                except OSError:
+                    return
+                try:
+                    while True:
+                        answer = send(server.url, "POST", "/api/transactions/topup", {"amount": 1}, token, connection)
+                        acknowledged.append(answer[0])
+                        enough.set() if len(acknowledged) >= 100 else None
+                        if answer[1]["Connection"] == "close":
+                            break
+                except (OSError, http.client.HTTPException) as error:
+                    dropped.append(error)
+                finally:
+                    connection.close()
+
+        with ThreadPoolExecutor(8) as threads:
+            futures = [threads.submit(work, number) for number in range(8)]
+            assert enough.wait(timeout=60)
+            server.send_signal(signal.SIGTERM)
+            for future in futures:
+                future.result()
+        assert server.wait(timeout=30) == 0
+    assert set(acknowledged) == {201}
+    assert dropped == []
+    with Wallet(f"sqlite:///{tmp_path}/wallet.db") as wallet:
+        assert wallet.authenticate(token).balance == len(acknowledged)
+
+
+def test_second_signal_ends_it_at_once(tmp_path):
+    with served(cwd=tmp_path) as server:
+        parts = urlsplit(server.url)
+        with socket.create_connection((parts.hostname, parts.port), timeout=30) as half:
+            half.sendall(b"POST /api/register HTTP/1.1\r\n")
+            assert send(server.url, "GET", "/livez")[0] == 200
+            server.send_signal(signal.SIGTERM)
+            refused = False
+            while not refused:
+                try:
+                    socket.create_connection((parts.hostname, parts.port), timeout=30).close()
+                except OSError:
+                    refused = True
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=5) == -signal.SIGTERM
+
+
+def test_it_listens_on_every_address_and_on_ipv6_if_asked(tmp_path):
+    for host, shown in (("0.0.0.0", "http://127.0.0.1:"), ("::1", "http://[::1]:"), ("localhost", "http://127.0.0.1:")):
+        with served("--host", host, "--dsn", "sqlite://", cwd=tmp_path) as server:
+            assert server.url.startswith(shown)
+            assert "memory, gone when it stops" in server.banner
+            with urllib.request.urlopen(f"{server.url}/readyz", timeout=30) as answer:
+                assert json.load(answer) == {"status": "ok"}
+    assert list(tmp_path.iterdir()) == []
+
+
+# Embedding ###########################################################################################################
+
+
+def test_example_of_the_docstring_runs_as_it_stands(tmp_path):
+    example = re.search(r"(?m)^    from wallet import.*?\.\.\.$", wallet_module.__doc__, re.DOTALL)[0]
+    program = re.sub("(?m)^    ", "", example) + "\nwallet.close(); print(type(app).__name__, url, token)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60,
+                          env=environment())
+    assert re.fullmatch(r"App http://127\.0\.0\.1:\d+ wlt_[0-9A-Za-z]{54}\n", done.stdout), done.stderr
+    assert example in README.replace("```python\n", "```python\n    ").replace("\n", "\n    ").replace("    \n", "\n")
+
+
+def test_importing_has_no_side_effects(tmp_path):
+    program = """
+import logging, os, signal, sys, threading
+def world():
+    return (os.listdir(), threading.active_count(), logging.root.handlers, logging.root.level, sys.getswitchinterval(),
+            os.umask(os.umask(0)), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), dict(os.environ),
+            logging.getLogger("wallet").handlers, logging.getLogger("waitress").level, len(os.listdir("/proc/self/fd")))
+before = world()
+import wallet
+assert world() == before, (before, world())
+"""
+    subprocess.run([sys.executable, "-B", "-c", program], check=True, cwd=tmp_path, timeout=60,
+                   env={**environment(), "COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""})
+
+
+def test_running_serves_two_wallets_at_once_and_leaves_nothing_behind():
+    threads = set(threading.enumerate())
+    with Wallet() as mine, running(mine) as url, running() as other:
+        assert url != other
+        _, token = mine.register("Ada")
+        assert send(url, "GET", "/api/account", token=token)[0] == 200
+        assert send(other, "GET", "/api/account", token=token)[0] == 401
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) - threads:
+        assert time.monotonic() < deadline
+    for address in (url, other):
+        with pytest.raises(OSError, match="refused"):
+            send(address, "GET", "/livez")
+
+
+def test_running_cleans_up_when_its_block_fails_and_keeps_the_callers_wallet():
+    with Wallet() as mine:
+        with pytest.raises(RuntimeError, match="a failing test"), running(mine) as url:
+            raise RuntimeError("a failing test")
+        with pytest.raises(OSError, match="refused"):
+            send(url, "GET", "/livez")
+        assert mine.register("Ada")[0].balance == 0
+
+
+def test_app_mounts_at_a_prefix_of_another(wallet):
+    outer = Bottle()
+    outer.mount("/wallet/", create_app(wallet))
+    outer.get("/shop", callback=lambda: "shop")
+    ada, token = wallet.register("Ada")
+    for _ in range(3):
+        wallet.topup(ada.id, 5)
+    api = Client(outer, token)
+    first = api.send("GET", "/wallet/api/transactions?limit=2", status=200)
+    assert first.headers["Link"].startswith("<?limit=2&cursor=txn_")
+    assert api.send("GET", "/wallet/nowhere", status=404).json["code"] == "not_found"
+    assert api.send("POST", "/wallet/api/transactions/charge", {"amount": 99}, status=402).json["balance"] == 15
+    assert api.app.get("/shop").text == "shop"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gunicorn does not run on Windows")
+def test_app_runs_under_gunicorn(tmp_path):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "2", "--threads", "4",
+         "wallet:create_app()"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env={**environment(WALLET_DSN=f"sqlite:///{tmp_path}/wallet.db"), "PYTHONWARNINGS": ""})
+    try:
+        for line in server.stderr:
+            if "Booting worker" in line:
+                break
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 30
+        while True:
+            with contextlib.suppress(OSError):
+                if send(url, "GET", "/readyz")[0] == 200:
+                    break
+            assert time.monotonic() < deadline
+        token = send(url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        answers = together(*[lambda: send(url, "POST", "/api/transactions/topup", {"amount": 1}, token)] * 16)
+        assert {status for status, _, _ in answers} == {201}
+        assert send(url, "GET", "/api/account", token=token)[2]["balance"] == 16
+        assert send(url, "POST", "/api/transactions/charge", {"amount": 17}, token)[0] == 402
+        chunked = b'Transfer-Encoding: chunked\r\nConnection: close\r\n\r\ne\r\n{"name":"Ada"}\r\n0\r\n\r\n'
+        assert raw_exchange(url, POST + chunked).startswith(b"HTTP/1.1 201")
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+
+
+def test_values_are_frozen(wallet, ada):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ada.balance = 1_000_000
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        wallet.topup(ada.id, 5).amount = 6
+
+
+# The documents, held to the code #####################################################################################
+
+
+def readme_table(heading):
+    """Return the rows of the first table under a heading, each as a list of cells."""
+    table = re.search(rf"(?m)^#+ {heading}\n.*?\n\n?(\|.*?)(?:\n\n|\Z)", README, re.DOTALL)[1]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
+
+
+def test_readme_lists_every_setting():
+    assert readme_table("Settings") == [
+        [f"`--{setting.name}`", f"`{setting.variable}`", f"`{setting.default}`" if setting.default else "", setting.meaning]
+        for setting in SETTINGS
+    ]
+
+
+def error_classes(base=WalletError):
+    for one in base.__subclasses__():
+        if one.__module__ == "wallet" and one is not ConfigurationError:
+            yield one
+            yield from error_classes(one)
+
+
+def test_readme_and_contract_list_every_error():
+    known = sorted((one.status, one.code) for one in error_classes())
+    assert sorted((int(status), code.strip("`")) for status, code, _ in readme_table("Errors")) == known
+    assert sorted(CONTRACT["components"]["schemas"]["Problem"]["properties"]["code"]["enum"]) == sorted(code for _, code in known)
+
+
+def test_readme_and_contract_list_every_route():
+    known = {re.sub("<.*>", "{id}", name) for name in ROUTES}
+    assert {row[0].strip("`").partition("?")[0] for row in readme_table("Routes")} == known
+    assert {f"{method.upper()} {path}" for path, item in CONTRACT["paths"].items() for method in item} == known
+
+
+def test_contract_opens_the_routes_that_are_open():
+    declared = {f"{method.upper()} {path}" for path, item in CONTRACT["paths"].items()
+                for method, operation in item.items() if operation.get("security") == []}
+    assert declared == OPEN_ROUTES
+
+
+def test_readme_names_a_test_for_every_promise():
+    mine = {node.name for node in ast.parse(Path(__file__).read_text()).body if isinstance(node, ast.FunctionDef)}
+    named = [re.findall(r"`(test_\w+)`", row[1]) for row in readme_table("What it promises")]
+    assert len(named) == 5
+    assert all(names and mine.issuperset(names) for names in named)
+    promises = re.sub(r"\s+", " ", wallet_module.__doc__)
+    for number, row in enumerate(readme_table("What it promises"), 1):
+        assert f"{number}. {row[0]}" in promises
+
+
+def normalized(text):
+    """Replace what differs from run to run."""
+    for pattern, same in ((r"(acc|wlt|txn)_[0-9A-Za-z]+", r"\1_"), (r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME"),
+                          (r"127\.0\.0\.1:\d+", "HOST")):
+        text = re.sub(pattern, same, text)
+    return text.strip()
+
+
+def test_readme_sessions_run_as_they_stand_and_show_what_comes():
+    sessions = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    assert len(sessions) >= 2
+    with running() as url:
+        token = ""
+        for session in sessions:
+            lines = session.replace("\\\n", "\\\0").splitlines()
+            commands = "\n".join(line[2:].replace("\0", "\n") for line in lines if line.startswith("$ "))
+            shown = "\n".join(line for line in lines if not line.startswith("$ "))
+            script = f"TOKEN={token}\n" + commands.replace("http://127.0.0.1:4000", url) + "\necho TOKEN=$TOKEN"
+            done = subprocess.run(["bash", "-c", f"exec 2>&1\n{script}"], stdout=subprocess.PIPE, text=True, timeout=60)
+            output, _, token = done.stdout.rpartition("TOKEN=")
+            token = token.strip()
+            assert normalized(output) == normalized(shown)
+    assert any("insufficient_funds" in session for session in sessions[:1])
+
+
+def test_versions_are_pinned_once_and_the_commands_are_the_same_everywhere():
+    pinned = (HERE / "requirements.txt").read_text().split()
+    inline = re.search(r"# dependencies = (\[.*\])", (HERE / "wallet.py").read_text())[1]
+    assert json.loads(inline) == pinned
+    developers = (HERE / "requirements-dev.txt").read_text().splitlines()
+    assert developers[0] == "-r requirements.txt"
+    assert all("==" in line for line in developers[1:])
+    test_command = next(line for line in README.splitlines() if "requirements-dev.txt" in line)
+    assert test_command in (HERE / ".ci" / "run").read_text()
+
+
+def test_image_has_every_file_that_the_service_reads():
+    dockerfile = (HERE / "Dockerfile").read_text()
+    copied = set(re.findall(r"[\w.]+\.\w+", " ".join(re.findall(r"(?m)^COPY (.*)$", dockerfile))))
+    assert copied == {"requirements.txt", "wallet.py", "schema.sql", "openapi.yaml", "wallet.html"}
+
+
+def test_contract_is_valid_and_served(api):
+    validate(CONTRACT)
+    answer = api.send("GET", "/openapi.yaml", status=200)
+    assert yaml.safe_load(answer.text) == CONTRACT
+    assert answer.headers["Content-Type"] == "application/yaml"
+
+
+def test_page_is_served_and_may_load_nothing(api):
+    answer = api.send("GET", "/", status=200)
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert "<h1>Wallet</h1>" in answer.text
+
+
+def test_file_that_was_not_installed_is_not_found(tmp_path):
+    for name in ("wallet.py", "schema.sql"):
+        shutil.copy(HERE / name, tmp_path)
+    with served(program=(str(tmp_path / "wallet.py"),), cwd=tmp_path) as server:
+        status, _, problem = send(server.url, "GET", "/openapi.yaml")
+        assert (status, problem["detail"]) == (404, "openapi.yaml is not installed beside wallet.py.")
+
+
+SCHEMATHESIS = """
+[[operations]]
+include-path = "/api/transactions/topup"
+checks.positive_data_acceptance.expected-statuses = [201, 422]
+[[operations]]
+include-path = "/api/transactions/charge"
+checks.positive_data_acceptance.expected-statuses = [201, 402, 422]
+[[operations]]
+include-path = "/api/transactions"
+checks.positive_data_acceptance.expected-statuses = [200, 400]
+"""
+
+
+def test_service_keeps_to_its_contract_whatever_schemathesis_sends(tmp_path):
+    # What it may be refused for, though valid by its form: the balance's cap, its shortness, a key used before,
+    # and a cursor of another account.
+    (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
+    with Wallet() as wallet, running(wallet) as url:
+        ada, token = wallet.register("Ada")
+        wallet.topup(ada.id, 10**12)
+        done = subprocess.run(
+            [sys.executable, "-m", "schemathesis.cli", "run", str(HERE / "openapi.yaml"), "--url", url, "--checks",
+             "all", "--max-examples", "15", "--continue-on-failure", "--no-color", "--seed", "1",
+             "--header", f"Authorization: Bearer {token}"],
+            capture_output=True, text=True, cwd=tmp_path, timeout=300, env={**os.environ, "PYTHONWARNINGS": ""})
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        generated, found = re.search(r"(\d+) generated, (\d+) ", done.stdout).groups()
+        assert int(generated) > 300
+        check_books(wallet)

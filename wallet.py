@@ -1,0 +1,1280 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["bottle==0.13.4", "waitress==3.0.2"]
+# ///
+"""Wallet: a small service that keeps money balances and is trusted with them.
+
+Run it, and a wallet answers on port 4000, with its data in wallet.db:
+
+    python wallet.py
+
+Embed it, with or without HTTP:
+
+    from wallet import Wallet, create_app, running
+
+    wallet = Wallet("sqlite:///wallet.db")      # or Wallet(), in memory
+    account, token = wallet.register("Ada")
+    wallet.topup(account.id, 1250, key="order-17")
+    app = create_app(wallet)                    # a WSGI application
+    with running() as url:                      # a real HTTP wallet, gone afterwards
+        ...
+
+It makes five promises:
+
+1. A balance is never negative, never above the cap, and always equals the sum of its transactions.
+2. A success that was answered is kept: through a crash, a kill, a power cut, a full disk, a database
+   restart.
+3. One idempotency key has at most one effect, however often and however concurrently it is sent.
+4. No input crashes it: every wrong request gets a clear 4xx, and nothing is half done.
+5. Nobody sees or moves another account's money, and no token is ever stored, logged or shown twice.
+
+The sections, in the order in which a reader needs them:
+
+    Limits and settings   every number with its reason, and the table of settings
+    Errors                everything that can go wrong, as one tree
+    Values                accounts, transactions and tokens, and how input is parsed
+    Wallet                the money rules, and all SQL about money
+    Databases             where the money is kept, and how a write is committed
+    HTTP                  the routes, and the one place where answers are made
+    Serving               waitress within its limits, and the command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import string
+import sys
+import threading
+import time
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from http.client import responses as REASONS
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
+from urllib.parse import parse_qsl, quote, urlencode
+
+from bottle import Bottle, HTTPError
+from waitress import wasyncore
+from waitress.adjustments import Adjustments
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.server import TcpWSGIServer
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+__version__ = "0.1.0"
+T = TypeVar("T")
+logger = logging.getLogger("wallet")
+access_logger = logging.getLogger("wallet.access")
+
+
+# Limits and settings ##################################################################################
+
+AMOUNT_MAX = 2**53 - 1  # Minor units, for an amount and for a balance: the largest integer that every
+# JSON client reads exactly (RFC 8259, section 6).
+NAME_CHARACTERS_MAX = 100
+DESCRIPTION_CHARACTERS_MAX = 500
+KEY_CHARACTERS_MAX = 255
+PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 100
+FIELD_ERRORS_MAX = 20  # A body of nothing but wrong fields gets no longer answer.
+
+BODY_BYTES_MAX = 64 * 1024  # Far above the largest valid body, fully escaped.
+HEADER_BYTES_MAX = 16 * 1024
+CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files.
+REQUEST_RECEIVE_S = 10  # From a request's first byte to its last.
+IDLE_S = 60  # A connection may wait this long between two requests.
+STOP_S = 10  # What runs when the server is told to stop may take this long.
+SWITCH_INTERVAL_S = 5e-5  # Between Python threads. At the usual 5 ms, a write that lets go of the interpreter
+# around each SQLite call gets it back too late, and 64 busy connections are served five times slower.
+STOP_IDLE_S = 0.2  # A connection that was in use so recently may be sending its next request.
+
+BUSY_S = 5  # How long to wait for another process that holds SQLite's write lock.
+SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
+SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
+SCHEMA_VERSION = 1
+
+
+class Setting(NamedTuple):
+    """One thing to set: `--name` on the command line, or WALLET_NAME in the environment."""
+
+    name: str
+    default: str
+    meaning: str
+    allowed: range | tuple[str, ...] = ()
+
+    @property
+    def variable(self) -> str:
+        """The name of its environment variable."""
+        return "WALLET_" + self.name.upper().replace("-", "_")
+
+    def parse(self, text: str) -> Any:
+        """Return the value that `text` stands for. Raises ArgumentTypeError."""
+        if isinstance(self.allowed, range):
+            if re.fullmatch("[0-9]{1,9}", text) and int(text) in self.allowed:
+                return int(text)
+            rule = f"an integer from {self.allowed[0]} to {self.allowed[-1]}"
+        else:
+            if not self.allowed or text in self.allowed:
+                return text
+            rule = f"one of {', '.join(self.allowed)}"
+        raise argparse.ArgumentTypeError(f"{self.variable} must be {rule}, not {text!r}")
+
+
+SETTINGS = (
+    Setting("dsn", "sqlite:///wallet.db", "where the money is kept: sqlite:///FILE, or sqlite:// in memory"),
+    Setting("host", "127.0.0.1", "the address to listen on; 0.0.0.0 is every one of this machine's"),
+    Setting("port", "4000", "the TCP port to listen on; 0 is any free one", range(65536)),
+    Setting("threads", "8", "how many requests are worked on at once", range(1, 65)),
+    Setting("currency", "", "the ISO 4217 code of a new database (USD if not given), fixed from then on"),
+    Setting("log-level", "info", "how much to log; info is a line a request", ("debug", "info", "warning", "error")),
+)
+
+
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}; see --help")
+
+
+def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Return every setting: from the command line, else the environment, else its default.
+
+    Raises ConfigurationError for an unknown option or a bad value.
+    """
+    parser = _ArgumentParser("wallet.py", description="Keep money balances, and answer about them over HTTP.",
+                             epilog="Example: python wallet.py --port 8080 --dsn sqlite:////var/lib/wallet/wallet.db",
+                             allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"wallet {__version__}")
+    for setting in SETTINGS:
+        parser.add_argument(f"--{setting.name}", dest=setting.name, metavar="VALUE", type=setting.parse,
+                            default=os.environ.get(setting.variable, setting.default),
+                            help=f"{setting.meaning} (default: {setting.default or 'none'}; {setting.variable})")
+    return vars(parser.parse_args(arguments))
+
+
+# Errors ###############################################################################################
+
+
+class WalletError(Exception):
+    """Everything that can go wrong, with its HTTP status and a stable code for programs.
+
+    `str(error)` is a sentence for people. What else is known are attributes, listed in `members`,
+    which are also members of the HTTP answer (RFC 9457).
+    """
+
+    status, code, title = 500, "wallet_error", "The wallet cannot do this."
+    headers: Mapping[str, str] = {}
+
+    def __init_subclass__(cls, status: int, code: str, title: str) -> None:
+        cls.status, cls.code, cls.title = status, code, title
+
+    def __init__(self, detail: str = "", *, headers: Mapping[str, str] | None = None, **members: Any) -> None:
+        super().__init__(detail or self.title)
+        self.headers = self.headers if headers is None else headers
+        self.members = members
+        self.__dict__.update(members)
+
+
+class MalformedRequest(WalletError, status=400, code="malformed_request", title="The request is malformed."):
+    """It is not HTTP or JSON as the contract has it, or a header or parameter is bad."""
+
+class Unauthorized(WalletError, status=401, code="unauthorized", title="A valid bearer token is needed."):
+    """There is none, or not a valid one (RFC 6750). Unknown account and wrong secret answer alike."""
+
+    headers = {"WWW-Authenticate": 'Bearer realm="wallet"'}
+
+class InsufficientFunds(WalletError, status=402, code="insufficient_funds", title="The balance is too low."):
+    """The charge is refused, and nothing changed. Both amounts are in minor units."""
+
+    balance: int
+    required: int
+
+class NotFound(WalletError, status=404, code="not_found", title="There is nothing here."):
+    """There is no such route, account or transaction, or it is not this account's."""
+
+class MethodNotAllowed(WalletError, status=405, code="method_not_allowed", title="Another method is needed."):
+    """The route exists, for the methods that `Allow` names."""
+
+class BodyTooLarge(WalletError, status=413, code="body_too_large", title="The body is too large."):
+    """It has more than BODY_BYTES_MAX bytes."""
+
+class UnsupportedMediaType(WalletError, status=415, code="unsupported_media_type", title="Send JSON."):
+    """The body does not come with `Content-Type: application/json`."""
+
+class ValidationFailed(WalletError, status=422, code="validation_failed", title="A field is out of its rules."):
+    """`errors` has every wrong field, each with a JSON pointer and what it must be."""
+
+    errors: list[dict[str, str]]
+
+class BalanceLimitExceeded(WalletError, status=422, code="balance_limit_exceeded", title="The balance is too high."):
+    """It would be above AMOUNT_MAX. `balance` is what it is, in minor units."""
+
+    balance: int
+
+class IdempotencyKeyReused(WalletError, status=422, code="idempotency_key_reused", title="The key was used before."):
+    """It was sent with another request. A new request needs a new key."""
+
+class HeadersTooLarge(WalletError, status=431, code="headers_too_large", title="The headers are too large."):
+    """The request line and the headers have more than HEADER_BYTES_MAX bytes."""
+
+class InternalError(WalletError, status=500, code="internal_error", title="The wallet failed; its log says why."):
+    """A bug. The log has its traceback, under the request id."""
+
+class Unavailable(WalletError, status=503, code="unavailable", title="The database cannot do this now."):
+    """It is busy, full or away. Nothing was changed, so the same can be tried again."""
+
+    headers = {"Retry-After": "1"}
+
+class OutcomeUnknown(Unavailable, status=503, code="outcome_unknown", title="Send it again, with the same key."):
+    """The commit failed in a way that does not tell whether it is kept."""
+
+class ConfigurationError(WalletError, status=500, code="configuration", title="The wallet cannot start like this."):
+    """It cannot be opened or started as it was asked to. No request raises it."""
+
+
+# Values ###############################################################################################
+
+SIGNS = {"topup": +1, "charge": -1}  # The types of a transaction, and what each does to the balance.
+BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+@dataclass(frozen=True)
+class Account:
+    """An account as it stands. `balance` is in minor units of `currency`."""
+
+    id: str
+    name: str
+    currency: str
+    balance: int
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """One movement of money. `amount` is positive, and `balance` is the account's after it.
+
+    `replayed` is True when its idempotency key had its effect before: this is that answer again.
+    """
+
+    id: str
+    type: str
+    amount: int
+    balance: int
+    description: str | None
+    created_at: datetime
+    replayed: bool = field(default=False, compare=False)
+
+
+class Page(NamedTuple):
+    """A part of an account's history, newest first, and the cursor of the next part, if there is one."""
+
+    transactions: list[Transaction]
+    next_cursor: str | None
+
+
+def random_base62(length: int) -> str:
+    """Return random letters and digits that nobody can guess, 5.95 bits each."""
+    return "".join(secrets.choice(BASE62) for _ in range(length))
+
+
+def make_token(account_id: str) -> str:
+    """Return a new token: wlt_, the account's 16 characters, 32 of a secret, 6 of a checksum."""
+    token = "wlt_" + account_id.removeprefix("acc_") + random_base62(32)
+    return token + checksum(token)
+
+
+def checksum(text: str) -> str:
+    """Return the CRC-32 of `text` in six base62 digits. With it a typo is refused without the database."""
+    crc = zlib.crc32(text.encode())
+    return "".join(BASE62[crc // 62**place % 62] for place in range(5, -1, -1))
+
+
+def hash_token(token: str) -> str:
+    """Return the SHA-256 of a token, in hex: all that is ever stored of it."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def make_transaction_id(account_id: str, sequence: int) -> str:
+    """Return the id of an account's n-th transaction: unique, and found by the primary key."""
+    return f"txn_{account_id.removeprefix('acc_')}_{sequence}"
+
+
+def parse_account_id(value: object) -> str:
+    """Return a well-formed account id. Raises NotFound."""
+    if isinstance(value, str) and re.fullmatch("acc_[0-9A-Za-z]{16}", value):
+        return value
+    raise NotFound("There is no such account.")
+
+
+def parse_transaction_id(account_id: str, value: object) -> int:
+    """Return the sequence number in a transaction id. Raises NotFound if it is not this account's."""
+    match = re.fullmatch("(txn_[0-9A-Za-z]{16}_)([1-9][0-9]{0,17})", value) if isinstance(value, str) else None
+    if match and match[1] == make_transaction_id(account_id, 0)[:-1]:
+        return int(match[2])
+    raise NotFound("This account has no such transaction.")
+
+
+def parse_amount(value: object) -> int:
+    """Return an amount in minor units. Raises ValueError: True, 1.0 and "5" are no integers here."""
+    if type(value) is int and 1 <= value <= AMOUNT_MAX:
+        return value
+    raise ValueError(f"must be an integer from 1 to {AMOUNT_MAX}, in minor units (1250 is $12.50)")
+
+
+def parse_text(value: object, characters_max: int) -> str:
+    """Return one line of text. Raises ValueError, also for what databases disagree on, such as NUL."""
+    if not isinstance(value, str) or len(value) > characters_max:
+        raise ValueError(f"must be a string of at most {characters_max} characters")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise ValueError("must not have control characters, such as line breaks, or lone surrogates")
+    return value
+
+
+def parse_name(value: object) -> str:
+    """Return a name without the white space around it. Raises ValueError."""
+    name = parse_text(value, NAME_CHARACTERS_MAX).strip()
+    if not name:
+        raise ValueError("must have a character other than white space")
+    return name
+
+
+def parse_description(value: object) -> str | None:
+    """Return a description as it was given, None for none. Raises ValueError."""
+    return None if value is None else parse_text(value, DESCRIPTION_CHARACTERS_MAX)
+
+
+def parse_key(value: object) -> str:
+    """Return an idempotency key. Raises MalformedRequest, since it travels in a header."""
+    if isinstance(value, str) and re.fullmatch(f"[ -~]{{1,{KEY_CHARACTERS_MAX}}}", value):
+        return value
+    raise MalformedRequest(f"Idempotency-Key must be 1 to {KEY_CHARACTERS_MAX} printable ASCII characters.")
+
+
+def parse_limit(value: object) -> int:
+    """Return the number of transactions to a page. Raises MalformedRequest."""
+    if re.fullmatch("[0-9]{1,3}", str(value)) and 1 <= int(str(value)) <= PAGE_LIMIT_MAX:
+        return int(str(value))
+    raise MalformedRequest(f"limit must be an integer from 1 to {PAGE_LIMIT_MAX}.")
+
+
+Rules = Mapping[str, Callable[[object], Any]]
+REGISTRATION: Rules = {"name": parse_name}
+MOVEMENT: Rules = {"amount": parse_amount, "description": parse_description}
+
+
+def parse_fields(rules: Rules, values: Mapping[str, object]) -> dict[str, Any]:
+    """Return each field of `rules`, parsed. Raises ValidationFailed, with all errors at once."""
+    errors = [(name, f"is not known here; the fields are: {', '.join(rules)}") for name in values.keys() - rules]
+    fields = {}
+    for name, parse in rules.items():
+        try:
+            fields[name] = parse(values.get(name))
+        except ValueError as error:
+            errors.append((name, str(error)))
+    if errors:
+        told = [{"pointer": json_pointer(name), "detail": text} for name, text in errors[:FIELD_ERRORS_MAX]]
+        raise ValidationFailed(f"{told[0]['pointer']} {told[0]['detail']}.", errors=told)
+    return fields
+
+
+def json_pointer(name: str) -> str:
+    """Return the pointer to a field, as a URI fragment (RFC 6901, section 6)."""
+    return "#/" + quote(name[:100].replace("~", "~0").replace("/", "~1"), errors="replace")
+
+
+# Wallet ###############################################################################################
+
+COLUMNS = "sequence, type, amount, balance, description, created_at"
+
+
+class Wallet:
+    """Accounts and their money, in the database that `dsn` names (see `open_database`).
+
+    Amounts are integers in minor units. Every method may be called from many threads, and raises
+    Unavailable when the database cannot do it now. `currency` is an ISO 4217 code, fixed when the
+    database is made. Raises ConfigurationError when the database cannot be opened.
+    """
+
+    def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None) -> None:
+        if currency and not re.fullmatch("[A-Z]{3}", currency):
+            raise ConfigurationError("the currency must be an ISO 4217 code of three capital letters, like USD")
+        self.database = open_database(dsn)
+        try:
+            self.currency = self._prepare(currency)
+        except BaseException:
+            self.database.close()
+            raise
+
+    def __enter__(self) -> Wallet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish the write that runs, and let go of the database."""
+        self.database.close()
+
+    def register(self, name: str) -> tuple[Account, str]:
+        """Make an account with a balance of 0; return it and its token, which is never told again.
+
+        Raises ValidationFailed.
+        """
+        name = parse_fields(REGISTRATION, {"name": name})["name"]
+        account_id = "acc_" + random_base62(16)
+        token, now_us = make_token(account_id), time.time_ns() // 1000
+        sql = "INSERT INTO accounts VALUES (?, ?, ?, 0, 0, ?)"
+        self.database.write(lambda tx: tx(sql, account_id, name, hash_token(token), now_us))
+        return self._as_account((account_id, name, 0, now_us)), token
+
+    def authenticate(self, token: str) -> Account:
+        """Return the account that a token opens. Raises Unauthorized."""
+        refusal = Unauthorized(headers={"WWW-Authenticate": 'Bearer realm="wallet", error="invalid_token"'})
+        if not re.fullmatch("wlt_[0-9A-Za-z]{54}", token) or checksum(token[:-6]) != token[-6:]:
+            raise refusal
+        sql = "SELECT id, name, balance, created_at, token_hash FROM accounts WHERE id = ?"
+        rows = self.database.read(lambda tx: tx(sql, "acc_" + token[4:20]))
+        if not secrets.compare_digest(rows[0][4] if rows else "", hash_token(token)):
+            raise refusal
+        return self._as_account(rows[0][:4])
+
+    def account(self, account_id: str) -> Account:
+        """Return an account as it stands. Raises NotFound."""
+        return self.database.read(lambda tx: self._account(tx, parse_account_id(account_id)))
+
+    def topup(self, account_id: str, amount: int, description: str | None = None, *,
+              key: str | None = None) -> Transaction:
+        """Add to the balance, once a key.
+
+        Raises NotFound, ValidationFailed, MalformedRequest (of the key), BalanceLimitExceeded,
+        IdempotencyKeyReused, OutcomeUnknown.
+        """
+        return self._move("topup", account_id, amount, description, key)
+
+    def charge(self, account_id: str, amount: int, description: str | None = None, *,
+               key: str | None = None) -> Transaction:
+        """Take from the balance, once a key; or raise InsufficientFunds and change nothing.
+
+        Raises NotFound, ValidationFailed, MalformedRequest (of the key), IdempotencyKeyReused,
+        OutcomeUnknown.
+        """
+        return self._move("charge", account_id, amount, description, key)
+
+    def transaction(self, account_id: str, transaction_id: str) -> Transaction:
+        """Return one transaction of this account. Raises NotFound."""
+        sequence = parse_transaction_id(account_id, transaction_id)
+        sql = f"SELECT {COLUMNS} FROM transactions WHERE account_id = ? AND sequence = ?"
+        rows = self.database.read(lambda tx: tx(sql, account_id, sequence))
+        if not rows:
+            raise NotFound("This account has no such transaction.")
+        return self._as_transaction(account_id, rows[0])
+
+    def transactions(self, account_id: str, *, limit: int = PAGE_LIMIT_DEFAULT, cursor: str | None = None,
+                     type: str | None = None) -> Page:
+        """Return a page of history, newest first, of one type if asked. Raises NotFound, MalformedRequest.
+
+        A page begins below the sequence number that its cursor names. So each page costs the same,
+        however long the history is, and what is written between two pages moves nothing.
+        """
+        if type is not None and type not in SIGNS:
+            raise MalformedRequest(f"type must be one of: {', '.join(SIGNS)}.")
+        account_id, limit, before = parse_account_id(account_id), parse_limit(limit), AMOUNT_MAX
+        if cursor is not None:
+            try:
+                before = parse_transaction_id(account_id, cursor)
+            except NotFound:
+                raise MalformedRequest("cursor must be a next_cursor of this account's history.") from None
+        of_type, types = ("", []) if type is None else ("AND type = ?", [type])
+        sql = f"""SELECT {COLUMNS} FROM transactions WHERE account_id = ? AND sequence < ? {of_type}
+                  ORDER BY sequence DESC LIMIT ?"""
+        rows = self.database.read(lambda tx: tx(sql, account_id, before, *types, limit + 1))
+        if not rows:
+            self.account(account_id)  # An empty history is no error, but an unknown account is.
+        page = [self._as_transaction(account_id, row) for row in rows[:limit]]
+        return Page(page, page[-1].id if len(rows) > limit else None)
+
+    def _move(self, type: str, account_id: str, amount: int, description: str | None,
+              key: str | None) -> Transaction:
+        """Change the balance and write down why, in one transaction.
+
+        One UPDATE looks the key up, checks both bounds and takes the next sequence number, so that
+        nothing comes between. It finds no row where the key was used, or the balance does not do.
+        """
+        account_id = parse_account_id(account_id)
+        amount, description = parse_fields(MOVEMENT, {"amount": amount, "description": description}).values()
+        key = secrets.token_urlsafe(16) if key is None else parse_key(key)
+        fingerprint = hashlib.sha256(json.dumps([type, amount, description]).encode()).hexdigest()
+        change = SIGNS[type] * amount
+
+        def move(tx: Execute) -> Transaction:
+            moved = tx("""UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1
+                          WHERE id = ? AND balance + ? BETWEEN 0 AND ? AND NOT EXISTS
+                              (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
+                          RETURNING last_sequence, balance""",
+                       change, account_id, change, AMOUNT_MAX, account_id, key)
+            if not moved:
+                return self._replay_or_refuse(tx, account_id, key, fingerprint, change)
+            sequence, balance = moved[0]
+            row = (sequence, type, amount, balance, description, time.time_ns() // 1000)
+            tx(f"""INSERT INTO transactions (account_id, idempotency_key, fingerprint, {COLUMNS})
+                   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""", account_id, key, fingerprint, *row)
+            return self._as_transaction(account_id, row)
+
+        return self.database.write(move)
+
+    def _replay_or_refuse(self, tx: Execute, account_id: str, key: str, fingerprint: str,
+                          change: int) -> Transaction:
+        """Return what the key did before, or say why the money cannot move."""
+        earlier = tx(f"""SELECT {COLUMNS}, fingerprint FROM transactions
+                         WHERE account_id = ? AND idempotency_key = ?""", account_id, key)
+        if earlier and earlier[0][-1] != fingerprint:
+            raise IdempotencyKeyReused()
+        if earlier:
+            return self._as_transaction(account_id, earlier[0][:-1], replayed=True)
+        balance = self._account(tx, account_id).balance
+        if change > 0:
+            raise BalanceLimitExceeded(f"The balance is {balance}, and may be {AMOUNT_MAX} at most.", balance=balance)
+        detail = f"The balance is {balance}, and this needs {-change}."
+        raise InsufficientFunds(detail, balance=balance, required=-change)
+
+    def _account(self, tx: Execute, account_id: str) -> Account:
+        rows = tx("SELECT id, name, balance, created_at FROM accounts WHERE id = ?", account_id)
+        if not rows:
+            raise NotFound("There is no such account.")
+        return self._as_account(rows[0])
+
+    def _as_account(self, row: Row) -> Account:
+        account_id, name, balance, created_at_us = row
+        return Account(account_id, name, self.currency, balance, EPOCH + timedelta(microseconds=created_at_us))
+
+    def _as_transaction(self, account_id: str, row: Row, replayed: bool = False) -> Transaction:
+        sequence, type, amount, balance, description, created_at_us = row
+        created_at = EPOCH + timedelta(microseconds=created_at_us)
+        transaction_id = make_transaction_id(account_id, sequence)
+        return Transaction(transaction_id, type, amount, balance, description, created_at, replayed)
+
+    def _prepare(self, currency: str | None) -> str:
+        """Make the tables that are missing, one to a transaction, and return the currency that is kept."""
+
+        def run(sql: str, *parameters: str | int) -> None:
+            self.database.write(lambda tx: tx(sql, *parameters))
+
+        first, *others = Path(__file__).with_name("schema.sql").read_text().rstrip("; \n").split(";")
+        run(first)
+        run("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING", SCHEMA_VERSION, currency or "USD")
+        ((version, kept),) = self.database.read(lambda tx: tx("SELECT schema_version, currency FROM wallet"))
+        if version > SCHEMA_VERSION:
+            raise ConfigurationError(f"the database is of schema version {version}, and this wallet knows"
+                                     f" {SCHEMA_VERSION}: use a newer wallet")
+        if currency and currency != kept:
+            raise ConfigurationError(f"the database keeps {kept}, and that cannot be changed to {currency}")
+        for statement in others:
+            run(statement)
+        return str(kept)
+
+
+# Databases ############################################################################################
+
+Row = tuple[Any, ...]
+
+
+class Execute(Protocol):
+    """Runs one statement inside a transaction, `?` for each parameter, and returns all its rows."""
+
+    def __call__(self, sql: str, *parameters: str | int | None) -> list[Row]: ...
+
+
+class Database(Protocol):
+    """What an engine supplies. It knows nothing about money. `location` says in words where it is."""
+
+    location: str
+
+    def write(self, function: Callable[[Execute], T]) -> T:
+        """Run `function` in one transaction, and return its result once that is committed.
+
+        It may be run more than once, and grouped with others, so it touches nothing outside its
+        transaction. An error that it raises undoes what it did, and nothing else. Raises Unavailable
+        where nothing was changed, and OutcomeUnknown where that cannot be told.
+        """
+
+    def read(self, function: Callable[[Execute], T]) -> T:
+        """Run `function`, each statement of which sees what is committed by then. Raises Unavailable."""
+
+    def ping(self) -> None:
+        """Ask for something small. Raises Unavailable."""
+
+    def close(self) -> None:
+        """Let the write that runs finish, and let go of everything."""
+
+
+def open_database(dsn: str) -> Database:
+    """Return the database that a DSN names. Raises ConfigurationError.
+
+    sqlite:///wallet.db is a file in this folder, sqlite:////var/lib/wallet.db one with an absolute
+    path, and sqlite:// is in memory, and gone when it is closed.
+    """
+    scheme, separator, path = dsn.partition("://")
+    if not separator:
+        raise ConfigurationError("a DSN looks like sqlite:///wallet.db or sqlite:////var/lib/wallet.db")
+    if scheme != "sqlite":
+        raise ConfigurationError(f"unknown kind of DSN, {scheme}://; known are sqlite:///FILE and sqlite://")
+    if path in ("", "/:memory:"):
+        return SQLiteDatabase(None)
+    if not path.startswith("/") or path == "/" or "?" in path:
+        raise ConfigurationError("a DSN of SQLite has three slashes and a path, without parameters")
+    return SQLiteDatabase(path[1:])
+
+
+class SQLiteDatabase:
+    """SQLite, with one connection that writes, and others that read.
+
+    Writes are put in order here and not by SQLite's lock, whose waiters poll and overtake each other.
+    Whoever finds nobody at work commits for all who stand in line, each write under a savepoint of
+    its own, so that many threads share the price of one sync. None returns before that COMMIT has.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
+            needed = ".".join(map(str, SQLITE_VERSION_MIN))
+            raise ConfigurationError(f"SQLite {needed} or newer is needed; this Python has {sqlite3.sqlite_version}")
+        self.location = os.path.abspath(path) if path else "memory, gone when it stops"
+        self._path = path
+        self._process_id = os.getpid()
+        self._turn = threading.Condition()
+        self._line: list[_Write] = []
+        self._busy = self._closed = False
+        self._idle_readers: list[sqlite3.Connection] = []
+        try:
+            self._writer = self._open_writer()
+        except (OSError, ValueError, sqlite3.Error) as error:
+            raise ConfigurationError(f"cannot open {path}: {error}") from error
+
+    def write(self, function: Callable[[Execute], T]) -> T:
+        """Run `function` in the next transaction, alone or with others (see Database)."""
+        write = _Write(function)
+        with self._turn:
+            self._check_usable()
+            self._line.append(write)
+            try:
+                self._turn.wait_for(lambda: write.done or not self._busy)
+            except BaseException:  # Interrupted, as by Ctrl-C: what nobody has begun, nobody will.
+                self._line = [other for other in self._line if other is not write]
+                raise
+            if not write.done:
+                batch, self._line, self._busy = self._line, [], True
+        if not write.done:
+            try:
+                self._commit(batch)
+            finally:
+                with self._turn:
+                    self._busy = False
+                    self._turn.notify_all()
+        if write.error:
+            raise write.error
+        result: T = write.result
+        return result
+
+    def read(self, function: Callable[[Execute], T]) -> T:
+        """Run `function` beside the writer. In memory there is one connection, so it takes its turn."""
+        if self._path is None:
+            return self.write(function)
+        with self._turn:
+            self._check_usable()
+            reader = self._idle_readers.pop() if self._idle_readers else None
+        try:
+            reader = reader or self._connect("PRAGMA query_only = ON")
+            return function(_execute_on(reader))
+        except sqlite3.OperationalError as error:
+            raise _unavailable(error) from error
+        finally:
+            with self._turn:
+                if reader and self._closed:
+                    reader.close()
+                elif reader:
+                    self._idle_readers.append(reader)
+
+    def ping(self) -> None:
+        """Read the one row that every wallet has."""
+        self.read(lambda tx: tx("SELECT currency FROM wallet"))
+
+    def close(self) -> None:
+        """Wait for the write that runs, at most BUSY_S; then close every connection not in use."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._busy, timeout=BUSY_S)
+            self._closed = True
+            while self._idle_readers:
+                self._idle_readers.pop().close()
+            self._writer.close()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise Unavailable("This wallet is closed.")
+        if os.getpid() != self._process_id:
+            raise Unavailable("This wallet was opened before a fork, and SQLite cannot cross one: open it after.")
+
+    def _commit(self, batch: list[_Write]) -> None:
+        """Run every write of `batch` in one transaction, and note what became of each.
+
+        A COMMIT that failed may be on the disk all the same. To run the batch again decides it: for
+        this connection the log still ends where it did, so a COMMIT that succeeds overwrites the first.
+        """
+        failure: Unavailable | None = OutcomeUnknown()
+        try:
+            failure = self._attempt(batch)
+            if isinstance(failure, OutcomeUnknown) and self._attempt(batch) is None:
+                failure = None
+        finally:
+            for write in batch:
+                write.done = True
+                write.error = type(failure)(str(failure)) if failure else write.error
+
+    def _attempt(self, batch: list[_Write]) -> Unavailable | None:
+        """Return None once the batch is committed, else why it is not, or may not be."""
+        committing = False
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            for write in batch:
+                self._run(write)
+            committing = True
+            self._writer.execute("COMMIT")
+            return None
+        except sqlite3.OperationalError as error:
+            # A full disk shows before the log's last frame is written, so it is a clear no.
+            unknown = committing and "disk is full" not in str(error)
+            return OutcomeUnknown() if unknown else _unavailable(error)
+        finally:
+            if self._writer.in_transaction:  # Some errors roll back by themselves.
+                self._writer.execute("ROLLBACK")
+
+    def _run(self, write: _Write) -> None:
+        """Run one write under its savepoint. An OperationalError is the whole transaction's."""
+        self._writer.execute("SAVEPOINT one_write")
+        try:
+            write.result, write.error = write.function(_execute_on(self._writer)), None
+        except sqlite3.OperationalError:
+            raise
+        except Exception as error:
+            write.error = error
+            self._writer.execute("ROLLBACK TO one_write")
+        self._writer.execute("RELEASE one_write")
+
+    def _open_writer(self) -> sqlite3.Connection:
+        if self._path is not None:  # Its -wal and -shm get this mode too: money is nobody else's to read.
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        connection = self._connect("PRAGMA fullfsync = ON")  # On macOS, fsync alone stops short of the disk.
+        try:
+            ((owner,),) = connection.execute("PRAGMA application_id").fetchall()
+            ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+            if owner != SQLITE_APPLICATION_ID and (owner or tables):
+                raise ConfigurationError(f"{self._path} is the database of another program: name another file")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")  # Each COMMIT is synced: a power cut loses none.
+            connection.execute(f"PRAGMA application_id = {SQLITE_APPLICATION_ID}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _connect(self, pragma: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path or ":memory:", timeout=BUSY_S, isolation_level=None,
+                                     check_same_thread=False)
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(pragma)
+        return connection
+
+
+@dataclass(eq=False)
+class _Write:
+    """A write that stands in line, and what became of it."""
+
+    function: Callable[[Execute], Any]
+    done: bool = False
+    result: Any = None
+    error: Exception | None = None
+
+
+def _execute_on(connection: sqlite3.Connection) -> Execute:
+    # All rows are fetched at once: a RETURNING that is not read to its end keeps COMMIT from working.
+    return lambda sql, *parameters: connection.execute(sql, parameters).fetchall()
+
+
+def _unavailable(error: sqlite3.Error) -> Unavailable:
+    logger.error("database: %s", error)
+    return Unavailable(f"The database cannot do this now ({error}). Nothing was changed; try again.")
+
+
+# HTTP #################################################################################################
+
+_router = Bottle()  # Answers and errors are made in App, in one place, so only its routes are used.
+
+
+class Answer(NamedTuple):
+    """What a route returns. A dict is sent as JSON."""
+
+    status: int
+    body: dict[str, Any] | bytes
+    headers: Mapping[str, str] = {}
+
+
+class Takes(NamedTuple):
+    """What a route takes: a bearer token unless it is public, and these parameters, fields and key."""
+
+    public: bool
+    query: Rules
+    body: Rules | None
+    key: bool
+
+
+Handler = TypeVar("Handler", bound=Callable[..., Answer])
+
+
+def route(method: str, path: str, *, public: bool = False, query: Rules | None = None, body: Rules | None = None,
+          key: bool = False) -> Callable[[Handler], Handler]:
+    """Register a handler. It is called with the wallet, and by name with what the route takes, parsed."""
+
+    def register(handler: Handler) -> Handler:
+        _router.route(path, method, handler, takes=Takes(public, query or {}, body, key))
+        return handler
+
+    return register
+
+
+@route("POST", "/api/register", public=True, body=REGISTRATION)
+def post_register(wallet: Wallet, name: str) -> Answer:
+    """Make an account. No other answer ever shows its token."""
+    account, token = wallet.register(name)
+    return Answer(201, {**show(account), "token": token})
+
+
+@route("GET", "/api/account")
+def get_account(wallet: Wallet, account: Account) -> Answer:
+    """Show the account, as authentication has just read it."""
+    return Answer(200, show(account))
+
+
+@route("POST", "/api/transactions/topup", body=MOVEMENT, key=True)
+def post_topup(wallet: Wallet, account: Account, **movement: Any) -> Answer:
+    """Add to the balance."""
+    return show_movement(wallet.topup(account.id, **movement))
+
+
+@route("POST", "/api/transactions/charge", body=MOVEMENT, key=True)
+def post_charge(wallet: Wallet, account: Account, **movement: Any) -> Answer:
+    """Take from the balance, or answer 402 and change nothing."""
+    return show_movement(wallet.charge(account.id, **movement))
+
+
+@route("GET", "/api/transactions", query={"limit": parse_limit, "cursor": str, "type": str})
+def get_transactions(wallet: Wallet, account: Account, **query: Any) -> Answer:
+    """List the history, newest first, with a link to the next page (RFC 8288)."""
+    transactions, cursor = wallet.transactions(account.id, **query)
+    link = {"Link": f'<?{urlencode({**query, "cursor": cursor})}>; rel="next"'} if cursor else {}
+    return Answer(200, {"transactions": [show(one) for one in transactions], "next_cursor": cursor}, link)
+
+
+@route("GET", "/api/transactions/<transaction_id:re:txn_[0-9A-Za-z_]+>")
+def get_transaction(wallet: Wallet, account: Account, transaction_id: str) -> Answer:
+    """Show one transaction."""
+    return Answer(200, show(wallet.transaction(account.id, transaction_id)))
+
+
+@route("GET", "/livez", public=True)
+def get_livez(wallet: Wallet) -> Answer:
+    """Say that the process answers."""
+    return Answer(200, {"status": "ok"})
+
+
+@route("GET", "/readyz", public=True)
+def get_readyz(wallet: Wallet) -> Answer:
+    """Say that the database answers too."""
+    wallet.database.ping()
+    return Answer(200, {"status": "ok"})
+
+
+@route("GET", "/openapi.yaml", public=True)
+def get_openapi(wallet: Wallet) -> Answer:
+    """Serve the contract."""
+    return Answer(200, read_file("openapi.yaml"), {"Content-Type": "application/yaml"})
+
+
+@route("GET", "/", public=True)
+def get_page(wallet: Wallet) -> Answer:
+    """Serve the page."""
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
+    return Answer(200, read_file("wallet.html"), headers)
+
+
+def show(record: Account | Transaction) -> dict[str, Any]:
+    """Return a record as JSON has it, its time in UTC ending in Z (RFC 3339)."""
+    created_at = record.created_at.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return {name: value for name, value in vars(record).items() if name != "replayed"} | {"created_at": created_at}
+
+
+def show_movement(transaction: Transaction) -> Answer:
+    """Answer a movement: the same each time its key is sent, but for a header that tells a replay."""
+    return Answer(201, show(transaction), {"Idempotent-Replayed": "true"} if transaction.replayed else {})
+
+
+def show_error(error: WalletError) -> Answer:
+    """Return a problem document (RFC 9457)."""
+    body = {"title": error.title, "status": error.status, "detail": str(error), "code": error.code, **error.members}
+    return Answer(error.status, body, {"Content-Type": "application/problem+json", **error.headers})
+
+
+def read_file(name: str) -> bytes:
+    """Return a file that lies beside this module. Raises NotFound where it was not installed."""
+    try:
+        return Path(__file__).with_name(name).read_bytes()
+    except FileNotFoundError:
+        raise NotFound(f"{name} is not installed beside wallet.py.") from None
+
+
+def parse_authorization(header: str) -> str:
+    """Return the bearer token (RFC 6750, section 2.1), "" for one that is malformed. Raises Unauthorized."""
+    scheme, _, rest = header.partition(" ")
+    if scheme.lower() != "bearer":
+        raise Unauthorized()
+    return rest.lstrip(" ")
+
+
+def parse_query(text: str, rules: Rules) -> dict[str, Any]:
+    """Return the parameters, parsed. Raises MalformedRequest, also for an unknown one and one sent twice."""
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict") if text else []
+    except ValueError:
+        raise MalformedRequest("The query string is malformed.") from None
+    query = dict(pairs)
+    if len(query) < len(pairs) or query.keys() - rules:
+        known = f"takes, once each: {', '.join(rules)}" if rules else "takes no parameters"
+        raise MalformedRequest(f"The query has an unknown parameter, or one twice; this route {known}.")
+    return {name: rules[name](value) for name, value in query.items()}
+
+
+def parse_body(environ: WSGIEnvironment) -> dict[str, object]:
+    """Return the body, a JSON object. What lenient parsers let pass is refused.
+
+    Raises UnsupportedMediaType, BodyTooLarge, MalformedRequest.
+    """
+    if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedMediaType()
+    # Without a length, only some servers mark where the body ends; elsewhere, to read is to wait for ever.
+    unknown_length = BODY_BYTES_MAX + 1 if environ.get("wsgi.input_terminated") else 0
+    try:
+        length = int(environ.get("CONTENT_LENGTH") or unknown_length)
+        body = environ["wsgi.input"].read(max(0, min(length, BODY_BYTES_MAX + 1)))
+        if len(body) > BODY_BYTES_MAX:
+            raise BodyTooLarge()
+        document = _JSON.decode(body.decode())
+    except RecursionError:
+        raise MalformedRequest("The body is nested too deeply.") from None
+    except ValueError as error:
+        raise MalformedRequest(f"The body is not valid JSON: {error}.") from None
+    if not isinstance(document, dict):
+        raise MalformedRequest("The body must be a JSON object.")
+    return document
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(fields := dict(pairs)) < len(pairs):
+        raise ValueError("an object has the same key twice")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+# An integer of more than 20 digits is out of every rule, and stays so when it is cut. To read all of it
+# is slow, and from 4,300 digits on an error.
+_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant,
+                         parse_int=lambda digits: int(digits[:20]))
+
+
+class App:
+    """The WSGI application. Every answer is made here, whatever happens: there is no other way out."""
+
+    def __init__(self, wallet: Wallet) -> None:
+        self.wallet = wallet
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        started, method = time.perf_counter(), environ["REQUEST_METHOD"]
+        request_id = make_request_id(environ.get("HTTP_X_REQUEST_ID", ""))
+        try:
+            answer = self._dispatch(environ)
+        except WalletError as error:
+            answer = show_error(error)
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            answer = show_error(InternalError())
+        status, headers, body = render(answer, request_id)
+        log_access(method, environ.get("PATH_INFO", ""), answer.status, started, request_id)
+        start_response(status, headers)
+        return [] if method == "HEAD" else [body]
+
+    def _dispatch(self, environ: WSGIEnvironment) -> Answer:
+        try:
+            route, taken = _router.match(environ)
+        except HTTPError as error:
+            if error.status_code != 405:
+                raise NotFound("There is no such route; /openapi.yaml lists them all.") from None
+            allow = error.headers["Allow"].replace("GET", "GET, HEAD")
+            raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
+        takes: Takes = route.config["takes"]
+        if not takes.public:
+            token = parse_authorization(environ.get("HTTP_AUTHORIZATION", ""))
+            taken["account"] = self.wallet.authenticate(token)
+        taken |= parse_query(environ.get("QUERY_STRING", ""), takes.query)
+        if takes.key and "HTTP_IDEMPOTENCY_KEY" in environ:
+            taken["key"] = parse_key(environ["HTTP_IDEMPOTENCY_KEY"])
+        if takes.body is not None:
+            taken |= parse_fields(takes.body, parse_body(environ))
+        answer: Answer = route.callback(self.wallet, **taken)
+        return answer
+
+
+def make_request_id(sent: str) -> str:
+    """Return the client's request id if it is fit for a header and a log line, else a new one."""
+    return sent if re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) else secrets.token_hex(8)
+
+
+def render(answer: Answer, request_id: str) -> tuple[str, list[tuple[str, str]], bytes]:
+    """Return the status line, the headers and the body, with all that every answer carries."""
+    body = answer.body
+    if isinstance(body, dict):
+        body = json.dumps(body, ensure_ascii=False).encode() + b"\n"
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Cache-Control": "no-store",
+               "X-Content-Type-Options": "nosniff", "X-Request-Id": request_id, **answer.headers}
+    return f"{answer.status} {REASONS[answer.status]}", list(headers.items()), body
+
+
+def log_access(method: str, path: str, status: int, started: float, request_id: str) -> None:
+    """Log one request: never its query or body, nor a token that someone put into its path."""
+    if access_logger.isEnabledFor(logging.INFO):
+        duration_ms = (time.perf_counter() - started) * 1000
+        shown = quote(path, encoding="latin-1", errors="replace")[:200]
+        line = f"{method} {shown} {status} {duration_ms:.1f} ms {request_id}"
+        access_logger.info("%s", re.sub("wlt_[0-9A-Za-z]+", "wlt_***", line))
+
+
+def create_app(wallet: Wallet | None = None) -> App:
+    """Return the WSGI application of a wallet, or of the one that WALLET_DSN names.
+
+    Raises ConfigurationError.
+    """
+    if wallet is None:
+        settings = load_settings()
+        wallet = Wallet(settings["dsn"], currency=settings["currency"])
+    return App(wallet)
+
+
+# Serving and the command line #########################################################################
+
+
+class _Parser(HTTPRequestParser):
+    """waitress's parser; it also refuses what two servers in a row might read in two ways.
+
+    A body that tells its length twice is how a request is smuggled past one (RFC 9112, section 6.1).
+    """
+
+    def __init__(self, adj: Adjustments) -> None:
+        super().__init__(adj)
+        self.started = time.time()
+
+    def parse_header(self, header_plus: bytes) -> None:
+        encodings = re.findall(rb"(?im)^transfer-encoding[ \t]*:[ \t]*(.*?)[ \t\r]*$", header_plus)
+        try:
+            super().parse_header(header_plus)
+        except ValueError:  # Some targets make urlsplit raise it.
+            raise ParsingError("the target is malformed") from None
+        if encodings and ("CONTENT_LENGTH" in self.headers or [one.lower() for one in encodings] != [b"chunked"]):
+            raise ParsingError("Transfer-Encoding must be chunked, once, and without Content-Length")
+
+
+class _ErrorTask(ErrorTask):
+    """Answers what waitress refuses by itself, in the same form as all else."""
+
+    def execute(self) -> None:
+        refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
+        malformed = MalformedRequest(f"The request is not valid HTTP: {self.request.error.body}.")
+        answer, request_id = show_error(refusals.get(self.request.error.code, malformed)), make_request_id("")
+        self.status, headers, body = render(answer, request_id)
+        self.response_headers.extend(headers)
+        self.content_length = len(body)
+        self.set_close_on_finish()
+        log_access("-", "-", answer.status, time.perf_counter(), request_id)
+        self.channel.refused = True
+        self.write(body)
+
+
+class _Task(WSGITask):
+    """Tells the client that its connection ends, once the server is stopping."""
+
+    def start(self) -> None:
+        super().start()
+        if self.channel.server.stopping and len(self.channel.requests) == 1:
+            self.set_close_on_finish()
+
+
+class _Channel(HTTPChannel):
+    """A connection. A refused client is heard out: to close while it still sends would reset our answer away."""
+
+    parser_class, task_class, error_task_class = _Parser, _Task, _ErrorTask
+    refused = lingering = False
+
+    def handle_close(self) -> None:
+        if not self.refused or self.lingering:
+            super().handle_close()
+            return
+        self.lingering, self.will_close = True, False
+        self.request = self.parser_class(self.adj)  # REQUEST_RECEIVE_S from now, `maintenance` ends it.
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def readable(self) -> bool:
+        return self.lingering or bool(super().readable())
+
+    def handle_read(self) -> None:
+        if self.lingering:
+            self.recv(BODY_BYTES_MAX)  # At its end it calls handle_close.
+        else:
+            super().handle_read()
+
+
+class _Server(TcpWSGIServer):
+    """waitress with every limit explicit, a deadline for slow requests, and a stop that drops none."""
+
+    channel_class = _Channel
+
+    def __init__(self, app: App, listener: socket.socket, threads: int) -> None:
+        dispatcher = ThreadedTaskDispatcher()
+        dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
+        dispatcher.set_thread_count(threads)
+        adjustments = Adjustments(
+            ident="", channel_timeout=IDLE_S, cleanup_interval=1, connection_limit=CONNECTIONS_MAX,
+            max_request_header_size=HEADER_BYTES_MAX, max_request_body_size=BODY_BYTES_MAX + 1,
+            log_socket_errors=False)
+        sockinfo = (listener.family, listener.type, listener.proto, listener.getsockname())
+        super().__init__(app, _sock=listener, bind_socket=False, sockinfo=sockinfo, dispatcher=dispatcher,
+                         adj=adjustments)
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host.replace("0.0.0.0", "127.0.0.1")
+        self.url, self.stopping = f"http://{host}:{port}", False
+
+    def run(self) -> None:
+        """Serve until `stop`; then answer what has been received, within STOP_S, and return."""
+        while not self.stopping:
+            wasyncore.loop(timeout=1, use_poll=True, map=self._map, count=1)
+        known = -1
+        while known < len(self.active_channels):  # Take what the kernel has accepted for us already.
+            known = len(self.active_channels)
+            self.handle_accept()
+        wasyncore.dispatcher.close(self)
+        deadline = time.time() + STOP_S
+        while self.active_channels and time.time() < deadline:
+            wasyncore.loop(timeout=0.05, use_poll=True, map=self._map, count=1)
+            for channel in list(self.active_channels.values()):
+                idle = not (channel.requests or channel.request or channel.total_outbufs_len)
+                if idle and time.time() - channel.last_activity > STOP_IDLE_S:
+                    channel.handle_close()
+        self.task_dispatcher.shutdown(timeout=1)
+        wasyncore.close_all(self._map)
+
+    def stop(self) -> None:
+        """Make `run` return. Any thread may call it, and a signal handler."""
+        self.stopping = True
+        self.pull_trigger()
+
+    def maintenance(self, now: float) -> None:
+        """Close what is idle, and what takes too long over one request."""
+        super().maintenance(now)
+        for channel in self.active_channels.values():
+            if channel.request and now - channel.request.started > REQUEST_RECEIVE_S:
+                channel.will_close = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises ConfigurationError."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+                                    backlog=CONNECTIONS_MAX)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]
+        raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}") from error
+
+
+@contextmanager
+def running(wallet: Wallet | None = None) -> Iterator[str]:
+    """Serve a wallet, a new one in memory if none is given, on a free port; yield its URL."""
+    with ExitStack() as stack:
+        served = wallet or stack.enter_context(Wallet())
+        server = _Server(create_app(served), listen("127.0.0.1", 0), threads=4)
+        thread = threading.Thread(target=server.run, name="wallet", daemon=True)
+        thread.start()
+        try:
+            yield server.url
+        finally:
+            server.stop()
+            thread.join()
+
+
+BANNER = """\
+wallet {version} listens on {url}, with its data in {location}. Try it from another terminal:
+
+TOKEN=$(curl -s {url}/api/register -H Content-Type:application/json -d '{{"name": "Ada"}}' \
+| tee /dev/stderr | grep -o 'wlt_[0-9A-Za-z]*')
+curl -s {url}/api/transactions/topup -H "Authorization: Bearer $TOKEN" -H Content-Type:application/json \
+-d '{{"amount": 1250}}'
+curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" -H Content-Type:application/json \
+-d '{{"amount": 2000}}'
+"""
+
+
+def serve(wallet: Wallet, listener: socket.socket, threads: int) -> None:
+    """Serve until SIGTERM or Ctrl-C, and finish what runs. A second signal ends the process at once."""
+    server = _Server(create_app(wallet), listener, threads)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        server.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    print(BANNER.format(version=__version__, url=server.url, location=wallet.database.location), flush=True)
+    server.run()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Return 0, or 2 where the wallet could not start."""
+    try:
+        settings = load_settings(sys.argv[1:] if arguments is None else arguments)
+        level, form = settings["log-level"].upper(), "%(asctime)s %(levelname)s %(name)s: %(message)s"
+        logging.basicConfig(level=level, format=form)
+        with (listen(settings["host"], settings["port"]) as listener,
+              Wallet(settings["dsn"], currency=settings["currency"]) as wallet):
+            serve(wallet, listener, settings["threads"])
+    except WalletError as error:
+        print(f"wallet: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
