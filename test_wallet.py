@@ -249,7 +249,7 @@ def test_charge_of_the_whole_balance_leaves_zero(wallet, ada):
 
 def test_charge_beyond_balance_is_refused_and_changes_nothing(wallet, ada):
     topup = wallet.topup(ada.id, 7)
-    with pytest.raises(InsufficientFunds, match="The balance is 7, and this needs 8.") as refusal:
+    with pytest.raises(InsufficientFunds, match=r"The balance is 7, and this needs 8\.") as refusal:
         wallet.charge(ada.id, 8)
     assert (refusal.value.balance, refusal.value.required) == (7, 8)
     assert wallet.transactions(ada.id).transactions == [topup]
@@ -318,7 +318,8 @@ def test_64_threads_charging_1_from_32_succeed_exactly_32_times(dsn, kind):
         refused = [outcome for outcome in outcomes if isinstance(outcome, InsufficientFunds)]
         if kind is CarelessWallet:
             assert len(refused) == 0
-            pytest.raises(AssertionError, check_books, wallet)
+            with pytest.raises(AssertionError):
+                check_books(wallet)
             return
         assert len(refused) == 32
         assert sorted(outcome.balance for outcome in outcomes if outcome not in refused) == list(range(32))
@@ -379,7 +380,8 @@ class Model(RuleBasedStateMachine):
         self.books[account.id] = []
         return account.id
 
-    @rule(account=accounts, type=st.sampled_from(["topup", "charge"]), amount=amounts, description=descriptions, key=keys)
+    @rule(account=accounts, type=st.sampled_from(["topup", "charge"]), amount=amounts, description=descriptions,
+          key=keys)
     def move(self, account, type, amount, description, key):
         book, request = self.books[account], (type, amount, description)
         balance = book[-1].balance if book else 0
@@ -635,11 +637,14 @@ def test_full_disk_refuses_clearly_loses_nothing_and_is_got_over(tmp_path):
 def test_database_that_is_full_is_unavailable_and_changes_nothing(wallet, ada, caplog):
     pages = wallet.database._writer.execute("PRAGMA page_count").fetchone()[0]
     wallet.database._writer.execute(f"PRAGMA max_page_count = {pages}")
-    done = 0
-    with pytest.raises(Unavailable, match="full"):
-        while True:
-            wallet.topup(ada.id, 1, "x" * 500)
-            done += 1
+    outcomes = []
+    for _ in range(200):
+        try:
+            outcomes.append(wallet.topup(ada.id, 1, "x" * 500))
+        except Unavailable as error:
+            outcomes.append(str(error))
+    done = sum(not isinstance(outcome, str) for outcome in outcomes)
+    assert "full" in outcomes[-1]
     assert wallet.account(ada.id).balance == done
     wallet.database._writer.execute("PRAGMA max_page_count = 1000000")
     assert wallet.topup(ada.id, 1).balance == done + 1
@@ -664,6 +669,19 @@ def test_read_that_the_database_cannot_do_is_unavailable(file_wallet, caplog):
         file_wallet.database.read(lambda tx: tx("SELECT * FROM gone"))
     with pytest.raises(Unavailable, match="readonly"):
         file_wallet.database.read(lambda tx: tx("UPDATE accounts SET balance = 0"))
+
+
+def test_reader_that_cannot_be_opened_is_unavailable(file_wallet, tmp_path, caplog):
+    def read_while_the_file_is_away(_):
+        (tmp_path / "wallet.db").rename(tmp_path / "away")
+        (tmp_path / "wallet.db").mkdir()
+        with pytest.raises(Unavailable, match="unable to open"):
+            file_wallet.account("acc_0000000000000000")
+        (tmp_path / "wallet.db").rmdir()
+        (tmp_path / "away").rename(tmp_path / "wallet.db")
+
+    file_wallet.database.read(read_while_the_file_is_away)
+    assert file_wallet.register("Ada")[0].balance == 0
 
 
 def test_closed_wallet_says_so_and_closing_it_again_does_nothing(dsn):
@@ -955,8 +973,8 @@ def test_query_parameter_of_no_meaning_is_refused_everywhere(api, path):
     assert "takes no parameters" in answer.json["detail"]
 
 
-@pytest.mark.parametrize("path", ["/api", "/api/", "/api/account/", "/ap%C4%B1/account", "/api/acc%FFount", "/x<script>",
-                                  "/api/transactions/", "/api/transactions/5", "/api/transactions/%0d%0aX:1",
+@pytest.mark.parametrize("path", ["/api", "/api/", "/api/account/", "/ap%C4%B1/account", "/api/acc%FFount",
+                                  "/x<script>",                                  "/api/transactions/", "/api/transactions/5", "/api/transactions/%0d%0aX:1",
                                   "//api/account", "/api/../wallet.py", "/wallet.py", "/schema.sql"])
 def test_unknown_route_is_404(api, path):
     assert api.send("GET", path, status=404).json["code"] == "not_found"
@@ -1288,7 +1306,7 @@ def test_times_are_utc_to_the_microsecond(api, wallet):
 
 
 @pytest.mark.parametrize(("bad_dsn", "message"), [
-    ("wallet.db", "a DSN looks like sqlite:///wallet.db"), ("", "a DSN looks like"), ("sqlite:wallet.db", "a DSN looks"),
+    ("wallet.db", "a DSN looks like sqlite:///wallet.db"), ("", "a DSN looks"), ("sqlite:wallet.db", "a DSN looks"),
     ("mysql://u:secret@host/db", "unknown kind of DSN, mysql://; known are"), ("sqlite://wallet.db", "three slashes"),
     ("sqlite:///", "three slashes"), ("sqlite:///x?mode=ro", "without parameters"), ("sqlite:////no/such/x", "No such"),
     ("sqlite:////tmp", "Is a directory"), ("sqlite:////proc/wallet.db", "cannot open"), ("sqlite:///\0", "cannot open"),
@@ -1302,7 +1320,8 @@ def test_bad_dsn_is_refused_with_advice_and_without_its_secret(bad_dsn, message)
 def test_memory_has_two_names():
     with Wallet("sqlite:///:memory:") as one, Wallet("sqlite://") as other:
         ada, _ = one.register("Ada")
-        pytest.raises(NotFound, other.account, ada.id)
+        with pytest.raises(NotFound):
+            other.account(ada.id)
 
 
 def test_file_of_another_program_is_refused_and_left_as_it_was(tmp_path):
@@ -1370,7 +1389,8 @@ with wallet.Wallet({file_dsn!r}) as w:
 def test_help_names_every_setting_with_its_variable_and_default():
     shown = " ".join(command("--help").stdout.split())
     for setting in SETTINGS:
-        assert f"--{setting.name} VALUE {setting.meaning} (default: {setting.default or 'none'}; {setting.variable})" in shown
+        note = f"(default: {setting.default or 'none'}; {setting.variable})"
+        assert f"--{setting.name} VALUE {setting.meaning} {note}" in shown
     assert "Example: python wallet.py" in shown
 
 
@@ -1389,7 +1409,7 @@ def test_version_is_told():
     (["--por", "4000"], {}, "unrecognized arguments: --por 4000; see --help"),
     (["--dsn", "mongodb://u:secret@x"], {}, "unknown kind of DSN, mongodb://"),
     (["--dsn", "sqlite:////no/such/folder/wallet.db"], {}, "cannot open /no/such/folder/wallet.db: [Errno 2] No such"),
-    (["--host", "203.0.113.1", "--port", "0"], {}, "cannot listen on 203.0.113.1 port 0: Cannot assign"),
+    (["--host", "203.0.113.1", "--port", "0"], {}, "cannot listen on 203.0.113.1 port 0: "),
     (["--host", "no.such.host.invalid"], {}, "cannot listen on no.such.host.invalid port 4000: "),
 ])
 def test_bad_start_is_one_line_and_exit_code_2(tmp_path, arguments, settings, message):
@@ -1405,7 +1425,8 @@ def test_port_in_use_is_one_line_and_exit_code_2(tmp_path):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
         done = command("--port", str(port), cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, f"wallet: cannot listen on 127.0.0.1 port {port}: Address already in use\n")
+    assert done.returncode == 2
+    assert done.stderr == f"wallet: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
 
 
 def test_command_line_comes_before_the_environment(monkeypatch):
@@ -1413,7 +1434,8 @@ def test_command_line_comes_before_the_environment(monkeypatch):
     assert wallet_module.load_settings()["threads"] == 3
     assert wallet_module.load_settings(["--threads", "4"])["threads"] == 4
     assert wallet_module.load_settings() == {
-        "dsn": "sqlite:///wallet.db", "host": "127.0.0.1", "port": 4000, "threads": 3, "currency": "", "log-level": "info",
+        "dsn": "sqlite:///wallet.db", "host": "127.0.0.1", "port": 4000, "threads": 3, "currency": "",
+        "log-level": "info",
     }
 
 
@@ -1550,7 +1572,7 @@ import logging, os, signal, sys, threading
 def world():
     return (os.listdir(), threading.active_count(), logging.root.handlers, logging.root.level, sys.getswitchinterval(),
             os.umask(os.umask(0)), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), dict(os.environ),
-            logging.getLogger("wallet").handlers, logging.getLogger("waitress").level, len(os.listdir("/proc/self/fd")))
+            logging.getLogger("wallet").handlers, logging.getLogger("waitress").level, len(os.listdir("/dev/fd")))
 before = world()
 import wallet
 assert world() == before, (before, world())
@@ -1646,7 +1668,7 @@ def readme_table(heading):
 
 def test_readme_lists_every_setting():
     assert readme_table("Settings") == [
-        [f"`--{setting.name}`", f"`{setting.variable}`", f"`{setting.default}`" if setting.default else "", setting.meaning]
+        [f"`--{setting.name}`", f"`{setting.variable}`", setting.default and f"`{setting.default}`", setting.meaning]
         for setting in SETTINGS
     ]
 
@@ -1661,7 +1683,8 @@ def error_classes(base=WalletError):
 def test_readme_and_contract_list_every_error():
     known = sorted((one.status, one.code) for one in error_classes())
     assert sorted((int(status), code.strip("`")) for status, code, _ in readme_table("Errors")) == known
-    assert sorted(CONTRACT["components"]["schemas"]["Problem"]["properties"]["code"]["enum"]) == sorted(code for _, code in known)
+    declared = CONTRACT["components"]["schemas"]["Problem"]["properties"]["code"]["enum"]
+    assert sorted(declared) == sorted(code for _, code in known)
 
 
 def test_readme_and_contract_list_every_route():
@@ -1694,7 +1717,7 @@ def normalized(text):
     return text.strip()
 
 
-def test_readme_sessions_run_as_they_stand_and_show_what_comes():
+def test_readme_sessions_run_as_they_stand_and_show_what_comes(tmp_path):
     sessions = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     assert len(sessions) >= 2
     with running() as url:
@@ -1704,7 +1727,8 @@ def test_readme_sessions_run_as_they_stand_and_show_what_comes():
             commands = "\n".join(line[2:].replace("\0", "\n") for line in lines if line.startswith("$ "))
             shown = "\n".join(line for line in lines if not line.startswith("$ "))
             script = f"TOKEN={token}\n" + commands.replace("http://127.0.0.1:4000", url) + "\necho TOKEN=$TOKEN"
-            done = subprocess.run(["bash", "-c", f"exec 2>&1\n{script}"], stdout=subprocess.PIPE, text=True, timeout=60)
+            done = subprocess.run(["bash", "-c", f"exec 2>&1\n{script}"], stdout=subprocess.PIPE, text=True, timeout=60,
+                                  cwd=tmp_path)
             output, _, token = done.stdout.rpartition("TOKEN=")
             token = token.strip()
             assert normalized(output) == normalized(shown)
@@ -1742,12 +1766,10 @@ def test_page_is_served_and_may_load_nothing(api):
     assert "<h1>Wallet</h1>" in answer.text
 
 
-def test_file_that_was_not_installed_is_not_found(tmp_path):
-    for name in ("wallet.py", "schema.sql"):
-        shutil.copy(HERE / name, tmp_path)
-    with served(program=(str(tmp_path / "wallet.py"),), cwd=tmp_path) as server:
-        status, _, problem = send(server.url, "GET", "/openapi.yaml")
-        assert (status, problem["detail"]) == (404, "openapi.yaml is not installed beside wallet.py.")
+def test_file_that_was_not_installed_is_not_found(api, monkeypatch, tmp_path):
+    monkeypatch.setattr(wallet_module, "__file__", str(tmp_path / "wallet.py"))
+    problem = api.send("GET", "/openapi.yaml", status=404).json
+    assert problem["detail"] == "openapi.yaml is not installed beside wallet.py."
 
 
 SCHEMATHESIS = """
@@ -1776,6 +1798,5 @@ def test_service_keeps_to_its_contract_whatever_schemathesis_sends(tmp_path):
              "--header", f"Authorization: Bearer {token}"],
             capture_output=True, text=True, cwd=tmp_path, timeout=300, env={**os.environ, "PYTHONWARNINGS": ""})
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-        generated, found = re.search(r"(\d+) generated, (\d+) ", done.stdout).groups()
-        assert int(generated) > 300
+        assert int(re.search(r"(\d+) generated", done.stdout)[1]) > 300
         check_books(wallet)

@@ -389,7 +389,9 @@ def parse_fields(rules: Rules, values: Mapping[str, object]) -> dict[str, Any]:
             errors.append((name, str(error)))
     if errors:
         told = [{"pointer": json_pointer(name), "detail": text} for name, text in errors[:FIELD_ERRORS_MAX]]
-        raise ValidationFailed(f"{told[0]['pointer']} {told[0]['detail']}.", errors=told)
+        first = f"{told[0]['pointer']} {told[0]['detail']}."
+        detail = first if len(errors) == 1 else f"{len(errors)} fields are wrong; see errors."
+        raise ValidationFailed(detail, errors=told)
     return fields
 
 
