@@ -973,9 +973,11 @@ def test_query_parameter_of_no_meaning_is_refused_everywhere(api, path):
     assert "takes no parameters" in answer.json["detail"]
 
 
-@pytest.mark.parametrize("path", ["/api", "/api/", "/api/account/", "/ap%C4%B1/account", "/api/acc%FFount",
-                                  "/x<script>",                                  "/api/transactions/", "/api/transactions/5", "/api/transactions/%0d%0aX:1",
-                                  "//api/account", "/api/../wallet.py", "/wallet.py", "/schema.sql"])
+@pytest.mark.parametrize("path", [
+    "/api", "/api/", "/api/account/", "/ap%C4%B1/account", "/api/acc%FFount", "/x<script>", "/api/transactions/",
+    "/api/transactions/5", "/api/transactions/%0d%0aX:1", "//api/account", "/api/../wallet.py", "/wallet.py",
+    "/schema.sql",
+])
 def test_unknown_route_is_404(api, path):
     assert api.send("GET", path, status=404).json["code"] == "not_found"
 
