@@ -214,7 +214,7 @@ def served(*arguments, program=("wallet.py",), cwd=None, **settings):
     try:
         process.banner = "".join(process.stdout.readline() for _ in wallet_module.BANNER.splitlines())
         assert "listens on" in process.banner, process.stderr.read()
-        process.url = re.search(r"http://\S+(?=,)", process.banner)[0]
+        process.url = re.search(r"(http://\S+)/api/register", process.banner)[1]
         yield process
     finally:
         if process.poll() is None:
@@ -368,9 +368,9 @@ class Model(RuleBasedStateMachine):
         if hasattr(self, "wallet"):
             self.wallet.close()
 
-    @rule(target=accounts, name=st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=101))
+    @rule(target=accounts, name=st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=103))
     def register(self, name):
-        if not name.strip() or len(name) > 100:
+        if not 1 <= len(name.strip()) <= 100:
             with pytest.raises(ValidationFailed):
                 self.wallet.register(name)
             name = "Ada"
@@ -438,7 +438,7 @@ LATE = """
 import sys, threading, wallet
 class Late(wallet.SQLiteDatabase):
     # Answers first, and commits only every hundredth time: the mistake that the kill must find.
-    def _attempt(self, batch):
+    def _try_commit(self, batch):
         self.count = getattr(self, "count", 0) + 1
         if not self._writer.in_transaction: self._writer.execute("BEGIN IMMEDIATE")
         for write in batch: self._run(write)
@@ -500,7 +500,7 @@ def test_what_was_written_is_there_after_reopening(file_dsn):
         assert wallet.account(ada.id).balance == 1250
 
 
-def test_every_commit_is_synced_to_the_disk(file_wallet):
+def test_writer_asks_for_a_sync_at_every_commit(file_wallet):
     pragmas = {name: file_wallet.database._writer.execute(f"PRAGMA {name}").fetchone()[0]
                for name in ("synchronous", "journal_mode", "fullfsync", "foreign_keys")}
     assert pragmas == {"synchronous": 2, "journal_mode": "wal", "fullfsync": 1, "foreign_keys": 1}
@@ -525,9 +525,9 @@ def hold_the_writer(wallet):
     return release
 
 
-def wait_for_line(wallet, length):
+def wait_for_queue(wallet, length):
     deadline = time.monotonic() + 30
-    while len(wallet.database._line) < length:
+    while len(wallet.database._queue) < length:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -542,17 +542,17 @@ def test_waiting_writes_share_one_commit_and_an_error_undoes_only_its_own(wallet
     wallet.database._writer.set_trace_callback(statements.append)
     with ThreadPoolExecutor(3) as threads:
         first = threads.submit(wallet.topup, ada.id, 5)
-        wait_for_line(wallet, 1)
+        wait_for_queue(wallet, 1)
         broken = threads.submit(wallet.database.write, fail)
-        wait_for_line(wallet, 2)
+        wait_for_queue(wallet, 2)
         last = threads.submit(wallet.charge, ada.id, 6)
-        wait_for_line(wallet, 3)
+        wait_for_queue(wallet, 3)
         release()
         assert first.result().balance == 5
         assert isinstance(last.exception(), InsufficientFunds)
         assert isinstance(broken.exception(), RuntimeError)
     wallet.database._writer.set_trace_callback(None)
-    assert statements.count("COMMIT") == 2
+    assert (statements.count("BEGIN IMMEDIATE"), statements.count("COMMIT")) == (1, 2)
     assert wallet.account(ada.id).balance == 5
 
 
@@ -575,7 +575,8 @@ def test_commit_that_keeps_failing_is_answered_as_unknown_and_its_key_decides(fi
         api.send("GET", "/api/account", status=200)
     assert answer.json["code"] == "outcome_unknown"
     assert answer.headers["Retry-After"] == "1"
-    assert "same key" in answer.json["title"]
+    assert "with the same Idempotency-Key" in answer.json["detail"]
+    assert "disk I/O error" in caplog.text
     api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key="k", status=201)
     api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key="k", status=201)
     assert file_wallet.account(ada.id).balance == 5
@@ -634,7 +635,7 @@ def test_full_disk_refuses_clearly_loses_nothing_and_is_got_over(tmp_path):
     assert re.search(r"refused [1-9]", done.stdout)
 
 
-def test_database_that_is_full_is_unavailable_and_changes_nothing(wallet, ada, caplog):
+def test_database_that_is_full_is_unavailable_and_changes_nothing(wallet, ada):
     pages = wallet.database._writer.execute("PRAGMA page_count").fetchone()[0]
     wallet.database._writer.execute(f"PRAGMA max_page_count = {pages}")
     outcomes = []
@@ -648,11 +649,10 @@ def test_database_that_is_full_is_unavailable_and_changes_nothing(wallet, ada, c
     assert wallet.account(ada.id).balance == done
     wallet.database._writer.execute("PRAGMA max_page_count = 1000000")
     assert wallet.topup(ada.id, 1).balance == done + 1
-    assert "full" in caplog.text
 
 
-def test_database_locked_by_another_process_is_unavailable_and_can_be_read(file_dsn, monkeypatch, caplog):
-    monkeypatch.setattr(wallet_module, "BUSY_S", 0.05)
+def test_database_locked_by_another_process_is_unavailable_and_can_be_read(file_dsn, monkeypatch):
+    monkeypatch.setattr(wallet_module, "BUSY_TIMEOUT_S", 0.05)
     with Wallet(file_dsn) as wallet, contextlib.closing(sqlite3.connect(file_dsn[10:])) as other:
         ada, _ = wallet.register("Ada")
         other.isolation_level = None
@@ -664,14 +664,14 @@ def test_database_locked_by_another_process_is_unavailable_and_can_be_read(file_
         assert wallet.topup(ada.id, 5).balance == 5
 
 
-def test_read_that_the_database_cannot_do_is_unavailable(file_wallet, caplog):
+def test_read_that_the_database_cannot_do_is_unavailable(file_wallet):
     with pytest.raises(Unavailable, match="no such table"):
         file_wallet.database.read(lambda tx: tx("SELECT * FROM gone"))
     with pytest.raises(Unavailable, match="readonly"):
         file_wallet.database.read(lambda tx: tx("UPDATE accounts SET balance = 0"))
 
 
-def test_reader_that_cannot_be_opened_is_unavailable(file_wallet, tmp_path, caplog):
+def test_reader_that_cannot_be_opened_is_unavailable(file_wallet, tmp_path):
     def read_while_the_file_is_away(_):
         (tmp_path / "wallet.db").rename(tmp_path / "away")
         (tmp_path / "wallet.db").mkdir()
@@ -698,15 +698,23 @@ def test_closed_wallet_says_so_and_closing_it_again_does_nothing(dsn):
     assert api.send("GET", "/livez", status=200).json == {"status": "ok"}
 
 
-def test_closing_lets_the_write_that_runs_finish(file_dsn):
+def test_closing_lets_the_writes_that_are_begun_finish_and_takes_no_more(file_dsn):
     wallet = Wallet(file_dsn)
+    ada, token = wallet.register("Ada")
     release = hold_the_writer(wallet)
-    closing = threading.Thread(target=wallet.close)
-    closing.start()
-    release()
-    closing.join()
-    with pytest.raises(Unavailable, match="closed"):
-        wallet.register("Ada")
+    with ThreadPoolExecutor(2) as threads:
+        waiting = threads.submit(wallet.topup, ada.id, 5)
+        wait_for_queue(wallet, 1)
+        closing = threads.submit(wallet.close)
+        while not wallet.database._closed:
+            assert not closing.done()
+        with pytest.raises(Unavailable, match="closed"):
+            wallet.topup(ada.id, 1)
+        release()
+        assert waiting.result().balance == 5
+        closing.result()
+    with Wallet(file_dsn) as wallet:
+        assert wallet.authenticate(token).balance == 5
 
 
 def test_closing_leaves_a_read_that_runs_alone(file_dsn):
@@ -737,14 +745,18 @@ def test_interrupted_write_that_waits_is_never_done(wallet, ada):
     release = hold_the_writer(wallet)
 
     def interrupt():
-        wait_for_line(wallet, 1)
+        wait_for_queue(wallet, 1)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     interrupter = threading.Thread(target=interrupt)
     interrupter.start()
-    with pytest.raises(KeyboardInterrupt):
-        wallet.topup(ada.id, 5)
-    interrupter.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background ignores it.
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wallet.topup(ada.id, 5)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        interrupter.join()
     release()
     assert wallet.account(ada.id).balance == 0
     assert wallet.topup(ada.id, 1).balance == 1
@@ -758,12 +770,12 @@ def test_interrupted_commit_leaves_no_write_half_done(wallet, ada):
     release = hold_the_writer(wallet)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(wallet.topup, ada.id, 5)
-        wait_for_line(wallet, 1)
+        wait_for_queue(wallet, 1)
         second = threads.submit(wallet.database.write, interrupt)
-        wait_for_line(wallet, 2)
+        wait_for_queue(wallet, 2)
         release()
         errors = {type(first.exception()), type(second.exception())}
-    assert errors == {OutcomeUnknown, KeyboardInterrupt} or errors == {OutcomeUnknown}
+    assert errors == {OutcomeUnknown, KeyboardInterrupt}
     assert wallet.account(ada.id).balance == 0
     assert wallet.topup(ada.id, 1).balance == 1
 
@@ -809,17 +821,38 @@ def test_keys_of_two_accounts_have_nothing_to_do_with_each_other(wallet, ada):
     assert not wallet.topup(grace.id, 6, key="k").replayed
 
 
-@pytest.mark.parametrize("with_key", [True, False], ids=["wallet", "control"])
-def test_32_concurrent_sends_of_one_key_have_one_effect_and_equal_answers(wallet, with_key):
-    ada, token = wallet.register("Ada")
-    key = {"Idempotency_Key": "order-17"} if with_key else {}
-    with running(wallet) as url:
-        answers = together(*[lambda: send(url, "POST", "/api/transactions/topup", {"amount": 5}, token, **key)] * 32)
-    effects = wallet.account(ada.id).balance // 5
-    if not with_key:
+class ForgetfulWallet(Wallet):
+    """Looks the key up in one transaction and has the effect in another: how money is paid out twice elsewhere."""
+
+    everyone_has_looked = threading.Barrier(32)
+
+    def topup(self, account_id, amount, description=None, *, key=None):
+        seen = [one for one in self.transactions(account_id).transactions if one.description == key]
+        self.everyone_has_looked.wait(timeout=30)
+        return seen[0] if seen else super().topup(account_id, amount, key)
+
+
+@pytest.mark.parametrize("kind", [Wallet, ForgetfulWallet])
+def test_32_concurrent_sends_of_one_key_have_one_effect_and_equal_answers(dsn, kind):
+    with kind(dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        answers = together(*[lambda: wallet.topup(ada.id, 5, key="order-17")] * 32)
+        effects = len(wallet.transactions(ada.id).transactions)
+        check_books(wallet)
+    if kind is ForgetfulWallet:
         assert effects == 32
         return
     assert effects == 1
+    assert len(set(answers)) == 1
+    assert sum(answer.replayed for answer in answers) == 31
+
+
+def test_32_concurrent_sends_of_one_key_over_http_have_one_effect_and_equal_answers(wallet):
+    ada, token = wallet.register("Ada")
+    with running(wallet) as url:
+        path, body = "/api/transactions/topup", {"amount": 5}
+        answers = together(*[lambda: send(url, "POST", path, body, token, Idempotency_Key="order-17")] * 32)
+    assert wallet.account(ada.id).balance == 5
     assert {status for status, _, _ in answers} == {201}
     assert len({json.dumps(document) for _, _, document in answers}) == 1
     assert sum("Idempotent-Replayed" in headers for _, headers, _ in answers) == 31
@@ -866,7 +899,7 @@ def test_bad_amount_in_process_is_refused_alike(wallet, ada, amount):
 BAD_TEXTS = [5, True, [], {}, "line\nbreak", "tab\t", "nul\x00", "\x1b[31m", "\x7f", "\x85", "\ud800", "a\udfff"]
 
 
-@pytest.mark.parametrize("name", [*BAD_TEXTS, None, "", " ", "\u2003", "x" * 101])
+@pytest.mark.parametrize("name", [*BAD_TEXTS, None, "", " ", "\u2003", "x" * 101, " \nAda"])
 def test_bad_name_is_refused(api, wallet, name):
     answer = api.send("POST", "/api/register", {"name": name}, status=422)
     assert [error["pointer"] for error in answer.json["errors"]] == ["#/name"]
@@ -884,8 +917,8 @@ def test_bad_description_is_refused_and_changes_nothing(api, description):
 
 @pytest.mark.parametrize("text", ["x", "Ada Łovelace", "李", "👩‍🚀" * 20, "x" * 100, "<b>&amp;'\"\\", "=1+1"])
 def test_good_text_comes_back_as_it_was_given(api, text):
-    account = api.send("POST", "/api/register", {"name": f"  {text[:96]} "}, status=201).json
-    assert account["name"] == text[:96]
+    account = api.send("POST", "/api/register", {"name": f"  {text}\u2003"}, status=201).json
+    assert account["name"] == text
     done = api.send("POST", "/api/transactions/topup", {"amount": 5, "description": text * 5}, status=201)
     assert done.json["description"] == text * 5
     listed = api.send("GET", "/api/transactions").json["transactions"]
@@ -898,13 +931,16 @@ def test_description_is_null_where_it_is_null_or_missing(api):
 
 
 def test_all_field_errors_come_at_once_with_pointers(api):
-    body = {"amount": "5", "description": 7, "amonut": 5, "a/b~c d": 1, "\ud800": 2}
+    body = {"amonut": 5, "a/b~c d": 1, "\ud800": 2, "description": 7}
     answer = api.send("POST", "/api/transactions/topup", body, status=422)
-    errors = {error["pointer"]: error["detail"] for error in answer.json["errors"]}
-    assert errors.keys() == {"#/amount", "#/description", "#/amonut", "#/a~1b~0c%20d", "#/%3F"}
-    assert errors["#/amonut"] == "is not known here; the fields are: amount, description"
+    amount = f"must be an integer from 1 to {AMOUNT_MAX}, in minor units (1250 for 12.50 dollars)"
+    unknown = "is not known; known are: amount, description"
+    assert [tuple(error.values()) for error in answer.json["errors"]] == [
+        ("#/amount", f"is missing; it {amount}"), ("#/description", "must be a string"), ("#/amonut", unknown),
+        ("#/a~1b~0c%20d", unknown), ("#/%3F", unknown),
+    ]
     many = api.send("POST", "/api/register", {str(number): 1 for number in range(5000)}, status=422)
-    assert len(many.json["errors"]) == 20
+    assert [error["pointer"] for error in many.json["errors"]] == ["#/name", *[f"#/{number}" for number in range(19)]]
 
 
 MALFORMED = {
@@ -1014,19 +1050,22 @@ def test_bug_answers_500_as_json_and_only_the_log_has_the_traceback(wallet, capl
 
 @pytest.mark.parametrize(("sent", "echoed"), [
     ("req-7", True), ("A.b_c-9" * 10, True), ("x" * 100, True), ("x" * 101, False), ("a b", False), ("é", False),
-    ("<script>", False), ("", False),
+    ("<script>", False), ("", False), (WRONG_TOKEN, False),
 ])
 def test_request_id_is_echoed_if_it_is_sane(api, sent, echoed):
     answer = api.send("GET", "/livez", X_Request_Id=sent)
     assert (answer.headers["X-Request-Id"] == sent) == echoed
 
 
-def raw_exchange(url, request, timeout_s=15):
-    """Send bytes, and return all that comes back until the server closes."""
+def connect(url):
     parts = urlsplit(url)
-    with socket.create_connection((parts.hostname, parts.port), timeout=timeout_s) as connection:
+    return socket.create_connection((parts.hostname, parts.port), timeout=30)
+
+
+def raw_exchange(url, request):
+    """Send bytes, and return all that comes back until the server closes."""
+    with connect(url) as connection:
         connection.sendall(request)
-        connection.shutdown(socket.SHUT_WR) if not request else None
         received = b""
         while chunk := connection.recv(65536):
             received += chunk
@@ -1044,6 +1083,7 @@ RAW_REFUSED = {
     "two lengths": (POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
     "length and chunks": (POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     "chunked twice": (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunked HTTP/1.0": (POST.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     "chunked, chunked": (POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
     "gzip": (POST + b"Transfer-Encoding: gzip\r\n\r\n0\r\n\r\n", 400),
     "bad chunk": (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
@@ -1073,7 +1113,7 @@ def test_what_is_not_http_is_refused_in_the_same_form_and_the_connection_closed(
 def test_client_that_still_sends_hears_why_it_is_refused(module_url, monkeypatch):
     body = b"x" * 5_000_000
     assert raw_exchange(module_url, POST + b"Content-Length: 5000000\r\n\r\n" + body).startswith(b"HTTP/1.1 413")
-    monkeypatch.setattr(wallet_module, "REQUEST_RECEIVE_S", 0)
+    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 0)
     assert raw_exchange(module_url, POST + b"Content-Length: 5000000\r\n\r\n").startswith(b"HTTP/1.1 413")
 
 
@@ -1082,13 +1122,50 @@ def test_chunked_body_is_taken(module_url):
     assert raw_exchange(module_url, request).startswith(b"HTTP/1.1 201")
 
 
-def test_client_that_sends_too_slowly_is_let_go_and_an_idle_one_too(monkeypatch):
-    monkeypatch.setattr(wallet_module, "REQUEST_RECEIVE_S", 0)
-    monkeypatch.setattr(wallet_module, "IDLE_S", 0)
-    with running() as url:
-        assert raw_exchange(url, b"POST /api/register HTTP/1.1\r\nContent-Le") == b""
-        assert raw_exchange(url, b"") == b""
+def test_client_that_sends_one_request_for_too_long_is_let_go(monkeypatch):
+    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 0)
+    with running() as url, contextlib.closing(connect(url)) as slow:
+        slow.sendall(b"POST /api/register HTTP/1.1\r\nContent-Le")
+        while True:  # It goes on sending, a byte at a time, so that it is never idle.
+            try:
+                slow.sendall(b"n")
+            except OSError:
+                break
         assert send(url, "GET", "/livez")[0] == 200
+
+
+def test_idle_connection_is_let_go(monkeypatch):
+    monkeypatch.setattr(wallet_module, "IDLE_TIMEOUT_S", 0)
+    with running() as url, contextlib.closing(connect(url)) as idle:
+        assert idle.recv(1) == b""
+        assert send(url, "GET", "/livez")[0] == 200
+
+
+def test_connections_above_the_limit_wait_for_one_to_end(monkeypatch, caplog):
+    monkeypatch.setattr(wallet_module, "CONNECTIONS_MAX", 6)  # Of which the server itself has two.
+    with running() as url, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(contextlib.closing(connect(url))) for _ in range(5)]
+        late = stack.enter_context(contextlib.closing(connect(url)))
+        late.sendall(b"GET /livez HTTP/1.1\r\nConnection: close\r\n\r\n")
+        late.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            late.recv(1)
+        for connection in idle:
+            connection.close()
+        late.settimeout(30)
+        assert late.recv(12) == b"HTTP/1.1 200"
+
+
+def test_queue_of_requests_is_not_logged(file_wallet, caplog):
+    _, token = file_wallet.register("Ada")
+    release = hold_the_writer(file_wallet)
+    with running(file_wallet) as url, ThreadPoolExecutor(16) as threads:
+        path, body = "/api/transactions/topup", {"amount": 1}
+        answers = [threads.submit(send, url, "POST", path, body, token) for _ in range(16)]
+        wait_for_queue(file_wallet, 4)
+        release()
+        assert {answer.result()[0] for answer in answers} == {201}
+    assert [record for record in caplog.records if record.name.startswith("waitress")] == []
 
 
 def test_pipelined_requests_are_answered_in_order(module_url):
@@ -1100,19 +1177,19 @@ def test_pipelined_requests_are_answered_in_order(module_url):
 # Promise 5: nobody sees or moves another account's money #############################################################
 
 OPEN_ROUTES = {"POST /api/register", "GET /livez", "GET /readyz", "GET /openapi.yaml", "GET /"}
-ROUTES = {f"{route.method} {route.rule}": route for route in wallet_module._router.routes}
+ROUTES = {f"{route.method} {route.rule}": route for route in wallet_module._routes.routes}
 
 
 def test_only_these_routes_are_open():
-    assert {name for name, route in ROUTES.items() if route.config["takes"].public} == OPEN_ROUTES
+    assert {name for name, route in ROUTES.items() if route.config.get("public")} == OPEN_ROUTES
 
 
 @pytest.mark.parametrize(("authorization", "error"), [
-    (None, False), ("", False), ("Basic QWRhOng=", False), ("Bearer", True), ("Bearer ", True), ("Bearer x", True),
+    (None, False), ("", False), ("Basic QWRhOng=", False), ("Bearer", False), ("Bearer ", False), ("Bearer x", True),
     (f"Bearer {WRONG_TOKEN}", True), (WRONG_TOKEN, False), (f"Bearer {WRONG_TOKEN}, Bearer {WRONG_TOKEN}", True),
     (f"Bearer {WRONG_TOKEN} x", True), (f"Bearer: {WRONG_TOKEN}", False), ("Bearer wlt_é", True),
 ])
-@pytest.mark.parametrize("name", ROUTES.keys() - OPEN_ROUTES)
+@pytest.mark.parametrize("name", sorted(ROUTES.keys() - OPEN_ROUTES))
 def test_every_other_route_refuses_whoever_has_no_valid_token(wallet, name, authorization, error):
     method, rule = name.split()
     api = Client(create_app(wallet))
@@ -1136,11 +1213,29 @@ def test_every_token_but_the_right_one_is_refused_alike(wallet):
     other_secret = wallet_module.make_token("acc_" + token[4:20])
     typo = token[:30] + ("x" if token[30] != "x" else "y") + token[31:]
     api, answers = Client(create_app(wallet)), set()
-    for wrong in (WRONG_TOKEN, other_secret, typo, token[:-1], token + "0", token.swapcase(), token[4:]):
+    for wrong in (WRONG_TOKEN, other_secret, typo, token[:-1], token + "0", token.swapcase(), token[4:], None, 5):
         with pytest.raises(Unauthorized):
             wallet.authenticate(wrong)
         answers.add(api.send("GET", "/api/account", Authorization=f"Bearer {wrong}", status=401).body)
     assert len(answers) == 1
+
+
+def test_typo_in_a_token_is_refused_without_the_database():
+    with Wallet() as wallet:
+        _, token = wallet.register("Ada")
+    with pytest.raises(Unavailable, match="closed"):
+        wallet.authenticate(token)
+    with pytest.raises(Unauthorized):
+        wallet.authenticate(token[:-1] + ("x" if token[-1] != "x" else "y"))
+
+
+def test_two_authorization_headers_are_refused_even_if_both_are_right(wallet):
+    _, token = wallet.register("Ada")
+    header = f"Authorization: Bearer {token}\r\n".encode()
+    for count, status in ((1, b"200"), (2, b"401")):
+        with running(wallet) as url:
+            request = b"GET /api/account HTTP/1.1\r\nConnection: close\r\n" + header * count + b"\r\n"
+            assert raw_exchange(url, request)[9:12] == status
 
 
 def test_account_sees_nothing_of_another(wallet, api):
@@ -1311,7 +1406,7 @@ def test_times_are_utc_to_the_microsecond(api, wallet):
     ("wallet.db", "a DSN looks like sqlite:///wallet.db"), ("", "a DSN looks"), ("sqlite:wallet.db", "a DSN looks"),
     ("mysql://u:secret@host/db", "unknown kind of DSN, mysql://; known are"), ("sqlite://wallet.db", "three slashes"),
     ("sqlite:///", "three slashes"), ("sqlite:///x?mode=ro", "without parameters"), ("sqlite:////no/such/x", "No such"),
-    ("sqlite:////tmp", "Is a directory"), ("sqlite:////proc/wallet.db", "cannot open"), ("sqlite:///\0", "cannot open"),
+    ("sqlite:////dev", "Is a directory"), ("sqlite:////proc/wallet.db", "cannot open"), ("sqlite:///\0", "cannot open"),
 ])
 def test_bad_dsn_is_refused_with_advice_and_without_its_secret(bad_dsn, message):
     with pytest.raises(ConfigurationError, match=message) as refusal:
@@ -1340,6 +1435,41 @@ def test_file_of_another_program_is_refused_and_left_as_it_was(tmp_path):
         assert path.read_bytes() == before
 
 
+def test_database_that_cannot_be_opened_leaves_nothing_open(file_dsn, tmp_path):
+    with Wallet(file_dsn) as wallet:
+        wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 2"))
+    (tmp_path / "notes.db").write_bytes(b"These are notes, and no database.\n" * 100)
+    before = sorted(os.listdir("/dev/fd"))
+    for one in (file_dsn, f"sqlite:///{tmp_path}/notes.db"):
+        with pytest.raises(ConfigurationError):
+            Wallet(one)
+    assert sorted(os.listdir("/dev/fd")) == before
+
+
+def test_damaged_file_is_refused_in_one_line_and_unavailable_while_it_runs(tmp_path, file_dsn):
+    with Wallet(file_dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        pages = wallet.database._writer.execute("PRAGMA page_count").fetchone()[0]
+    content = (tmp_path / "wallet.db").read_bytes()
+    page = len(content) // pages
+    for number in range(1, pages):
+        (tmp_path / "wallet.db").write_bytes(content[: page * number] + b"\xff" * page + content[page * (number + 1) :])
+        with contextlib.suppress(ConfigurationError), Wallet(file_dsn) as wallet:
+            for call in (lambda wallet: wallet.topup(ada.id, 1), lambda wallet: wallet.account(ada.id)):
+                with contextlib.suppress(Unavailable):
+                    call(wallet)
+    (tmp_path / "wallet.db").write_bytes(content[:page] + b"\xff" * (len(content) - page))
+    done = command("--dsn", file_dsn, "--port", "0")
+    assert done.returncode == 2
+    assert re.fullmatch(r"wallet: cannot [^\n]+malformed[^\n]*\n", done.stderr)
+
+
+def test_missing_schema_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(wallet_module, "__file__", str(tmp_path / "wallet.py"))
+    with pytest.raises(ConfigurationError, match=r"cannot use memory.*schema\.sql"):
+        Wallet()
+
+
 def test_newer_schema_is_refused(file_dsn):
     with Wallet(file_dsn) as wallet:
         wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 2"))
@@ -1352,7 +1482,7 @@ def test_currency_is_fixed_when_the_database_is_made(file_dsn):
         assert wallet.register("Ada")[0].currency == "JPY"
     with Wallet(file_dsn) as wallet:
         assert wallet.currency == "JPY"
-    with pytest.raises(ConfigurationError, match="keeps JPY"):
+    with pytest.raises(ConfigurationError, match="currency is JPY"):
         Wallet(file_dsn, currency="USD")
     with pytest.raises(ConfigurationError, match="three capital letters"):
         Wallet(currency="usd")
@@ -1391,8 +1521,7 @@ with wallet.Wallet({file_dsn!r}) as w:
 def test_help_names_every_setting_with_its_variable_and_default():
     shown = " ".join(command("--help").stdout.split())
     for setting in SETTINGS:
-        note = f"(default: {setting.default or 'none'}; {setting.variable})"
-        assert f"--{setting.name} VALUE {setting.meaning} {note}" in shown
+        assert f"--{setting.name} VALUE {setting.meaning} [{setting.variable}={setting.default}]" in shown
     assert "Example: python wallet.py" in shown
 
 
@@ -1402,7 +1531,7 @@ def test_version_is_told():
 
 
 @pytest.mark.parametrize(("arguments", "settings", "message"), [
-    (["--port", "x"], {}, "WALLET_PORT must be an integer from 0 to 65535, not 'x'"),
+    (["--port", "x"], {}, "wallet: --port or WALLET_PORT must be an integer from 0 to 65535, not 'x'; see --help"),
     (["--port", "65536"], {}, "WALLET_PORT must be an integer from 0 to 65535"),
     (["--threads", "0"], {}, "WALLET_THREADS must be an integer from 1 to 64"),
     (["--log-level", "loud"], {}, "WALLET_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
@@ -1410,7 +1539,7 @@ def test_version_is_told():
     ([], {"WALLET_CURRENCY": "Dollar"}, "three capital letters"),
     (["--por", "4000"], {}, "unrecognized arguments: --por 4000; see --help"),
     (["--dsn", "mongodb://u:secret@x"], {}, "unknown kind of DSN, mongodb://"),
-    (["--dsn", "sqlite:////no/such/folder/wallet.db"], {}, "cannot open /no/such/folder/wallet.db: [Errno 2] No such"),
+    (["--dsn", "sqlite:////no/such/folder/wallet.db"], {}, "cannot open /no/such/folder/wallet.db: No such file"),
     (["--host", "203.0.113.1", "--port", "0"], {}, "cannot listen on 203.0.113.1 port 0: "),
     (["--host", "no.such.host.invalid"], {}, "cannot listen on no.such.host.invalid port 0: "),
 ])
@@ -1452,11 +1581,13 @@ def test_it_serves_says_where_and_its_curls_can_be_pasted(tmp_path):
         assert [json.loads(line).get("code") for line in done.stdout.splitlines()] == [None, "insufficient_funds"]
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=30)
-    lines = [line.split(" ", 2)[2] for line in log.splitlines()]
+    lines = [line.split(" ", 1)[1] for line in log.splitlines()]
     assert [re.sub(r"\d+\.\d ms [0-9a-f]{16}$", "_", line) for line in lines] == [
         "INFO wallet.access: POST /api/register 201 _",
         "INFO wallet.access: POST /api/transactions/topup 201 _",
         "INFO wallet.access: POST /api/transactions/charge 402 _",
+        "INFO wallet: stopping: 0 connections are open",
+        "INFO wallet: stopped",
     ]
 
 
@@ -1529,6 +1660,28 @@ def test_stop_under_load_drops_no_request_that_was_taken(tmp_path):
         assert wallet.authenticate(token).balance == len(acknowledged)
 
 
+def test_stop_answers_the_connections_that_only_the_kernel_has_taken(tmp_path):
+    with served("--log-level", "warning", cwd=tmp_path) as server:
+        server.send_signal(signal.SIGSTOP)
+        waiting = [connect(server.url) for _ in range(5)]
+        for connection in waiting:
+            connection.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        server.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGCONT)
+        for connection in waiting:
+            with connection:
+                assert connection.recv(12) == b"HTTP/1.1 200"
+        assert server.wait(timeout=30) == 0
+
+
+def test_stop_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(wallet_module, "STOP_TIMEOUT_S", 0.1)
+    with running() as url, connect(url) as half:
+        half.sendall(b"POST /api/register HTTP/1.1\r\n")
+        assert send(url, "GET", "/livez")[0] == 200
+    assert half.fileno() == -1
+
+
 def test_second_signal_ends_it_at_once(tmp_path):
     with served(cwd=tmp_path) as server:
         parts = urlsplit(server.url)
@@ -1547,9 +1700,11 @@ def test_second_signal_ends_it_at_once(tmp_path):
 
 
 def test_it_listens_on_every_address_and_on_ipv6_if_asked(tmp_path):
-    for host, shown in (("0.0.0.0", "http://127.0.0.1:"), ("::1", "http://[::1]:"), ("localhost", "http://127.0.0.1:")):
+    for host, listens, url in (("0.0.0.0", "0.0.0.0", "127.0.0.1"), ("::1", "[::1]", "[::1]"),
+                               ("::", "[::]", "[::1]"), ("localhost", "127.0.0.1", "127.0.0.1")):
         with served("--host", host, "--dsn", "sqlite://", cwd=tmp_path) as server:
-            assert server.url.startswith(shown)
+            assert f"listens on http://{listens}:" in server.banner
+            assert server.url.startswith(f"http://{url}:")
             assert "memory, gone when it stops" in server.banner
             with urllib.request.urlopen(f"{server.url}/readyz", timeout=30) as answer:
                 assert json.load(answer) == {"status": "ok"}
@@ -1684,7 +1839,8 @@ def error_classes(base=WalletError):
 
 def test_readme_and_contract_list_every_error():
     known = sorted((one.status, one.code) for one in error_classes())
-    assert sorted((int(status), code.strip("`")) for status, code, _ in readme_table("Errors")) == known
+    named = sorted((one.status, one.code, one.__name__) for one in error_classes())
+    assert sorted((int(row[0]), row[1].strip("`"), row[2].strip("`")) for row in readme_table("Errors")) == named
     declared = CONTRACT["components"]["schemas"]["Problem"]["properties"]["code"]["enum"]
     assert sorted(declared) == sorted(code for _, code in known)
 
@@ -1693,6 +1849,26 @@ def test_readme_and_contract_list_every_route():
     known = {re.sub("<.*>", "{id}", name) for name in ROUTES}
     assert {row[0].strip("`").partition("?")[0] for row in readme_table("Routes")} == known
     assert {f"{method.upper()} {path}" for path, item in CONTRACT["paths"].items() for method in item} == known
+
+
+def documents_in(node):
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from documents_in(child)
+
+
+def test_examples_in_the_documents_are_real():
+    classes = {one.code: one for one in error_classes()}
+    problems = [one for one in documents_in(CONTRACT) if isinstance(one.get("title"), str) and "detail" in one]
+    assert len(problems) >= 10
+    for problem in problems:
+        known = classes[problem["code"]]
+        assert (problem["status"], problem["title"]) == (known.status, known.title)
+        assert problem["detail"] == known.advice or not known.advice or "(" in problem["detail"]
+    tokens = re.findall("wlt_[0-9A-Za-z]{20,}", README + (HERE / "openapi.yaml").read_text())
+    assert len(tokens) == 2
+    assert all(wallet_module.checksum(token[:-6]) == token[-6:] for token in tokens)
 
 
 def test_contract_opens_the_routes_that_are_open():
@@ -1791,12 +1967,17 @@ def test_service_keeps_to_its_contract_whatever_schemathesis_sends(tmp_path):
     # What it may be refused for, though valid by its form: the balance's cap, its shortness, a key used before,
     # and a cursor of another account.
     (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
+    strict = yaml.safe_load((HERE / "openapi.yaml").read_text())
+    for item in strict["paths"].values():
+        for operation in item.values():
+            del operation["responses"]["default"]  # Every status must be one that the operation names.
+    (tmp_path / "openapi.json").write_text(json.dumps(strict))
     with Wallet() as wallet, running(wallet) as url:
         ada, token = wallet.register("Ada")
         wallet.topup(ada.id, 10**12)
         done = subprocess.run(
-            [sys.executable, "-m", "schemathesis.cli", "run", str(HERE / "openapi.yaml"), "--url", url, "--checks",
-             "all", "--max-examples", "15", "--continue-on-failure", "--no-color", "--seed", "1",
+            [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", url, "--checks", "all",
+             "--max-examples", "15", "--continue-on-failure", "--no-color", "--seed", "1",
              "--header", f"Authorization: Bearer {token}"],
             capture_output=True, text=True, cwd=tmp_path, timeout=300, env={**os.environ, "PYTHONWARNINGS": ""})
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

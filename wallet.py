@@ -59,9 +59,10 @@ import time
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from http.client import responses as REASONS
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
@@ -88,23 +89,24 @@ access_logger = logging.getLogger("wallet.access")
 
 AMOUNT_MAX = 2**53 - 1  # Minor units, for an amount and for a balance: the largest integer that every
 # JSON client reads exactly (RFC 8259, section 6).
-NAME_CHARACTERS_MAX = 100
-DESCRIPTION_CHARACTERS_MAX = 500
-KEY_CHARACTERS_MAX = 255
-PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 100
-FIELD_ERRORS_MAX = 20  # A body of nothing but wrong fields gets no longer answer.
+SEQUENCE_MAX = 2**63 - 1  # What a BIGINT holds: no account gets there.
+NAME_CHARACTERS_MAX = 100  # A line on a screen.
+DESCRIPTION_CHARACTERS_MAX = 500  # A few lines on a statement.
+KEY_CHARACTERS_MAX = 255  # As clients of other payment services expect.
+PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 100  # Transactions: a page stays under 100 KiB.
+FIELD_ERRORS_MAX = 20  # Far more than a request has fields: keeps the answer to a hostile body short.
 
-BODY_BYTES_MAX = 64 * 1024  # Far above the largest valid body, fully escaped.
-HEADER_BYTES_MAX = 16 * 1024
-CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files.
-REQUEST_RECEIVE_S = 10  # From a request's first byte to its last.
-IDLE_S = 60  # A connection may wait this long between two requests.
-STOP_S = 10  # What runs when the server is told to stop may take this long.
-SWITCH_INTERVAL_S = 5e-5  # Between Python threads. At the usual 5 ms, a write that lets go of the interpreter
-# around each SQLite call gets it back too late, and 64 busy connections are served five times slower.
+BODY_BYTES_MAX = 64 * 1024  # Far more than the largest valid body, even with every character escaped.
+HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
+CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files to a process.
+REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last: slow senders must not use up the connections.
+IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
+STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
 STOP_IDLE_S = 0.2  # A connection that was in use so recently may be sending its next request.
+SWITCH_INTERVAL_S = 5e-5  # Between Python threads. At the usual 5 ms, a write that lets go of the interpreter
+# around each SQLite call gets it back too late, and many busy connections are served several times slower.
 
-BUSY_S = 5  # How long to wait for another process that holds SQLite's write lock.
+BUSY_TIMEOUT_S = 5  # For another process to let go of SQLite's write lock: longer than any commit should take.
 SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 1
@@ -133,22 +135,22 @@ class Setting(NamedTuple):
             if not self.allowed or text in self.allowed:
                 return text
             rule = f"one of {', '.join(self.allowed)}"
-        raise argparse.ArgumentTypeError(f"{self.variable} must be {rule}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"or {self.variable} must be {rule}, not {text!r}")
 
 
 SETTINGS = (
     Setting("dsn", "sqlite:///wallet.db", "where the money is kept: sqlite:///FILE, or sqlite:// in memory"),
-    Setting("host", "127.0.0.1", "the address to listen on; 0.0.0.0 is every one of this machine's"),
-    Setting("port", "4000", "the TCP port to listen on; 0 is any free one", range(65536)),
+    Setting("host", "127.0.0.1", "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
+    Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
     Setting("threads", "8", "how many requests are worked on at once", range(1, 65)),
-    Setting("currency", "", "the ISO 4217 code of a new database (USD if not given), fixed from then on"),
-    Setting("log-level", "info", "how much to log; info is a line a request", ("debug", "info", "warning", "error")),
+    Setting("currency", "", "three capital letters, fixed when the database is made; USD if not given then"),
+    Setting("log-level", "info", "how much to log; info is a line per request", ("debug", "info", "warning", "error")),
 )
 
 
 class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see --help")
+        raise ConfigurationError(re.sub("^argument (--[a-z-]+):", r"\1", message) + "; see --help")
 
 
 def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
     for setting in SETTINGS:
         parser.add_argument(f"--{setting.name}", dest=setting.name, metavar="VALUE", type=setting.parse,
                             default=os.environ.get(setting.variable, setting.default),
-                            help=f"{setting.meaning} (default: {setting.default or 'none'}; {setting.variable})")
+                            help=f"{setting.meaning} [{setting.variable}={setting.default}]")
     return vars(parser.parse_args(arguments))
 
 
@@ -173,18 +175,18 @@ def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
 class WalletError(Exception):
     """Everything that can go wrong, with its HTTP status and a stable code for programs.
 
-    `str(error)` is a sentence for people. What else is known are attributes, listed in `members`,
+    `str(error)` says what to do, for people. What else is known are attributes, listed in `members`,
     which are also members of the HTTP answer (RFC 9457).
     """
 
-    status, code, title = 500, "wallet_error", "The wallet cannot do this."
+    status, code, title, advice = 500, "wallet_error", "The wallet cannot do this.", ""
     headers: Mapping[str, str] = {}
 
     def __init_subclass__(cls, status: int, code: str, title: str) -> None:
         cls.status, cls.code, cls.title = status, code, title
 
     def __init__(self, detail: str = "", *, headers: Mapping[str, str] | None = None, **members: Any) -> None:
-        super().__init__(detail or self.title)
+        super().__init__(detail or self.advice or self.title)
         self.headers = self.headers if headers is None else headers
         self.members = members
         self.__dict__.update(members)
@@ -196,6 +198,7 @@ class MalformedRequest(WalletError, status=400, code="malformed_request", title=
 class Unauthorized(WalletError, status=401, code="unauthorized", title="A valid bearer token is needed."):
     """There is none, or not a valid one (RFC 6750). Unknown account and wrong secret answer alike."""
 
+    advice = "Send the header 'Authorization: Bearer wlt_...', with the token that registering showed."
     headers = {"WWW-Authenticate": 'Bearer realm="wallet"'}
 
 class InsufficientFunds(WalletError, status=402, code="insufficient_funds", title="The balance is too low."):
@@ -213,8 +216,12 @@ class MethodNotAllowed(WalletError, status=405, code="method_not_allowed", title
 class BodyTooLarge(WalletError, status=413, code="body_too_large", title="The body is too large."):
     """It has more than BODY_BYTES_MAX bytes."""
 
-class UnsupportedMediaType(WalletError, status=415, code="unsupported_media_type", title="Send JSON."):
+    advice = f"A body may have at most {BODY_BYTES_MAX} bytes."
+
+class UnsupportedMediaType(WalletError, status=415, code="unsupported_media_type", title="The body must be JSON."):
     """The body does not come with `Content-Type: application/json`."""
+
+    advice = "Send the header 'Content-Type: application/json', and a JSON object."
 
 class ValidationFailed(WalletError, status=422, code="validation_failed", title="A field is out of its rules."):
     """`errors` has every wrong field, each with a JSON pointer and what it must be."""
@@ -227,21 +234,29 @@ class BalanceLimitExceeded(WalletError, status=422, code="balance_limit_exceeded
     balance: int
 
 class IdempotencyKeyReused(WalletError, status=422, code="idempotency_key_reused", title="The key was used before."):
-    """It was sent with another request. A new request needs a new key."""
+    """It was sent with another request."""
+
+    advice = "This Idempotency-Key came with another request before. A new request needs a new key."
 
 class HeadersTooLarge(WalletError, status=431, code="headers_too_large", title="The headers are too large."):
     """The request line and the headers have more than HEADER_BYTES_MAX bytes."""
 
-class InternalError(WalletError, status=500, code="internal_error", title="The wallet failed; its log says why."):
+    advice = f"The request line and the headers may have at most {HEADER_BYTES_MAX} bytes."
+
+class InternalError(WalletError, status=500, code="internal_error", title="The wallet has a fault."):
     """A bug. The log has its traceback, under the request id."""
 
+    advice = "The wallet's log says why, under this answer's X-Request-Id."
+
 class Unavailable(WalletError, status=503, code="unavailable", title="The database cannot do this now."):
-    """It is busy, full or away. Nothing was changed, so the same can be tried again."""
+    """It is busy, full, broken or away. Nothing was changed, so the same can be tried again."""
 
     headers = {"Retry-After": "1"}
 
-class OutcomeUnknown(Unavailable, status=503, code="outcome_unknown", title="Send it again, with the same key."):
+class OutcomeUnknown(Unavailable, status=503, code="outcome_unknown", title="It is not known whether this was done."):
     """The commit failed in a way that does not tell whether it is kept."""
+
+    advice = "Send the same request again, with the same Idempotency-Key: it has its effect once."
 
 class ConfigurationError(WalletError, status=500, code="configuration", title="The wallet cannot start like this."):
     """It cannot be opened or started as it was asked to. No request raises it."""
@@ -249,7 +264,7 @@ class ConfigurationError(WalletError, status=500, code="configuration", title="T
 
 # Values ###############################################################################################
 
-SIGNS = {"topup": +1, "charge": -1}  # The types of a transaction, and what each does to the balance.
+SIGN_BY_TYPE = {"topup": +1, "charge": -1}  # The types of a transaction, and what each does to the balance.
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -334,13 +349,13 @@ def parse_amount(value: object) -> int:
     """Return an amount in minor units. Raises ValueError: True, 1.0 and "5" are no integers here."""
     if type(value) is int and 1 <= value <= AMOUNT_MAX:
         return value
-    raise ValueError(f"must be an integer from 1 to {AMOUNT_MAX}, in minor units (1250 is $12.50)")
+    raise ValueError(f"must be an integer from 1 to {AMOUNT_MAX}, in minor units (1250 for 12.50 dollars)")
 
 
-def parse_text(value: object, characters_max: int) -> str:
+def parse_text(value: object) -> str:
     """Return one line of text. Raises ValueError, also for what databases disagree on, such as NUL."""
-    if not isinstance(value, str) or len(value) > characters_max:
-        raise ValueError(f"must be a string of at most {characters_max} characters")
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
         raise ValueError("must not have control characters, such as line breaks, or lone surrogates")
     return value
@@ -348,15 +363,17 @@ def parse_text(value: object, characters_max: int) -> str:
 
 def parse_name(value: object) -> str:
     """Return a name without the white space around it. Raises ValueError."""
-    name = parse_text(value, NAME_CHARACTERS_MAX).strip()
-    if not name:
-        raise ValueError("must have a character other than white space")
+    name = parse_text(value).strip()
+    if not 1 <= len(name) <= NAME_CHARACTERS_MAX:
+        raise ValueError(f"must have 1 to {NAME_CHARACTERS_MAX} characters, without the white space around them")
     return name
 
 
 def parse_description(value: object) -> str | None:
     """Return a description as it was given, None for none. Raises ValueError."""
-    return None if value is None else parse_text(value, DESCRIPTION_CHARACTERS_MAX)
+    if value is not None and len(parse_text(value)) > DESCRIPTION_CHARACTERS_MAX:
+        raise ValueError(f"must have at most {DESCRIPTION_CHARACTERS_MAX} characters")
+    return None if value is None else parse_text(value)
 
 
 def parse_key(value: object) -> str:
@@ -374,25 +391,26 @@ def parse_limit(value: object) -> int:
 
 
 Rules = Mapping[str, Callable[[object], Any]]
-REGISTRATION: Rules = {"name": parse_name}
-MOVEMENT: Rules = {"amount": parse_amount, "description": parse_description}
 
 
 def parse_fields(rules: Rules, values: Mapping[str, object]) -> dict[str, Any]:
     """Return each field of `rules`, parsed. Raises ValidationFailed, with all errors at once."""
-    errors = [(name, f"is not known here; the fields are: {', '.join(rules)}") for name in values.keys() - rules]
-    fields = {}
+    fields, errors = {}, []
     for name, parse in rules.items():
         try:
             fields[name] = parse(values.get(name))
         except ValueError as error:
-            errors.append((name, str(error)))
+            errors.append((name, str(error) if name in values else f"is missing; it {error}"))
+    errors += [(name, f"is not known; known are: {', '.join(rules)}") for name in values if name not in rules]
     if errors:
-        told = [{"pointer": json_pointer(name), "detail": text} for name, text in errors[:FIELD_ERRORS_MAX]]
-        first = f"{told[0]['pointer']} {told[0]['detail']}."
-        detail = first if len(errors) == 1 else f"{len(errors)} fields are wrong; see errors."
-        raise ValidationFailed(detail, errors=told)
+        listed = [{"pointer": json_pointer(name), "detail": text} for name, text in errors[:FIELD_ERRORS_MAX]]
+        detail = "; ".join(f"{error['pointer']} {error['detail']}" for error in listed[:3])
+        raise ValidationFailed(f"{detail}.", errors=listed)
     return fields
+
+
+parse_registration = partial(parse_fields, {"name": parse_name})
+parse_movement = partial(parse_fields, {"amount": parse_amount, "description": parse_description})
 
 
 def json_pointer(name: str) -> str:
@@ -402,23 +420,26 @@ def json_pointer(name: str) -> str:
 
 # Wallet ###############################################################################################
 
-COLUMNS = "sequence, type, amount, balance, description, created_at"
+TRANSACTION_COLUMNS = "sequence, type, amount, balance, description, created_at"
 
 
 class Wallet:
     """Accounts and their money, in the database that `dsn` names (see `open_database`).
 
     Amounts are integers in minor units. Every method may be called from many threads, and raises
-    Unavailable when the database cannot do it now. `currency` is an ISO 4217 code, fixed when the
-    database is made. Raises ConfigurationError when the database cannot be opened.
+    Unavailable when the database cannot do it now. `currency` is three capital letters (ISO 4217), fixed
+    when the database is made. Raises ConfigurationError when the database cannot be opened.
     """
 
     def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None) -> None:
         if currency and not re.fullmatch("[A-Z]{3}", currency):
-            raise ConfigurationError("the currency must be an ISO 4217 code of three capital letters, like USD")
+            raise ConfigurationError("the currency must be three capital letters, such as USD")
         self.database = open_database(dsn)
         try:
             self.currency = self._prepare(currency)
+        except (OSError, Unavailable) as error:
+            self.database.close()
+            raise ConfigurationError(f"cannot use {self.database.location}: {error}") from error
         except BaseException:
             self.database.close()
             raise
@@ -438,7 +459,7 @@ class Wallet:
 
         Raises ValidationFailed.
         """
-        name = parse_fields(REGISTRATION, {"name": name})["name"]
+        name = parse_registration({"name": name})["name"]
         account_id = "acc_" + random_base62(16)
         token, now_us = make_token(account_id), time.time_ns() // 1000
         sql = "INSERT INTO accounts VALUES (?, ?, ?, 0, 0, ?)"
@@ -448,7 +469,7 @@ class Wallet:
     def authenticate(self, token: str) -> Account:
         """Return the account that a token opens. Raises Unauthorized."""
         refusal = Unauthorized(headers={"WWW-Authenticate": 'Bearer realm="wallet", error="invalid_token"'})
-        if not re.fullmatch("wlt_[0-9A-Za-z]{54}", token) or checksum(token[:-6]) != token[-6:]:
+        if not re.fullmatch("wlt_[0-9A-Za-z]{54}", str(token)) or checksum(token[:-6]) != token[-6:]:
             raise refusal
         sql = "SELECT id, name, balance, created_at, token_hash FROM accounts WHERE id = ?"
         rows = self.database.read(lambda tx: tx(sql, "acc_" + token[4:20]))
@@ -462,26 +483,18 @@ class Wallet:
 
     def topup(self, account_id: str, amount: int, description: str | None = None, *,
               key: str | None = None) -> Transaction:
-        """Add to the balance, once a key.
-
-        Raises NotFound, ValidationFailed, MalformedRequest (of the key), BalanceLimitExceeded,
-        IdempotencyKeyReused, OutcomeUnknown.
-        """
+        """Add to the balance, at most once per key. Raises BalanceLimitExceeded, and what `_move` does."""
         return self._move("topup", account_id, amount, description, key)
 
     def charge(self, account_id: str, amount: int, description: str | None = None, *,
                key: str | None = None) -> Transaction:
-        """Take from the balance, once a key; or raise InsufficientFunds and change nothing.
-
-        Raises NotFound, ValidationFailed, MalformedRequest (of the key), IdempotencyKeyReused,
-        OutcomeUnknown.
-        """
+        """Take from the balance, at most once per key. Raises InsufficientFunds, and what `_move` does."""
         return self._move("charge", account_id, amount, description, key)
 
     def transaction(self, account_id: str, transaction_id: str) -> Transaction:
         """Return one transaction of this account. Raises NotFound."""
         sequence = parse_transaction_id(account_id, transaction_id)
-        sql = f"SELECT {COLUMNS} FROM transactions WHERE account_id = ? AND sequence = ?"
+        sql = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ? AND sequence = ?"
         rows = self.database.read(lambda tx: tx(sql, account_id, sequence))
         if not rows:
             raise NotFound("This account has no such transaction.")
@@ -494,16 +507,16 @@ class Wallet:
         A page begins below the sequence number that its cursor names. So each page costs the same,
         however long the history is, and what is written between two pages moves nothing.
         """
-        if type is not None and type not in SIGNS:
-            raise MalformedRequest(f"type must be one of: {', '.join(SIGNS)}.")
-        account_id, limit, before = parse_account_id(account_id), parse_limit(limit), AMOUNT_MAX
+        if type is not None and type not in SIGN_BY_TYPE:
+            raise MalformedRequest(f"type must be one of: {', '.join(SIGN_BY_TYPE)}.")
+        account_id, limit, before = parse_account_id(account_id), parse_limit(limit), SEQUENCE_MAX
         if cursor is not None:
             try:
                 before = parse_transaction_id(account_id, cursor)
             except NotFound:
                 raise MalformedRequest("cursor must be a next_cursor of this account's history.") from None
         of_type, types = ("", []) if type is None else ("AND type = ?", [type])
-        sql = f"""SELECT {COLUMNS} FROM transactions WHERE account_id = ? AND sequence < ? {of_type}
+        sql = f"""SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ? AND sequence < ? {of_type}
                   ORDER BY sequence DESC LIMIT ?"""
         rows = self.database.read(lambda tx: tx(sql, account_id, before, *types, limit + 1))
         if not rows:
@@ -517,12 +530,14 @@ class Wallet:
 
         One UPDATE looks the key up, checks both bounds and takes the next sequence number, so that
         nothing comes between. It finds no row where the key was used, or the balance does not do.
+        Raises NotFound, ValidationFailed, MalformedRequest (for the key), IdempotencyKeyReused,
+        OutcomeUnknown.
         """
         account_id = parse_account_id(account_id)
-        amount, description = parse_fields(MOVEMENT, {"amount": amount, "description": description}).values()
+        amount, description = parse_movement({"amount": amount, "description": description}).values()
         key = secrets.token_urlsafe(16) if key is None else parse_key(key)
         fingerprint = hashlib.sha256(json.dumps([type, amount, description]).encode()).hexdigest()
-        change = SIGNS[type] * amount
+        change = SIGN_BY_TYPE[type] * amount
 
         def move(tx: Execute) -> Transaction:
             moved = tx("""UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1
@@ -534,7 +549,7 @@ class Wallet:
                 return self._replay_or_refuse(tx, account_id, key, fingerprint, change)
             sequence, balance = moved[0]
             row = (sequence, type, amount, balance, description, time.time_ns() // 1000)
-            tx(f"""INSERT INTO transactions (account_id, idempotency_key, fingerprint, {COLUMNS})
+            tx(f"""INSERT INTO transactions (account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS})
                    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""", account_id, key, fingerprint, *row)
             return self._as_transaction(account_id, row)
 
@@ -543,7 +558,7 @@ class Wallet:
     def _replay_or_refuse(self, tx: Execute, account_id: str, key: str, fingerprint: str,
                           change: int) -> Transaction:
         """Return what the key did before, or say why the money cannot move."""
-        earlier = tx(f"""SELECT {COLUMNS}, fingerprint FROM transactions
+        earlier = tx(f"""SELECT {TRANSACTION_COLUMNS}, fingerprint FROM transactions
                          WHERE account_id = ? AND idempotency_key = ?""", account_id, key)
         if earlier and earlier[0][-1] != fingerprint:
             raise IdempotencyKeyReused()
@@ -582,10 +597,10 @@ class Wallet:
         run("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING", SCHEMA_VERSION, currency or "USD")
         ((version, kept),) = self.database.read(lambda tx: tx("SELECT schema_version, currency FROM wallet"))
         if version > SCHEMA_VERSION:
-            raise ConfigurationError(f"the database is of schema version {version}, and this wallet knows"
+            raise ConfigurationError(f"the database has schema version {version}, and this wallet supports only"
                                      f" {SCHEMA_VERSION}: use a newer wallet")
         if currency and currency != kept:
-            raise ConfigurationError(f"the database keeps {kept}, and that cannot be changed to {currency}")
+            raise ConfigurationError(f"the database's currency is {kept}, and cannot be changed to {currency}")
         for statement in others:
             run(statement)
         return str(kept)
@@ -633,7 +648,7 @@ def open_database(dsn: str) -> Database:
     """
     scheme, separator, path = dsn.partition("://")
     if not separator:
-        raise ConfigurationError("a DSN looks like sqlite:///wallet.db or sqlite:////var/lib/wallet.db")
+        raise ConfigurationError("a DSN looks like sqlite:///wallet.db, or with an absolute path sqlite:////srv/wallet.db")
     if scheme != "sqlite":
         raise ConfigurationError(f"unknown kind of DSN, {scheme}://; known are sqlite:///FILE and sqlite://")
     if path in ("", "/:memory:"):
@@ -658,35 +673,31 @@ class SQLiteDatabase:
         self.location = os.path.abspath(path) if path else "memory, gone when it stops"
         self._path = path
         self._process_id = os.getpid()
-        self._turn = threading.Condition()
-        self._line: list[_Write] = []
+        self._condition = threading.Condition()
+        self._queue: list[_Write] = []
         self._busy = self._closed = False
         self._idle_readers: list[sqlite3.Connection] = []
         try:
             self._writer = self._open_writer()
         except (OSError, ValueError, sqlite3.Error) as error:
-            raise ConfigurationError(f"cannot open {path}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigurationError(f"cannot open {path}: {reason}") from error
 
     def write(self, function: Callable[[Execute], T]) -> T:
         """Run `function` in the next transaction, alone or with others (see Database)."""
         write = _Write(function)
-        with self._turn:
+        with self._condition:
             self._check_usable()
-            self._line.append(write)
+            self._queue.append(write)
             try:
-                self._turn.wait_for(lambda: write.done or not self._busy)
+                self._condition.wait_for(lambda: write.done or not self._busy)
             except BaseException:  # Interrupted, as by Ctrl-C: what nobody has begun, nobody will.
-                self._line = [other for other in self._line if other is not write]
+                self._queue = [other for other in self._queue if other is not write]
                 raise
             if not write.done:
-                batch, self._line, self._busy = self._line, [], True
+                batch, self._queue, self._busy = self._queue, [], True
         if not write.done:
-            try:
-                self._commit(batch)
-            finally:
-                with self._turn:
-                    self._busy = False
-                    self._turn.notify_all()
+            self._commit(batch)
         if write.error:
             raise write.error
         result: T = write.result
@@ -696,16 +707,16 @@ class SQLiteDatabase:
         """Run `function` beside the writer. In memory there is one connection, so it takes its turn."""
         if self._path is None:
             return self.write(function)
-        with self._turn:
+        with self._condition:
             self._check_usable()
             reader = self._idle_readers.pop() if self._idle_readers else None
         try:
             reader = reader or self._connect("PRAGMA query_only = ON")
             return function(_execute_on(reader))
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             raise _unavailable(error) from error
         finally:
-            with self._turn:
+            with self._condition:
                 if reader and self._closed:
                     reader.close()
                 elif reader:
@@ -716,10 +727,10 @@ class SQLiteDatabase:
         self.read(lambda tx: tx("SELECT currency FROM wallet"))
 
     def close(self) -> None:
-        """Wait for the write that runs, at most BUSY_S; then close every connection not in use."""
-        with self._turn:
-            self._turn.wait_for(lambda: not self._busy, timeout=BUSY_S)
-            self._closed = True
+        """Wait for the writes that are begun, at most BUSY_TIMEOUT_S; then close what is not in use."""
+        with self._condition:
+            self._closed = True  # From here on nothing joins the queue, so it empties.
+            self._condition.wait_for(lambda: not (self._busy or self._queue), timeout=BUSY_TIMEOUT_S)
             while self._idle_readers:
                 self._idle_readers.pop().close()
             self._writer.close()
@@ -738,15 +749,18 @@ class SQLiteDatabase:
         """
         failure: Unavailable | None = OutcomeUnknown()
         try:
-            failure = self._attempt(batch)
-            if isinstance(failure, OutcomeUnknown) and self._attempt(batch) is None:
+            failure = self._try_commit(batch)
+            if isinstance(failure, OutcomeUnknown) and self._try_commit(batch) is None:
                 failure = None
         finally:
-            for write in batch:
-                write.done = True
-                write.error = type(failure)(str(failure)) if failure else write.error
+            with self._condition:
+                for write in batch:
+                    write.done = True
+                    write.error = type(failure)(str(failure)) if failure else write.error
+                self._busy = False
+                self._condition.notify_all()
 
-    def _attempt(self, batch: list[_Write]) -> Unavailable | None:
+    def _try_commit(self, batch: list[_Write]) -> Unavailable | None:
         """Return None once the batch is committed, else why it is not, or may not be."""
         committing = False
         try:
@@ -756,22 +770,22 @@ class SQLiteDatabase:
             committing = True
             self._writer.execute("COMMIT")
             return None
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             # A full disk shows before the log's last frame is written, so it is a clear no.
             unknown = committing and "disk is full" not in str(error)
-            return OutcomeUnknown() if unknown else _unavailable(error)
+            return OutcomeUnknown(f"{OutcomeUnknown.advice} ({error})") if unknown else _unavailable(error)
         finally:
             if self._writer.in_transaction:  # Some errors roll back by themselves.
                 self._writer.execute("ROLLBACK")
 
     def _run(self, write: _Write) -> None:
-        """Run one write under its savepoint. An OperationalError is the whole transaction's."""
+        """Run one write under its savepoint. A fault of the database is the whole transaction's."""
         self._writer.execute("SAVEPOINT one_write")
         try:
             write.result, write.error = write.function(_execute_on(self._writer)), None
-        except sqlite3.OperationalError:
-            raise
         except Exception as error:
+            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.IntegrityError):
+                raise
             write.error = error
             self._writer.execute("ROLLBACK TO one_write")
         self._writer.execute("RELEASE one_write")
@@ -794,7 +808,7 @@ class SQLiteDatabase:
         return connection
 
     def _connect(self, pragma: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path or ":memory:", timeout=BUSY_S, isolation_level=None,
+        connection = sqlite3.connect(self._path or ":memory:", timeout=BUSY_TIMEOUT_S, isolation_level=None,
                                      check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute(pragma)
@@ -817,16 +831,17 @@ def _execute_on(connection: sqlite3.Connection) -> Execute:
 
 
 def _unavailable(error: sqlite3.Error) -> Unavailable:
-    logger.error("database: %s", error)
-    return Unavailable(f"The database cannot do this now ({error}). Nothing was changed; try again.")
+    return Unavailable(f"Nothing was changed, so try again. ({error})")
 
 
 # HTTP #################################################################################################
 
-_router = Bottle()  # Answers and errors are made in App, in one place, so only its routes are used.
+# Of Bottle only the router is used: answers and errors are made in App, in one place. A route needs a bearer
+# token unless it is `public`. Its handler gets the wallet, and by name all that the route takes, parsed.
+_routes = Bottle()
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """What a route returns. A dict is sent as JSON."""
 
     status: int
@@ -834,114 +849,91 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-class Takes(NamedTuple):
-    """What a route takes: a bearer token unless it is public, and these parameters, fields and key."""
-
-    public: bool
-    query: Rules
-    body: Rules | None
-    key: bool
-
-
-Handler = TypeVar("Handler", bound=Callable[..., Answer])
-
-
-def route(method: str, path: str, *, public: bool = False, query: Rules | None = None, body: Rules | None = None,
-          key: bool = False) -> Callable[[Handler], Handler]:
-    """Register a handler. It is called with the wallet, and by name with what the route takes, parsed."""
-
-    def register(handler: Handler) -> Handler:
-        _router.route(path, method, handler, takes=Takes(public, query or {}, body, key))
-        return handler
-
-    return register
-
-
-@route("POST", "/api/register", public=True, body=REGISTRATION)
-def post_register(wallet: Wallet, name: str) -> Answer:
+@_routes.post("/api/register", public=True, body=parse_registration)
+def post_register(wallet: Wallet, name: str) -> Response:
     """Make an account. No other answer ever shows its token."""
     account, token = wallet.register(name)
-    return Answer(201, {**show(account), "token": token})
+    return Response(201, {**to_json(account), "token": token})
 
 
-@route("GET", "/api/account")
-def get_account(wallet: Wallet, account: Account) -> Answer:
+@_routes.get("/api/account")
+def get_account(wallet: Wallet, account: Account) -> Response:
     """Show the account, as authentication has just read it."""
-    return Answer(200, show(account))
+    return Response(200, to_json(account))
 
 
-@route("POST", "/api/transactions/topup", body=MOVEMENT, key=True)
-def post_topup(wallet: Wallet, account: Account, **movement: Any) -> Answer:
+@_routes.post("/api/transactions/topup", body=parse_movement, key=True)
+def post_topup(wallet: Wallet, account: Account, **movement: Any) -> Response:
     """Add to the balance."""
-    return show_movement(wallet.topup(account.id, **movement))
+    return movement_response(wallet.topup(account.id, **movement))
 
 
-@route("POST", "/api/transactions/charge", body=MOVEMENT, key=True)
-def post_charge(wallet: Wallet, account: Account, **movement: Any) -> Answer:
+@_routes.post("/api/transactions/charge", body=parse_movement, key=True)
+def post_charge(wallet: Wallet, account: Account, **movement: Any) -> Response:
     """Take from the balance, or answer 402 and change nothing."""
-    return show_movement(wallet.charge(account.id, **movement))
+    return movement_response(wallet.charge(account.id, **movement))
 
 
-@route("GET", "/api/transactions", query={"limit": parse_limit, "cursor": str, "type": str})
-def get_transactions(wallet: Wallet, account: Account, **query: Any) -> Answer:
+@_routes.get("/api/transactions", query=("limit", "cursor", "type"))
+def get_transactions(wallet: Wallet, account: Account, **query: Any) -> Response:
     """List the history, newest first, with a link to the next page (RFC 8288)."""
     transactions, cursor = wallet.transactions(account.id, **query)
     link = {"Link": f'<?{urlencode({**query, "cursor": cursor})}>; rel="next"'} if cursor else {}
-    return Answer(200, {"transactions": [show(one) for one in transactions], "next_cursor": cursor}, link)
+    return Response(200, {"transactions": [to_json(one) for one in transactions], "next_cursor": cursor}, link)
 
 
-@route("GET", "/api/transactions/<transaction_id:re:txn_[0-9A-Za-z_]+>")
-def get_transaction(wallet: Wallet, account: Account, transaction_id: str) -> Answer:
+@_routes.get("/api/transactions/<transaction_id:re:txn_[0-9A-Za-z_]+>")
+def get_transaction(wallet: Wallet, account: Account, transaction_id: str) -> Response:
     """Show one transaction."""
-    return Answer(200, show(wallet.transaction(account.id, transaction_id)))
+    return Response(200, to_json(wallet.transaction(account.id, transaction_id)))
 
 
-@route("GET", "/livez", public=True)
-def get_livez(wallet: Wallet) -> Answer:
+@_routes.get("/livez", public=True)
+def get_livez(wallet: Wallet) -> Response:
     """Say that the process answers."""
-    return Answer(200, {"status": "ok"})
+    return Response(200, {"status": "ok"})
 
 
-@route("GET", "/readyz", public=True)
-def get_readyz(wallet: Wallet) -> Answer:
+@_routes.get("/readyz", public=True)
+def get_readyz(wallet: Wallet) -> Response:
     """Say that the database answers too."""
     wallet.database.ping()
-    return Answer(200, {"status": "ok"})
+    return Response(200, {"status": "ok"})
 
 
-@route("GET", "/openapi.yaml", public=True)
-def get_openapi(wallet: Wallet) -> Answer:
+@_routes.get("/openapi.yaml", public=True)
+def get_openapi(wallet: Wallet) -> Response:
     """Serve the contract."""
-    return Answer(200, read_file("openapi.yaml"), {"Content-Type": "application/yaml"})
+    return Response(200, read_file("openapi.yaml"), {"Content-Type": "application/yaml"})
 
 
-@route("GET", "/", public=True)
-def get_page(wallet: Wallet) -> Answer:
+@_routes.get("/", public=True)
+def get_page(wallet: Wallet) -> Response:
     """Serve the page."""
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-    return Answer(200, read_file("wallet.html"), headers)
+    return Response(200, read_file("wallet.html"), headers)
 
 
-def show(record: Account | Transaction) -> dict[str, Any]:
+def to_json(record: Account | Transaction) -> dict[str, Any]:
     """Return a record as JSON has it, its time in UTC ending in Z (RFC 3339)."""
     created_at = record.created_at.isoformat(timespec="microseconds").replace("+00:00", "Z")
     return {name: value for name, value in vars(record).items() if name != "replayed"} | {"created_at": created_at}
 
 
-def show_movement(transaction: Transaction) -> Answer:
-    """Answer a movement: the same each time its key is sent, but for a header that tells a replay."""
-    return Answer(201, show(transaction), {"Idempotent-Replayed": "true"} if transaction.replayed else {})
+def movement_response(transaction: Transaction) -> Response:
+    """Response a movement: the same each time its key is sent, but for a header that tells a replay."""
+    return Response(201, to_json(transaction), {"Idempotent-Replayed": "true"} if transaction.replayed else {})
 
 
-def show_error(error: WalletError) -> Answer:
+def error_response(error: WalletError) -> Response:
     """Return a problem document (RFC 9457)."""
     body = {"title": error.title, "status": error.status, "detail": str(error), "code": error.code, **error.members}
-    return Answer(error.status, body, {"Content-Type": "application/problem+json", **error.headers})
+    return Response(error.status, body, {"Content-Type": "application/problem+json", **error.headers})
 
 
 def read_file(name: str) -> bytes:
-    """Return a file that lies beside this module. Raises NotFound where it was not installed."""
+    """Return a file that lies beside this module. Raises NotFound if it is not installed."""
     try:
         return Path(__file__).with_name(name).read_bytes()
     except FileNotFoundError:
@@ -949,24 +941,24 @@ def read_file(name: str) -> bytes:
 
 
 def parse_authorization(header: str) -> str:
-    """Return the bearer token (RFC 6750, section 2.1), "" for one that is malformed. Raises Unauthorized."""
-    scheme, _, rest = header.partition(" ")
-    if scheme.lower() != "bearer":
+    """Return what is sent as a bearer token (RFC 6750, section 2.1). Raises Unauthorized."""
+    scheme, _, token = header.partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
         raise Unauthorized()
-    return rest.lstrip(" ")
+    return token.lstrip(" ")
 
 
-def parse_query(text: str, rules: Rules) -> dict[str, Any]:
-    """Return the parameters, parsed. Raises MalformedRequest, also for an unknown one and one sent twice."""
+def parse_query(text: str, names: Sequence[str]) -> dict[str, str]:
+    """Return the parameters. Raises MalformedRequest, also for an unknown one and one sent twice."""
     try:
         pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict") if text else []
     except ValueError:
         raise MalformedRequest("The query string is malformed.") from None
     query = dict(pairs)
-    if len(query) < len(pairs) or query.keys() - rules:
-        known = f"takes, once each: {', '.join(rules)}" if rules else "takes no parameters"
+    if len(query) < len(pairs) or query.keys() - set(names):
+        known = f"takes, once each: {', '.join(names)}" if names else "takes no parameters"
         raise MalformedRequest(f"The query has an unknown parameter, or one twice; this route {known}.")
-    return {name: rules[name](value) for name, value in query.items()}
+    return query
 
 
 def parse_body(environ: WSGIEnvironment) -> dict[str, object]:
@@ -993,7 +985,7 @@ def parse_body(environ: WSGIEnvironment) -> dict[str, object]:
     return document
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(fields := dict(pairs)) < len(pairs):
         raise ValueError("an object has the same key twice")
     return fields
@@ -1005,7 +997,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 # An integer of more than 20 digits is out of every rule, and stays so when it is cut. To read all of it
 # is slow, and from 4,300 digits on an error.
-_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant,
+_JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constant=_refuse_constant,
                          parse_int=lambda digits: int(digits[:20]))
 
 
@@ -1016,47 +1008,50 @@ class App:
         self.wallet = wallet
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-        started, method = time.perf_counter(), environ["REQUEST_METHOD"]
+        started, method, path = time.perf_counter(), environ["REQUEST_METHOD"], environ.setdefault("PATH_INFO", "")
         request_id = make_request_id(environ.get("HTTP_X_REQUEST_ID", ""))
         try:
             answer = self._dispatch(environ)
         except WalletError as error:
-            answer = show_error(error)
+            if error.status >= 500:
+                logger.error("request %s: %s", request_id, error)
+            answer = error_response(error)
         except Exception:
             logger.exception("request %s failed", request_id)
-            answer = show_error(InternalError())
+            answer = error_response(InternalError())
         status, headers, body = render(answer, request_id)
-        log_access(method, environ.get("PATH_INFO", ""), answer.status, started, request_id)
+        log_access(method, path, answer.status, started, request_id)
         start_response(status, headers)
         return [] if method == "HEAD" else [body]
 
-    def _dispatch(self, environ: WSGIEnvironment) -> Answer:
+    def _dispatch(self, environ: WSGIEnvironment) -> Response:
         try:
-            route, taken = _router.match(environ)
+            route, arguments = _routes.match(environ)
         except HTTPError as error:
             if error.status_code != 405:
                 raise NotFound("There is no such route; /openapi.yaml lists them all.") from None
             allow = error.headers["Allow"].replace("GET", "GET, HEAD")
             raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
-        takes: Takes = route.config["takes"]
-        if not takes.public:
+        takes = route.config
+        if not takes.get("public"):
             token = parse_authorization(environ.get("HTTP_AUTHORIZATION", ""))
-            taken["account"] = self.wallet.authenticate(token)
-        taken |= parse_query(environ.get("QUERY_STRING", ""), takes.query)
-        if takes.key and "HTTP_IDEMPOTENCY_KEY" in environ:
-            taken["key"] = parse_key(environ["HTTP_IDEMPOTENCY_KEY"])
-        if takes.body is not None:
-            taken |= parse_fields(takes.body, parse_body(environ))
-        answer: Answer = route.callback(self.wallet, **taken)
-        return answer
+            arguments["account"] = self.wallet.authenticate(token)
+        arguments |= parse_query(environ.get("QUERY_STRING", ""), takes.get("query", ()))
+        if takes.get("key") and "HTTP_IDEMPOTENCY_KEY" in environ:
+            arguments["key"] = parse_key(environ["HTTP_IDEMPOTENCY_KEY"])
+        if "body" in takes:
+            arguments |= takes["body"](parse_body(environ))
+        response: Response = route.callback(self.wallet, **arguments)
+        return response
 
 
 def make_request_id(sent: str) -> str:
     """Return the client's request id if it is fit for a header and a log line, else a new one."""
-    return sent if re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) else secrets.token_hex(8)
+    sane = re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent
+    return sent if sane else secrets.token_hex(8)
 
 
-def render(answer: Answer, request_id: str) -> tuple[str, list[tuple[str, str]], bytes]:
+def render(answer: Response, request_id: str) -> tuple[str, list[tuple[str, str]], bytes]:
     """Return the status line, the headers and the body, with all that every answer carries."""
     body = answer.body
     if isinstance(body, dict):
@@ -1090,7 +1085,7 @@ def create_app(wallet: Wallet | None = None) -> App:
 
 
 class _Parser(HTTPRequestParser):
-    """waitress's parser; it also refuses what two servers in a row might read in two ways.
+    """waitress's parser, which also refuses what two servers in a row might read in two ways.
 
     A body that tells its length twice is how a request is smuggled past one (RFC 9112, section 6.1).
     """
@@ -1100,13 +1095,15 @@ class _Parser(HTTPRequestParser):
         self.started = time.time()
 
     def parse_header(self, header_plus: bytes) -> None:
-        encodings = re.findall(rb"(?im)^transfer-encoding[ \t]*:[ \t]*(.*?)[ \t\r]*$", header_plus)
+        lengths = re.findall(rb"(?im)^(?:content-length|transfer-encoding)[ \t]*:(.*)", header_plus)
+        if len(lengths) > 1 or b"," in b"".join(lengths):
+            raise ParsingError("the length of the body is told more than once")
         try:
             super().parse_header(header_plus)
         except ValueError:  # Some targets make urlsplit raise it.
             raise ParsingError("the target is malformed") from None
-        if encodings and ("CONTENT_LENGTH" in self.headers or [one.lower() for one in encodings] != [b"chunked"]):
-            raise ParsingError("Transfer-Encoding must be chunked, once, and without Content-Length")
+        if "TRANSFER_ENCODING" in self.headers:
+            raise ParsingError("Transfer-Encoding came with HTTP/1.0")
 
 
 class _ErrorTask(ErrorTask):
@@ -1115,12 +1112,13 @@ class _ErrorTask(ErrorTask):
     def execute(self) -> None:
         refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
         malformed = MalformedRequest(f"The request is not valid HTTP: {self.request.error.body}.")
-        answer, request_id = show_error(refusals.get(self.request.error.code, malformed)), make_request_id("")
+        answer, request_id = error_response(refusals.get(self.request.error.code, malformed)), make_request_id("")
         self.status, headers, body = render(answer, request_id)
         self.response_headers.extend(headers)
         self.content_length = len(body)
         self.set_close_on_finish()
-        log_access("-", "-", answer.status, time.perf_counter(), request_id)
+        known = vars(self.request)  # It has what was parsed before the request was refused.
+        log_access(known.get("command", "-"), known.get("path", "-"), answer.status, time.perf_counter(), request_id)
         self.channel.refused = True
         self.write(body)
 
@@ -1135,7 +1133,7 @@ class _Task(WSGITask):
 
 
 class _Channel(HTTPChannel):
-    """A connection. A refused client is heard out: to close while it still sends would reset our answer away."""
+    """A connection. A refused client is heard out: closing while it still sends would lose it our answer."""
 
     parser_class, task_class, error_task_class = _Parser, _Task, _ErrorTask
     refused = lingering = False
@@ -1145,7 +1143,7 @@ class _Channel(HTTPChannel):
             super().handle_close()
             return
         self.lingering, self.will_close = True, False
-        self.request = self.parser_class(self.adj)  # REQUEST_RECEIVE_S from now, `maintenance` ends it.
+        self.request = self.parser_class(self.adj)  # REQUEST_TIMEOUT_S from now, `maintenance` ends it.
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
@@ -1169,18 +1167,17 @@ class _Server(TcpWSGIServer):
         dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
         dispatcher.set_thread_count(threads)
         adjustments = Adjustments(
-            ident="", channel_timeout=IDLE_S, cleanup_interval=1, connection_limit=CONNECTIONS_MAX,
+            ident="", channel_timeout=IDLE_TIMEOUT_S, cleanup_interval=1, connection_limit=CONNECTIONS_MAX,
             max_request_header_size=HEADER_BYTES_MAX, max_request_body_size=BODY_BYTES_MAX + 1,
             log_socket_errors=False)
         sockinfo = (listener.family, listener.type, listener.proto, listener.getsockname())
         super().__init__(app, _sock=listener, bind_socket=False, sockinfo=sockinfo, dispatcher=dispatcher,
                          adj=adjustments)
         host, port = listener.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host.replace("0.0.0.0", "127.0.0.1")
-        self.url, self.stopping = f"http://{host}:{port}", False
+        self.url, self.stopping = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", False
 
     def run(self) -> None:
-        """Serve until `stop`; then answer what has been received, within STOP_S, and return."""
+        """Serve until `stop`; then answer what has been received, within STOP_TIMEOUT_S, and return."""
         while not self.stopping:
             wasyncore.loop(timeout=1, use_poll=True, map=self._map, count=1)
         known = -1
@@ -1188,7 +1185,8 @@ class _Server(TcpWSGIServer):
             known = len(self.active_channels)
             self.handle_accept()
         wasyncore.dispatcher.close(self)
-        deadline = time.time() + STOP_S
+        logger.info("stopping: %d connections are open", len(self.active_channels))
+        deadline = time.time() + STOP_TIMEOUT_S
         while self.active_channels and time.time() < deadline:
             wasyncore.loop(timeout=0.05, use_poll=True, map=self._map, count=1)
             for channel in list(self.active_channels.values()):
@@ -1197,6 +1195,7 @@ class _Server(TcpWSGIServer):
                     channel.handle_close()
         self.task_dispatcher.shutdown(timeout=1)
         wasyncore.close_all(self._map)
+        logger.info("stopped")
 
     def stop(self) -> None:
         """Make `run` return. Any thread may call it, and a signal handler."""
@@ -1207,7 +1206,8 @@ class _Server(TcpWSGIServer):
         """Close what is idle, and what takes too long over one request."""
         super().maintenance(now)
         for channel in self.active_channels.values():
-            if channel.request and now - channel.request.started > REQUEST_RECEIVE_S:
+            if channel.request and now - channel.request.started > REQUEST_TIMEOUT_S:
+                logger.info("closed a connection whose request took more than %d s", REQUEST_TIMEOUT_S)
                 channel.will_close = True
 
 
@@ -1224,20 +1224,22 @@ def listen(host: str, port: int) -> socket.socket:
 @contextmanager
 def running(wallet: Wallet | None = None) -> Iterator[str]:
     """Serve a wallet, a new one in memory if none is given, on a free port; yield its URL."""
-    with ExitStack() as stack:
-        served = wallet or stack.enter_context(Wallet())
-        server = _Server(create_app(served), listen("127.0.0.1", 0), threads=4)
-        thread = threading.Thread(target=server.run, name="wallet", daemon=True)
-        thread.start()
-        try:
-            yield server.url
-        finally:
-            server.stop()
-            thread.join()
+    if wallet is None:
+        with Wallet() as wallet, running(wallet) as url:
+            yield url
+        return
+    server = _Server(create_app(wallet), listen("127.0.0.1", 0), threads=4)
+    thread = threading.Thread(target=server.run, name="wallet", daemon=True)
+    thread.start()
+    try:
+        yield server.url
+    finally:
+        server.stop()
+        thread.join()
 
 
 BANNER = """\
-wallet {version} listens on {url}, with its data in {location}. Try it from another terminal:
+wallet {version} listens on {address}, with its data in {location}. Try it from another terminal:
 
 TOKEN=$(curl -s {url}/api/register -H Content-Type:application/json -d '{{"name": "Ada"}}' \
 | tee /dev/stderr | grep -o 'wlt_[0-9A-Za-z]*')
@@ -1259,7 +1261,9 @@ def serve(wallet: Wallet, listener: socket.socket, threads: int) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    print(BANNER.format(version=__version__, url=server.url, location=wallet.database.location), flush=True)
+    url = server.url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    location = wallet.database.location
+    print(BANNER.format(version=__version__, address=server.url, url=url, location=location), flush=True)
     server.run()
 
 
@@ -1267,8 +1271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Return 0, or 2 where the wallet could not start."""
     try:
         settings = load_settings(sys.argv[1:] if arguments is None else arguments)
-        level, form = settings["log-level"].upper(), "%(asctime)s %(levelname)s %(name)s: %(message)s"
-        logging.basicConfig(level=level, format=form)
+        logging.basicConfig(level=settings["log-level"].upper(), datefmt="%Y-%m-%dT%H:%M:%S%z",
+                            format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         with (listen(settings["host"], settings["port"]) as listener,
               Wallet(settings["dsn"], currency=settings["currency"]) as wallet):
             serve(wallet, listener, settings["threads"])
