@@ -14,7 +14,7 @@ CREATE TABLE IF NOT EXISTS wallet (
     currency       TEXT    NOT NULL CHECK (length(currency) = 3)
 );
 
--- One row an account. Its balance is that of its last transaction, kept here
+-- One row per account. Its balance is that of its last transaction, kept here
 -- so that a charge can be refused by one conditional UPDATE. last_sequence
 -- counts its transactions. Of the token, only the SHA-256 is kept, in hex.
 CREATE TABLE IF NOT EXISTS accounts (
@@ -26,7 +26,7 @@ CREATE TABLE IF NOT EXISTS accounts (
     created_at     BIGINT  NOT NULL
 );
 
--- One row a movement of money, written once and never changed. The sequence
+-- One row per movement of money, written once and never changed. The sequence
 -- counts 1, 2, 3 ... within the account, without gaps. balance is the
 -- account's after this movement. The idempotency key is the client's or one
 -- made for the request, and the fingerprint is the SHA-256 of the request, in
