@@ -506,13 +506,60 @@ def test_writer_asks_for_a_sync_at_every_commit(file_wallet):
     assert pragmas == {"synchronous": 2, "journal_mode": "wal", "fullfsync": 1, "foreign_keys": 1}
 
 
-def hold_the_writer(wallet):
+def test_write_that_waited_for_a_batch_that_failed_is_never_told_that_it_was_done(file_dsn, monkeypatch):
+    class SlowWrite(wallet_module._Write):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "done" and value:
+                time.sleep(0.002)  # Widens the moment in which it is done and the others hear of it.
+
+    monkeypatch.setattr(wallet_module, "_Write", SlowWrite)
+    monkeypatch.setattr(wallet_module, "BUSY_TIMEOUT_S", 0.001)
+    with Wallet(file_dsn) as wallet, contextlib.closing(sqlite3.connect(file_dsn[10:])) as other:
+        ada, _ = wallet.register("Ada")
+        other.isolation_level = None
+        other.execute("BEGIN IMMEDIATE")
+        outcomes = together(*[lambda: wallet.topup(ada.id, 1)] * 16)
+        assert {type(outcome) for outcome in outcomes} == {Unavailable}
+        other.execute("ROLLBACK")
+        check_books(wallet)
+
+
+WATCHER = """
+import contextlib, sqlite3, sys
+with contextlib.closing(sqlite3.connect(sys.argv[1])) as connection:
+    print(connection.execute("SELECT balance FROM accounts").fetchall())
+"""
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
+def test_second_wallet_on_a_file_leaves_the_locks_of_the_first(file_dsn, tmp_path, careless):
+    def watch():
+        return subprocess.run([sys.executable, "-c", WATCHER, str(tmp_path / "wallet.db")], check=True, timeout=60,
+                              capture_output=True, text=True, env=environment()).stdout
+
+    with Wallet(file_dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.topup(ada.id, 1)
+        Wallet(file_dsn).close()
+        with pytest.raises(ConfigurationError):
+            Wallet(file_dsn, currency="EUR")
+        if careless:  # Closing any descriptor of a file ends every lock that its process has on it.
+            os.close(os.open(tmp_path / "wallet.db", os.O_RDWR))
+        watch()
+        wallet.topup(ada.id, 1)
+        assert watch() == ("[(1,)]\n" if careless else "[(2,)]\n")
+        assert (tmp_path / "wallet.db-wal").exists() != careless
+
+
+def hold_the_writer(wallet, sql="SELECT 1"):
     """Begin a write that waits. Return the function that lets it go, and its thread."""
     begun, go = threading.Event(), threading.Event()
 
     def slow(tx):
         begun.set()
         assert go.wait(timeout=30)
+        tx(sql)
 
     thread = threading.Thread(target=wallet.database.write, args=(slow,))
     thread.start()
@@ -671,19 +718,6 @@ def test_read_that_the_database_cannot_do_is_unavailable(file_wallet):
         file_wallet.database.read(lambda tx: tx("UPDATE accounts SET balance = 0"))
 
 
-def test_reader_that_cannot_be_opened_is_unavailable(file_wallet, tmp_path):
-    def read_while_the_file_is_away(_):
-        (tmp_path / "wallet.db").rename(tmp_path / "away")
-        (tmp_path / "wallet.db").mkdir()
-        with pytest.raises(Unavailable, match="unable to open"):
-            file_wallet.account("acc_0000000000000000")
-        (tmp_path / "wallet.db").rmdir()
-        (tmp_path / "away").rename(tmp_path / "wallet.db")
-
-    file_wallet.database.read(read_while_the_file_is_away)
-    assert file_wallet.register("Ada")[0].balance == 0
-
-
 def test_closed_wallet_says_so_and_closing_it_again_does_nothing(dsn):
     wallet = Wallet(dsn)
     ada, token = wallet.register("Ada")
@@ -698,23 +732,42 @@ def test_closed_wallet_says_so_and_closing_it_again_does_nothing(dsn):
     assert api.send("GET", "/livez", status=200).json == {"status": "ok"}
 
 
-def test_closing_lets_the_writes_that_are_begun_finish_and_takes_no_more(file_dsn):
+def test_closing_lets_the_write_that_runs_finish_and_begins_no_other(file_dsn):
     wallet = Wallet(file_dsn)
     ada, token = wallet.register("Ada")
-    release = hold_the_writer(wallet)
+    release = hold_the_writer(wallet, "UPDATE accounts SET name = 'Grace'")
     with ThreadPoolExecutor(2) as threads:
         waiting = threads.submit(wallet.topup, ada.id, 5)
         wait_for_queue(wallet, 1)
         closing = threads.submit(wallet.close)
         while not wallet.database._closed:
             assert not closing.done()
-        with pytest.raises(Unavailable, match="closed"):
-            wallet.topup(ada.id, 1)
+        assert not waiting.done()
         release()
-        assert waiting.result().balance == 5
+        assert isinstance(waiting.exception(), Unavailable)
         closing.result()
     with Wallet(file_dsn) as wallet:
-        assert wallet.authenticate(token).balance == 5
+        account = wallet.authenticate(token)
+        assert (account.name, account.balance) == ("Grace", 0)
+
+
+def test_write_inside_a_write_is_refused_and_does_not_wait_for_itself(wallet, ada):
+    with pytest.raises(RuntimeError, match="inside a write"):
+        wallet.database.write(lambda tx: wallet.topup(ada.id, 5))
+    assert wallet.topup(ada.id, 1).balance == 1
+
+
+def test_file_that_was_removed_or_replaced_is_noticed_and_does_not_come_back_empty(file_dsn, tmp_path):
+    with Wallet(file_dsn) as wallet:
+        api = Client(create_app(wallet))
+        api.send("GET", "/readyz", status=200)
+        (tmp_path / "wallet.db").rename(tmp_path / "away")
+        assert "removed or replaced" in api.send("GET", "/readyz", status=503).json["detail"]
+        with pytest.raises(Unavailable, match="unable to open"):
+            wallet.database.read(lambda _: wallet.account("acc_0000000000000000"))
+        assert not (tmp_path / "wallet.db").exists()
+        shutil.copy(tmp_path / "away", tmp_path / "wallet.db")
+        api.send("GET", "/readyz", status=503)
 
 
 def test_closing_leaves_a_read_that_runs_alone(file_dsn):
@@ -1011,7 +1064,8 @@ def test_query_parameter_of_no_meaning_is_refused_everywhere(api, path):
 
 @pytest.mark.parametrize("path", [
     "/api", "/api/", "/api/account/", "/ap%C4%B1/account", "/api/acc%FFount", "/x<script>", "/api/transactions/",
-    "/api/transactions/5", "/api/transactions/%0d%0aX:1", "//api/account", "/api/../wallet.py", "/wallet.py",
+    "/api/transactions/5", "/api/transactions/%0d%0aX:1",
+    "/api/transactions/txn_0000000000000000_1%0A", "//api/account", "/api/../wallet.py", "/wallet.py",
     "/schema.sql",
 ])
 def test_unknown_route_is_404(api, path):
@@ -1087,6 +1141,15 @@ RAW_REFUSED = {
     "chunked, chunked": (POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
     "gzip": (POST + b"Transfer-Encoding: gzip\r\n\r\n0\r\n\r\n", 400),
     "bad chunk": (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    "tab in the target": (b"GET /li\tvez HTTP/1.1\r\n\r\n", 400),
+    "control characters in the target": (b"GET \x00\x01/livez HTTP/1.1\r\n\r\n", 400),
+    "target that takes a careless pattern minutes": (b"GET a://" + b"1" * 16_000 + b" x HTTP/1.1\r\n\r\n", 400),
+    "white space that takes one seconds": (b"GET /livez HTTP/1.1\r\nX:" + b" " * 16_000 + b"x\r\n\r\n", 400),
+    "folded header": (b"GET /livez HTTP/1.1\r\nX: a\r\n b\r\n\r\n", 400),
+    "token before a bare line feed": (f"GET / HTTP/1.1\r\nA: Bearer {WRONG_TOKEN}\nX: y\r\n\r\n".encode(), 400),
+    "length of 5,000 digits": (POST + b"Content-Length: " + b"9" * 5_000 + b"\r\n\r\n", 400),
+    "two idempotency keys": (POST + b"Idempotency-Key: a\r\nIdempotency-Key: a\r\nContent-Length: 2\r\n\r\n{}", 400),
+    "body too large to wait for": (POST + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n", 413),
     "headers too large": (b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", 431),
     "body too large": (POST + b"Content-Length: 65537\r\n\r\n", 413),
     "body far too large": (POST + b"Content-Length: 99999999999\r\n\r\n", 413),
@@ -1108,6 +1171,53 @@ def test_what_is_not_http_is_refused_in_the_same_form_and_the_connection_closed(
     assert headers["Connection"] == "close"
     check_common(status, headers, body)
     assert "waitress" not in head.decode() + body.decode()
+    assert WRONG_TOKEN not in body.decode()
+
+
+def test_client_that_asks_before_it_sends_a_body_is_told_to_go_on_and_without_a_body_is_answered(module_url):
+    with connect(module_url) as connection:
+        connection.sendall(POST + b"Expect: 100-continue\r\nContent-Length: 14\r\nConnection: close\r\n\r\n")
+        assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b'{"name":"Ada"}')
+        assert connection.recv(65536).startswith(b"HTTP/1.1 201")
+    expecting = b"GET /livez HTTP/1.1\r\nExpect: 100-continue\r\nAuthorization: A\r\n\r\n"
+    last = b"GET /api/account HTTP/1.1\r\nConnection: close\r\n\r\n"
+    assert re.findall(rb"HTTP/1.1 (\d+)", raw_exchange(module_url, expecting + last)) == [b"200", b"401"]
+
+
+def test_client_that_does_not_read_its_answers_gets_no_more_of_them(module_url):
+    parts = urlsplit(module_url)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((parts.hostname, parts.port))
+        connection.settimeout(30)
+        request = b"GET /openapi.yaml HTTP/1.1\r\n\r\n"
+        connection.sendall(request * (8192 // len(request)))
+        time.sleep(0.5)  # The server answers meanwhile, as far as it does.
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := connection.recv(65536):
+                received += chunk
+    assert 1 < received.count(b"HTTP/1.1 200 OK") < 8192 // len(request)
+    assert received.count(b"Connection: close") == 1
+
+
+def test_client_that_never_reads_is_let_go(monkeypatch):
+    monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 0)
+    with running() as url:
+        parts = urlsplit(url)
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((parts.hostname, parts.port))
+            request = b"GET /openapi.yaml HTTP/1.1\r\n\r\n"
+            connection.sendall(request * (8192 // len(request)))
+            deadline = time.monotonic() + 30
+            while connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
+                with contextlib.suppress(OSError):
+                    connection.send(b"x")
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert send(url, "GET", "/livez")[0] == 200
 
 
 def test_client_that_still_sends_hears_why_it_is_refused(module_url, monkeypatch):
@@ -1302,10 +1412,13 @@ def test_log_has_a_line_a_request_and_never_a_token(wallet, caplog):
     lines = [record.getMessage() for record in caplog.records if record.name == "wallet.access"]
     assert [re.sub(r"\d+\.\d ms", "1.0 ms", line) for line in lines] == [
         "GET /api/account 400 1.0 ms one",
-        "GET /api/wlt_***/x%0Afake 404 1.0 ms two",
+        "GET /api/wlt_***/x?fake 404 1.0 ms two",
         "POST /api/transactions/topup 201 1.0 ms three",
     ]
     assert token[20:52] not in caplog.text
+    caplog.clear()
+    wallet_module._Channel.logger.error(f"Client disconnected while serving /{token}\n2026 INFO fake")
+    assert caplog.messages == ["Client disconnected while serving /wlt_***?2026 INFO fake"]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         api.send("GET", "/livez")
@@ -1406,7 +1519,7 @@ def test_times_are_utc_to_the_microsecond(api, wallet):
     ("wallet.db", "a DSN looks like sqlite:///wallet.db"), ("", "a DSN looks"), ("sqlite:wallet.db", "a DSN looks"),
     ("mysql://u:secret@host/db", "unknown kind of DSN, mysql://; known are"), ("sqlite://wallet.db", "three slashes"),
     ("sqlite:///", "three slashes"), ("sqlite:///x?mode=ro", "without parameters"), ("sqlite:////no/such/x", "No such"),
-    ("sqlite:////dev", "Is a directory"), ("sqlite:////proc/wallet.db", "cannot open"), ("sqlite:///\0", "cannot open"),
+    ("sqlite:////dev", "unable to open"), ("sqlite:////proc/wallet.db", "cannot open"), ("sqlite:///\0", "cannot open"),
 ])
 def test_bad_dsn_is_refused_with_advice_and_without_its_secret(bad_dsn, message):
     with pytest.raises(ConfigurationError, match=message) as refusal:

@@ -100,6 +100,8 @@ BODY_BYTES_MAX = 64 * 1024  # Far more than the largest valid body, even with ev
 HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
 CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files to a process.
 REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last: slow senders must not use up the connections.
+ANSWER_TIMEOUT_S = 30  # From an answer's first byte that waits to its last taken: nor must slow readers.
+UNREAD_BYTES_MAX = 256 * 1024  # Of a client with more answers than this waiting, no further request is served.
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
 STOP_IDLE_S = 0.2  # A connection that was in use so recently may be sending its next request.
@@ -675,10 +677,12 @@ class SQLiteDatabase:
         self._process_id = os.getpid()
         self._condition = threading.Condition()
         self._queue: list[_Write] = []
-        self._busy = self._closed = False
+        self._leader: int | None = None  # The thread that commits at the moment.
+        self._closed = False
         self._idle_readers: list[sqlite3.Connection] = []
         try:
             self._writer = self._open_writer()
+            self._identity = file_identity(path) if path else None
         except (OSError, ValueError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigurationError(f"cannot open {path}: {reason}") from error
@@ -687,15 +691,17 @@ class SQLiteDatabase:
         """Run `function` in the next transaction, alone or with others (see Database)."""
         write = _Write(function)
         with self._condition:
-            self._check_usable()
+            if self._leader == threading.get_ident():
+                raise RuntimeError("a write, or in memory a read, inside a write would wait for itself")
             self._queue.append(write)
             try:
-                self._condition.wait_for(lambda: write.done or not self._busy)
-            except BaseException:  # Interrupted, as by Ctrl-C: what nobody has begun, nobody will.
+                self._condition.wait_for(lambda: write.done or self._leader is None)
+                if not write.done:
+                    self._check_usable()
+                    batch, self._queue, self._leader = self._queue, [], threading.get_ident()
+            except BaseException:  # Closed, or interrupted as by Ctrl-C: what nobody has begun, nobody will.
                 self._queue = [other for other in self._queue if other is not write]
                 raise
-            if not write.done:
-                batch, self._queue, self._busy = self._queue, [], True
         if not write.done:
             self._commit(batch)
         if write.error:
@@ -723,14 +729,16 @@ class SQLiteDatabase:
                     self._idle_readers.append(reader)
 
     def ping(self) -> None:
-        """Read the one row that every wallet has."""
+        """Read the one row that every wallet has, and see that the file is the one that was opened."""
         self.read(lambda tx: tx("SELECT currency FROM wallet"))
+        if self._path is not None and file_identity(self._path) != self._identity:
+            raise Unavailable(f"{self.location} was removed or replaced. Stop this wallet before you do that.")
 
     def close(self) -> None:
         """Wait for the writes that are begun, at most BUSY_TIMEOUT_S; then close what is not in use."""
         with self._condition:
-            self._closed = True  # From here on nothing joins the queue, so it empties.
-            self._condition.wait_for(lambda: not (self._busy or self._queue), timeout=BUSY_TIMEOUT_S)
+            self._closed = True  # From here on no write is begun.
+            self._condition.wait_for(lambda: self._leader is None, timeout=BUSY_TIMEOUT_S)
             while self._idle_readers:
                 self._idle_readers.pop().close()
             self._writer.close()
@@ -755,9 +763,9 @@ class SQLiteDatabase:
         finally:
             with self._condition:
                 for write in batch:
-                    write.done = True
                     write.error = type(failure)(str(failure)) if failure else write.error
-                self._busy = False
+                    write.done = True
+                self._leader = None
                 self._condition.notify_all()
 
     def _try_commit(self, batch: list[_Write]) -> Unavailable | None:
@@ -776,7 +784,8 @@ class SQLiteDatabase:
             return OutcomeUnknown(f"{OutcomeUnknown.advice} ({error})") if unknown else _unavailable(error)
         finally:
             if self._writer.in_transaction:  # Some errors roll back by themselves.
-                self._writer.execute("ROLLBACK")
+                with suppress(sqlite3.Error):  # The next BEGIN would fail, and this be tried again.
+                    self._writer.execute("ROLLBACK")
 
     def _run(self, write: _Write) -> None:
         """Run one write under its savepoint. A fault of the database is the whole transaction's."""
@@ -791,8 +800,11 @@ class SQLiteDatabase:
         self._writer.execute("RELEASE one_write")
 
     def _open_writer(self) -> sqlite3.Connection:
-        if self._path is not None:  # Its -wal and -shm get this mode too: money is nobody else's to read.
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        if self._path is not None:
+            # Its -wal and -shm get this mode too: money is nobody else's to read. A file that is there is not
+            # opened, since to close it would end the locks that another connection of this process holds.
+            with suppress(FileExistsError):
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         connection = self._connect("PRAGMA fullfsync = ON")  # On macOS, fsync alone stops short of the disk.
         try:
             ((owner,),) = connection.execute("PRAGMA application_id").fetchall()
@@ -808,7 +820,9 @@ class SQLiteDatabase:
         return connection
 
     def _connect(self, pragma: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path or ":memory:", timeout=BUSY_TIMEOUT_S, isolation_level=None,
+        # Only the writer makes the file: a file that was removed must not come back empty.
+        database = f"{Path(self._path).absolute().as_uri()}?mode=rw" if self._path else ":memory:"
+        connection = sqlite3.connect(database, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None,
                                      check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute(pragma)
@@ -823,6 +837,14 @@ class _Write:
     done: bool = False
     result: Any = None
     error: Exception | None = None
+
+
+def file_identity(path: str) -> tuple[int, int] | None:
+    """Return what tells a file from another one of its name, or None where there is none."""
+    with suppress(FileNotFoundError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    return None
 
 
 def _execute_on(connection: sqlite3.Connection) -> Execute:
@@ -882,7 +904,7 @@ def get_transactions(wallet: Wallet, account: Account, **query: Any) -> Response
     return Response(200, {"transactions": [to_json(one) for one in transactions], "next_cursor": cursor}, link)
 
 
-@_routes.get("/api/transactions/<transaction_id:re:txn_[0-9A-Za-z_]+>")
+@_routes.get("/api/transactions/<transaction_id:re:txn_[0-9A-Za-z_]+\\Z>")
 def get_transaction(wallet: Wallet, account: Account, transaction_id: str) -> Response:
     """Show one transaction."""
     return Response(200, to_json(wallet.transaction(account.id, transaction_id)))
@@ -1065,9 +1087,13 @@ def log_access(method: str, path: str, status: int, started: float, request_id: 
     """Log one request: never its query or body, nor a token that someone put into its path."""
     if access_logger.isEnabledFor(logging.INFO):
         duration_ms = (time.perf_counter() - started) * 1000
-        shown = quote(path, encoding="latin-1", errors="replace")[:200]
-        line = f"{method} {shown} {status} {duration_ms:.1f} ms {request_id}"
-        access_logger.info("%s", re.sub("wlt_[0-9A-Za-z]+", "wlt_***", line))
+        line = f"{method} {path[:200]} {status} {duration_ms:.1f} ms {request_id}"
+        access_logger.info("%s", loggable(line))
+
+
+def loggable(text: str) -> str:
+    """Return text without a token in it, and without what could look like another line."""
+    return re.sub("wlt_[0-9A-Za-z]+", "wlt_***", re.sub("[^ -~]", "?", text))
 
 
 def create_app(wallet: Wallet | None = None) -> App:
@@ -1085,25 +1111,40 @@ def create_app(wallet: Wallet | None = None) -> App:
 
 
 class _Parser(HTTPRequestParser):
-    """waitress's parser, which also refuses what two servers in a row might read in two ways.
+    """waitress's parser, made strict.
 
-    A body that tells its length twice is how a request is smuggled past one (RFC 9112, section 6.1).
+    It refuses what two servers in a row might read in two ways, such as a body that tells its length
+    twice: that is how a request is smuggled past one (RFC 9112, sections 5.2 and 6.1). And it refuses
+    what waitress's own patterns take seconds over, such as kilobytes of white space.
     """
 
     def __init__(self, adj: Adjustments) -> None:
         super().__init__(adj)
         self.started = time.time()
 
+    def received(self, data: bytes) -> int:
+        consumed: int = super().received(data)
+        if self.completed:
+            self.expect_continue = False  # Else a request without a body waits for one.
+        return consumed
+
     def parse_header(self, header_plus: bytes) -> None:
+        request_line = header_plus.partition(b"\r\n")[0].rstrip()
+        if not re.fullmatch(rb"[!-~]+ [^\x00-\x20\x7f]+( HTTP/[0-9]\.[0-9])?", request_line):
+            raise ParsingError("the request line is malformed")
+        if re.search(rb"\n[ \t]|[ \t]{64}", header_plus):
+            raise ParsingError("a header is folded, or has too much white space")
         lengths = re.findall(rb"(?im)^(?:content-length|transfer-encoding)[ \t]*:(.*)", header_plus)
         if len(lengths) > 1 or b"," in b"".join(lengths):
             raise ParsingError("the length of the body is told more than once")
+        if len(re.findall(rb"(?im)^idempotency-key[ \t]*:", header_plus)) > 1:
+            raise ParsingError("Idempotency-Key came more than once")
         try:
             super().parse_header(header_plus)
-        except ValueError:  # Some targets make urlsplit raise it.
-            raise ParsingError("the target is malformed") from None
+        except ValueError:  # urlsplit and int raise it.
+            raise ParsingError("the target or the length is malformed") from None
         if "TRANSFER_ENCODING" in self.headers:
-            raise ParsingError("Transfer-Encoding came with HTTP/1.0")
+            raise ParsingError("Transfer-Encoding goes with HTTP/1.1 only")
 
 
 class _ErrorTask(ErrorTask):
@@ -1111,7 +1152,8 @@ class _ErrorTask(ErrorTask):
 
     def execute(self) -> None:
         refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
-        malformed = MalformedRequest(f"The request is not valid HTTP: {self.request.error.body}.")
+        reason = self.request.error.body.partition(' "')[0]  # What follows is the line, maybe with a token in it.
+        malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
         answer, request_id = error_response(refusals.get(self.request.error.code, malformed)), make_request_id("")
         self.status, headers, body = render(answer, request_id)
         self.response_headers.extend(headers)
@@ -1124,19 +1166,27 @@ class _ErrorTask(ErrorTask):
 
 
 class _Task(WSGITask):
-    """Tells the client that its connection ends, once the server is stopping."""
+    """Ends the connection after this answer if the server is stopping, or the client does not read."""
 
     def start(self) -> None:
         super().start()
-        if self.channel.server.stopping and len(self.channel.requests) == 1:
+        last = self.channel.server.stopping and len(self.channel.requests) == 1
+        if last or self.channel.total_outbufs_len > UNREAD_BYTES_MAX:
             self.set_close_on_finish()
+
+
+class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 takes no argument here.
+    def process(self, msg: Any, kwargs: Any) -> tuple[str, Any]:
+        return loggable(str(msg)), kwargs
 
 
 class _Channel(HTTPChannel):
     """A connection. A refused client is heard out: closing while it still sends would lose it our answer."""
 
     parser_class, task_class, error_task_class = _Parser, _Task, _ErrorTask
+    logger = _Logger(logging.getLogger("waitress"), {})  # It logs paths.
     refused = lingering = False
+    flushed = 0.0
 
     def handle_close(self) -> None:
         if not self.refused or self.lingering:
@@ -1186,12 +1236,12 @@ class _Server(TcpWSGIServer):
             self.handle_accept()
         wasyncore.dispatcher.close(self)
         logger.info("stopping: %d connections are open", len(self.active_channels))
-        deadline = time.time() + STOP_TIMEOUT_S
-        while self.active_channels and time.time() < deadline:
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while self.active_channels and time.monotonic() < deadline:
             wasyncore.loop(timeout=0.05, use_poll=True, map=self._map, count=1)
             for channel in list(self.active_channels.values()):
                 idle = not (channel.requests or channel.request or channel.total_outbufs_len)
-                if idle and time.time() - channel.last_activity > STOP_IDLE_S:
+                if channel.lingering or (idle and time.time() - channel.last_activity > STOP_IDLE_S):
                     channel.handle_close()
         self.task_dispatcher.shutdown(timeout=1)
         wasyncore.close_all(self._map)
@@ -1203,12 +1253,17 @@ class _Server(TcpWSGIServer):
         self.pull_trigger()
 
     def maintenance(self, now: float) -> None:
-        """Close what is idle, and what takes too long over one request."""
+        """Close what is idle, and what takes too long to send a request or to read its answer."""
         super().maintenance(now)
-        for channel in self.active_channels.values():
-            if channel.request and now - channel.request.started > REQUEST_TIMEOUT_S:
-                logger.info("closed a connection whose request took more than %d s", REQUEST_TIMEOUT_S)
+        for channel in list(self.active_channels.values()):
+            if not channel.total_outbufs_len:
+                channel.flushed = now
+            slow_sender = channel.request and now - channel.request.started > REQUEST_TIMEOUT_S
+            if slow_sender or now - max(channel.flushed, channel.creation_time) > ANSWER_TIMEOUT_S:
+                logger.info("closed a connection that was too slow")
                 channel.will_close = True
+            if channel.will_close:  # Directly: waitress waits until it can write, which may never be.
+                channel.handle_close()
 
 
 def listen(host: str, port: int) -> socket.socket:
