@@ -104,7 +104,7 @@ ANSWER_TIMEOUT_S = 30  # From an answer's first byte that waits to its last take
 UNREAD_BYTES_MAX = 256 * 1024  # Of a client with more answers than this waiting, no further request is served.
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
-STOP_IDLE_S = 0.2  # A connection that was in use so recently may be sending its next request.
+STOP_IDLE_S = 0.5  # A connection that was in use so recently may be sending its next request.
 SWITCH_INTERVAL_S = 5e-5  # Between Python threads. At the usual 5 ms, a write that lets go of the interpreter
 # around each SQLite call gets it back too late, and many busy connections are served several times slower.
 
