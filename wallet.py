@@ -944,7 +944,7 @@ def to_json(record: Account | Transaction) -> dict[str, Any]:
 
 
 def movement_response(transaction: Transaction) -> Response:
-    """Response a movement: the same each time its key is sent, but for a header that tells a replay."""
+    """Return the answer to a movement: always the same for a key, but for a header that tells a replay."""
     return Response(201, to_json(transaction), {"Idempotent-Replayed": "true"} if transaction.replayed else {})
 
 
