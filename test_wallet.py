@@ -772,6 +772,25 @@ def test_file_that_was_removed_or_replaced_is_noticed_and_does_not_come_back_emp
         api.send("GET", "/readyz", status=503)
 
 
+def test_relative_path_stays_the_same_file_wherever_the_process_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Wallet("sqlite:///wallet.db") as wallet:
+        ada, _ = wallet.register("Ada")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        Wallet("sqlite:///wallet.db").close()
+        assert wallet.database.read(lambda _: wallet.account(ada.id)) == ada  # The second reader is opened now.
+        wallet.database.ping()
+
+
+@pytest.mark.parametrize("name", ["a b.db", "a#b.db", "a%20b.db", "ä.db", "a&mode=memory.db", "file:x.db"])
+def test_odd_file_name_is_that_file(tmp_path, name):
+    with Wallet(f"sqlite:///{tmp_path}/{name}") as wallet:
+        ada, _ = wallet.register("Ada")
+        assert wallet.account(ada.id) == ada
+        assert (tmp_path / name).exists()
+
+
 def test_closing_leaves_a_read_that_runs_alone(file_dsn):
     wallet = Wallet(file_dsn)
     rows = wallet.database.read(lambda tx: (wallet.close(), tx("SELECT currency FROM wallet"))[1])
@@ -1139,6 +1158,7 @@ RAW_REFUSED = {
     "length and chunks": (POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     "chunked twice": (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     "chunked HTTP/1.0": (POST.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "empty encoding": (POST + b"Transfer-Encoding: \r\n\r\n{}", 400),
     "chunked, chunked": (POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
     "gzip": (POST + b"Transfer-Encoding: gzip\r\n\r\n0\r\n\r\n", 400),
     "bad chunk": (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
@@ -1222,6 +1242,29 @@ def test_client_that_never_reads_is_let_go(monkeypatch):
         assert send(url, "GET", "/livez")[0] == 200
 
 
+def test_client_that_reads_slowly_but_reads_is_served(monkeypatch):
+    def listen(host, port):
+        listener = plain_listen(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)  # Stands for a slow line.
+        return listener
+
+    plain_listen = wallet_module.listen
+    monkeypatch.setattr(wallet_module, "listen", listen)
+    monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 1.5)
+    request, body = b"GET /openapi.yaml HTTP/1.1\r\n\r\n", (HERE / "openapi.yaml").read_bytes()
+    with running() as url, connect(url) as connection:
+        sent, received, until = 0, 0, time.monotonic() + 5
+        while time.monotonic() < until:
+            while sent - received // len(body) < 3:
+                connection.sendall(request)
+                sent += 1
+            chunk = connection.recv(5000)
+            assert chunk
+            received += len(chunk)
+            time.sleep(0.04)
+    assert received > 10 * len(body)
+
+
 def test_client_that_still_sends_hears_why_it_is_refused(module_url, monkeypatch):
     body = b"x" * 5_000_000
     assert raw_exchange(module_url, POST + b"Content-Length: 5000000\r\n\r\n" + body).startswith(b"HTTP/1.1 413")
@@ -1254,6 +1297,22 @@ def test_client_that_sends_one_request_for_too_long_is_let_go(monkeypatch):
         slow.sendall(b"POST /api/register HTTP/1.1\r\nContent-Le")
         assert send_slowly_until_closed(slow)
         assert send(url, "GET", "/livez")[0] == 200
+
+
+def test_half_request_behind_one_that_takes_its_time_is_not_blamed_for_it(file_wallet, monkeypatch):
+    _, token = file_wallet.register("Ada")
+    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 1)
+    release = hold_the_writer(file_wallet)
+    head = f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n" \
+           "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+    with running(file_wallet) as url, connect(url) as connection:
+        connection.sendall(head.encode() + b'{"amount": 5}' + b"GET /livez HTTP/1.1\r\nConn")
+        wait_for_queue(file_wallet, 1)
+        time.sleep(2.5)  # The server looks for slow clients each second.
+        release()
+        assert connection.recv(65536).startswith(b"HTTP/1.1 201")
+        connection.sendall(b"ection: close\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_idle_connection_is_let_go(monkeypatch):
@@ -1426,17 +1485,19 @@ def test_log_has_a_line_a_request_and_never_a_token(wallet, caplog):
     with caplog.at_level(logging.DEBUG):
         api.send("GET", f"/api/account?token={token}", X_Request_Id="one")
         api.send("GET", f"/api/{token}/x%0Afake", X_Request_Id="two")
+        api.send("GET", f"/api/WLT_{token[4:]}/{token[20:]}/wlt%80{token[4:]}", X_Request_Id="four")
         api.send("POST", "/api/transactions/topup", {"amount": 5, "description": token}, X_Request_Id="three")
     lines = [record.getMessage() for record in caplog.records if record.name == "wallet.access"]
     assert [re.sub(r"\d+\.\d ms", "1.0 ms", line) for line in lines] == [
         "GET /api/account 400 1.0 ms one",
-        "GET /api/wlt_***/x?fake 404 1.0 ms two",
+        "GET /api/***/x?fake 404 1.0 ms two",
+        "GET /api/WLT_***/***/wlt?*** 404 1.0 ms four",
         "POST /api/transactions/topup 201 1.0 ms three",
     ]
     assert token[20:52] not in caplog.text
     caplog.clear()
     wallet_module._Channel.logger.error(f"Client disconnected while serving /{token}\n2026 INFO fake")
-    assert caplog.messages == ["Client disconnected while serving /wlt_***?2026 INFO fake"]
+    assert caplog.messages == ["Client disconnected while serving /***?2026 INFO fake"]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         api.send("GET", "/livez")
@@ -1822,7 +1883,8 @@ def test_stop_does_not_wait_for_ever(monkeypatch):
         assert half.recv(1) == b""
 
 
-def test_second_signal_ends_it_at_once(tmp_path):
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_it_at_once(tmp_path, second):
     with served(cwd=tmp_path) as server:
         parts = urlsplit(server.url)
         with socket.create_connection((parts.hostname, parts.port), timeout=30) as half:
@@ -1835,8 +1897,8 @@ def test_second_signal_ends_it_at_once(tmp_path):
                     socket.create_connection((parts.hostname, parts.port), timeout=30).close()
                 except OSError:
                     refused = True
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(timeout=5) == -signal.SIGTERM
+            server.send_signal(second)
+            assert server.wait(timeout=5) == -second
 
 
 def test_it_listens_on_every_address_and_on_ipv6_if_asked(tmp_path):

@@ -672,8 +672,8 @@ class SQLiteDatabase:
         if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
             needed = ".".join(map(str, SQLITE_VERSION_MIN))
             raise ConfigurationError(f"SQLite {needed} or newer is needed; this Python has {sqlite3.sqlite_version}")
-        self.location = os.path.abspath(path) if path else "memory, gone when it stops"
-        self._path = path
+        self._path = os.path.abspath(path) if path else None  # For good, wherever the process moves.
+        self.location = self._path or "memory, gone when it stops"
         self._process_id = os.getpid()
         self._condition = threading.Condition()
         self._queue: list[_Write] = []
@@ -682,7 +682,7 @@ class SQLiteDatabase:
         self._idle_readers: list[sqlite3.Connection] = []
         try:
             self._writer = self._open_writer()
-            self._identity = file_identity(path) if path else None
+            self._identity = file_identity(self._path) if self._path else None
         except (OSError, ValueError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigurationError(f"cannot open {path}: {reason}") from error
@@ -1069,8 +1069,7 @@ class App:
 
 def make_request_id(sent: str) -> str:
     """Return the client's request id if it is fit for a header and a log line, else a new one."""
-    sane = re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent
-    return sent if sane else secrets.token_hex(8)
+    return sent if re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent else secrets.token_hex(8)
 
 
 def render(answer: Response, request_id: str) -> tuple[str, list[tuple[str, str]], bytes]:
@@ -1087,13 +1086,12 @@ def log_access(method: str, path: str, status: int, started: float, request_id: 
     """Log one request: never its query or body, nor a token that someone put into its path."""
     if access_logger.isEnabledFor(logging.INFO):
         duration_ms = (time.perf_counter() - started) * 1000
-        line = f"{method} {path[:200]} {status} {duration_ms:.1f} ms {request_id}"
-        access_logger.info("%s", loggable(line))
+        access_logger.info("%s %s %d %.1f ms %s", method, loggable(path)[:200], status, duration_ms, request_id)
 
 
 def loggable(text: str) -> str:
-    """Return text without a token in it, and without what could look like another line."""
-    return re.sub("wlt_[0-9A-Za-z]+", "wlt_***", re.sub("[^ -~]", "?", text))
+    """Return text without what is or could be most of a token, and without what could look like another line."""
+    return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z]{32,}", "***", re.sub("[^ -~]", "?", text))
 
 
 def create_app(wallet: Wallet | None = None) -> App:
@@ -1135,8 +1133,8 @@ class _Parser(HTTPRequestParser):
         if re.search(rb"\n[ \t]|[ \t]{64}", header_plus):
             raise ParsingError("a header is folded, or has too much white space")
         lengths = re.findall(rb"(?im)^(?:content-length|transfer-encoding)[ \t]*:(.*)", header_plus)
-        if len(lengths) > 1 or b"," in b"".join(lengths):
-            raise ParsingError("the length of the body is told more than once")
+        if lengths and not re.fullmatch(rb"[ \t]*[^ \t\r,]+[ \t\r]*", b",".join(lengths)):
+            raise ParsingError("the length of the body must be told once")
         if len(re.findall(rb"(?im)^idempotency-key[ \t]*:", header_plus)) > 1:
             raise ParsingError("Idempotency-Key came more than once")
         try:
@@ -1197,6 +1195,12 @@ class _Channel(HTTPChannel):
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
+    def _flush_some(self, do_close: bool = True) -> bool:
+        sent: bool = super()._flush_some(do_close)
+        if not self.total_outbufs_len:
+            self.flushed = time.time()
+        return sent
+
     def readable(self) -> bool:
         return self.lingering or bool(super().readable())
 
@@ -1217,7 +1221,7 @@ class _Server(TcpWSGIServer):
         dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
         dispatcher.set_thread_count(threads)
         adjustments = Adjustments(
-            ident="", channel_timeout=IDLE_TIMEOUT_S, cleanup_interval=1, connection_limit=CONNECTIONS_MAX,
+            ident="", cleanup_interval=1, connection_limit=CONNECTIONS_MAX,
             max_request_header_size=HEADER_BYTES_MAX, max_request_body_size=BODY_BYTES_MAX + 1,
             log_socket_errors=False)
         sockinfo = (listener.family, listener.type, listener.proto, listener.getsockname())
@@ -1254,16 +1258,18 @@ class _Server(TcpWSGIServer):
 
     def maintenance(self, now: float) -> None:
         """Close what is idle, and what takes too long to send a request or to read its answer."""
-        super().maintenance(now)
-        for channel in list(self.active_channels.values()):
+        for channel in list(self.active_channels.values()):  # Other threads may close one meanwhile.
             if not channel.total_outbufs_len:
                 channel.flushed = now
+            if channel.request and not channel.lingering and (channel.requests or channel.total_outbufs_len):
+                channel.request.started = now  # It is not read while an earlier one is answered.
+            idle = not channel.requests and now - channel.last_activity > IDLE_TIMEOUT_S
             slow_sender = channel.request and now - channel.request.started > REQUEST_TIMEOUT_S
-            if slow_sender or now - max(channel.flushed, channel.creation_time) > ANSWER_TIMEOUT_S:
+            slow_reader = now - max(channel.flushed, channel.creation_time) > ANSWER_TIMEOUT_S
+            if slow_sender or slow_reader:
                 logger.info("closed a connection that was too slow")
-                channel.will_close = True
-            if channel.will_close:  # Directly: waitress waits until it can write, which may never be.
-                channel.handle_close()
+            if idle or slow_sender or slow_reader or channel.will_close:
+                channel.handle_close()  # Directly: waitress waits until it can write, which may never be.
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -1310,12 +1316,14 @@ def serve(wallet: Wallet, listener: socket.socket, threads: int) -> None:
     server = _Server(create_app(wallet), listener, threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
-    def stop(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+    def stop(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
         server.stop()
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    signals = signal.SIGTERM, signal.SIGINT
+    for number in signals:
+        signal.signal(number, stop)
     url = server.url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
     location = wallet.database.location
     print(BANNER.format(version=__version__, address=server.url, url=url, location=location), flush=True)
