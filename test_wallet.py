@@ -1131,9 +1131,14 @@ def test_request_id_is_echoed_if_it_is_sane(api, sent, echoed):
     assert (answer.headers["X-Request-Id"] == sent) == echoed
 
 
-def connect(url):
+def connect(url, receive_buffer_bytes=None):
     parts = urlsplit(url)
-    return socket.create_connection((parts.hostname, parts.port), timeout=30)
+    connection = socket.socket()
+    connection.settimeout(30)
+    if receive_buffer_bytes:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+    connection.connect((parts.hostname, parts.port))
+    return connection
 
 
 def raw_exchange(url, request):
@@ -1208,11 +1213,7 @@ def test_client_that_asks_before_it_sends_a_body_is_told_to_go_on_and_without_a_
 
 
 def test_client_that_does_not_read_its_answers_gets_no_more_of_them(module_url):
-    parts = urlsplit(module_url)
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect((parts.hostname, parts.port))
-        connection.settimeout(30)
+    with connect(module_url, receive_buffer_bytes=4096) as connection:
         request = b"GET /openapi.yaml HTTP/1.1\r\n\r\n"
         connection.sendall(request * (8192 // len(request)))
         time.sleep(0.5)  # The server answers meanwhile, as far as it does.
@@ -1227,10 +1228,7 @@ def test_client_that_does_not_read_its_answers_gets_no_more_of_them(module_url):
 def test_client_that_never_reads_is_let_go(monkeypatch):
     monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 0)
     with running() as url:
-        parts = urlsplit(url)
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect((parts.hostname, parts.port))
+        with connect(url, receive_buffer_bytes=4096) as connection:
             request = b"GET /openapi.yaml HTTP/1.1\r\n\r\n"
             connection.sendall(request * (8192 // len(request)))
             deadline = time.monotonic() + 30
@@ -1252,7 +1250,7 @@ def test_client_that_reads_slowly_but_reads_is_served(monkeypatch):
     monkeypatch.setattr(wallet_module, "listen", listen)
     monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 1.5)
     request, body = b"GET /openapi.yaml HTTP/1.1\r\n\r\n", (HERE / "openapi.yaml").read_bytes()
-    with running() as url, connect(url) as connection:
+    with running() as url, connect(url, receive_buffer_bytes=4096) as connection:
         sent, received, until = 0, 0, time.monotonic() + 5
         while time.monotonic() < until:
             while sent - received // len(body) < 3:
