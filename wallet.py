@@ -1174,6 +1174,8 @@ class _Task(WSGITask):
 
 
 class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 takes no argument here.
+    """waitress's logger, for lines that name a path: what a client put into it must not forge or leak anything."""
+
     def process(self, msg: Any, kwargs: Any) -> tuple[str, Any]:
         return loggable(str(msg)), kwargs
 
@@ -1182,7 +1184,7 @@ class _Channel(HTTPChannel):
     """A connection. A refused client is heard out: closing while it still sends would lose it our answer."""
 
     parser_class, task_class, error_task_class = _Parser, _Task, _ErrorTask
-    logger = _Logger(logging.getLogger("waitress"), {})  # It logs paths.
+    logger = _Logger(logging.getLogger("waitress"), {})
     refused = lingering = False
     flushed = 0.0
 
