@@ -68,7 +68,7 @@ from wallet import (
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
 CONTRACT = yaml.safe_load((HERE / "openapi.yaml").read_text())
-WRONG_TOKEN = wallet_module.make_token("acc_" + "0" * 16)
+WRONG_TOKEN = "wlt_" + "0" * 48 + wallet_module.checksum("wlt_" + "0" * 48)
 
 
 # Fixtures and helpers ################################################################################################
@@ -2113,7 +2113,18 @@ def standby_missing(server):
                 return [row[0] for row in rows]
             assert time.monotonic() < deadline
 
-    with server.configured(synchronous_standby_names="nobody"):
+    def commit_until_one_waits():
+        with psycopg.connect(server.dsn, autocommit=True) as connection:
+            while not set_up.is_set():
+                connection.execute("SELECT pg_logical_emit_message(true, 'a', 'commit')")
+
+    with server.configured(synchronous_standby_names="nobody"), ThreadPoolExecutor(1) as thread:
+        set_up = threading.Event()
+        probe = thread.submit(commit_until_one_waits)
+        backends = waiting()
+        set_up.set()
+        server.query("SELECT pg_cancel_backend(%s)", *backends)  # Ends the wait, and nothing else.
+        probe.result(timeout=30)
         yield waiting
 
 
@@ -2140,8 +2151,8 @@ def test_commit_that_was_cut_off_but_happened_is_answered_with_the_truth(new_sch
         with standby_missing(postgres_server) as waiting:
             if kind is BlindWallet:
                 thread.submit(wallet.topup, ada.id, 5)
-                for backend in waiting():
-                    postgres_server.query("SELECT pg_terminate_backend(%s)", backend)
+                (backend,) = waiting()
+                postgres_server.query("SELECT pg_terminate_backend(%s, 5000)", backend)
                 waiting()  # It is being done again.
             else:
                 future = thread.submit(api.send, "POST", "/api/transactions/topup", {"amount": 5}, **headers)
