@@ -614,34 +614,32 @@ class Wallet:
         transaction_id = make_transaction_id(account_id, sequence)
         return Transaction(transaction_id, type, amount, balance, description, created_at, replayed)
 
-    def copy_to(self, target: Wallet, report: Callable[[int, int], None] = lambda copied, total: None) -> list[int]:
-        """Copy everything to an empty wallet in one transaction, and return the number of rows of each table.
+    def copy_to(self, target: Wallet, report: Callable[[dict[str, int]], None] = lambda copied: None) -> None:
+        """Copy everything to an empty wallet, in one transaction, and compare it all at the end.
 
-        `report` is told now and then how many rows of how many are copied. Raises ConfigurationError,
-        and changes nothing, where the target holds data, or the copy is not what is here at the end.
+        `report` is told now and then how many rows of which table are copied. Raises ConfigurationError,
+        and changes nothing, where the target holds data, or this is not what it was or should be.
         """
 
         def read(sql: str, *parameters: str | int | None) -> list[Row]:
             return self.database.read(lambda tx: tx(sql, *parameters))
 
-        def copy(tx: Execute) -> list[int]:
+        def copy(tx: Execute) -> None:
             if tx("SELECT id FROM accounts LIMIT 1"):
                 raise ConfigurationError(f"{target.database.location} already holds accounts: name an empty database")
-            total, copied = sum(count_rows(read)), 0
+            copied = dict.fromkeys(KEY_COLUMNS, 0)
             for table in KEY_COLUMNS:
                 for rows in read_table(read, table):
                     values = ", ".join([f"({', '.join('?' * len(rows[0]))})"] * len(rows))
                     tx(f"INSERT INTO {table} VALUES {values}", *(value for row in rows for value in row))
-                    copied += len(rows)
-                    report(copied, total)
-            for table in KEY_COLUMNS:
-                if digest_table(tx, table) != digest_table(read, table):
-                    raise ConfigurationError(f"the {table} changed while they were copied: stop the wallet first")
+                    copied[table] += len(rows)
+                    report(copied)
+            if any(digest_table(tx, table) != digest_table(read, table) for table in KEY_COLUMNS):
+                raise ConfigurationError("the wallet was changed while it was copied: stop it first")
             if wrong := tx(WRONG_BALANCES):
                 raise ConfigurationError(f"the balance of {wrong[0][0]} is not the sum of its transactions")
-            return count_rows(tx)
 
-        return target.database.write(copy, COPY_TIMEOUT_S)
+        target.database.write(copy, COPY_TIMEOUT_S)
 
     def _prepare(self, currency: str | None, create: bool) -> str:
         """Make the tables if there are none, one to a transaction, and return the currency that is kept.
@@ -675,11 +673,6 @@ WRONG_BALANCES = f"""
     SELECT id FROM accounts LEFT JOIN (SELECT account_id, count(*) AS entries, sum({SIGN} * amount) AS total
                                        FROM transactions GROUP BY account_id) AS book ON account_id = id
     WHERE balance <> coalesce(total, 0) OR last_sequence <> coalesce(entries, 0) ORDER BY id LIMIT 1"""
-
-
-def count_rows(tx: Execute) -> list[int]:
-    """Return the number of accounts, and of transactions."""
-    return [tx(f"SELECT count(*) FROM {table}")[0][0] for table in KEY_COLUMNS]
 
 
 def read_table(tx: Execute, table: str) -> Iterator[list[Row]]:
@@ -958,8 +951,8 @@ def _unavailable(error: Exception) -> Unavailable:
 
 # SQLSTATEs after which a transaction is run again (https://www.postgresql.org/docs/current/errcodes-appendix.html).
 LOST_A_RACE = "40001", "40P01"  # serialization_failure, deadlock_detected: it was rolled back, at COMMIT too.
-MADE_MEANWHILE = "23505", "42P07", "42710"  # unique_violation, duplicate_table, duplicate_object: now it will see it.
-READ_ONLY = "25006"  # The server has become a standby: a new connection may find the new primary.
+READ_ONLY = "25006"  # read_only_sql_transaction
+CHANGED_MEANWHILE = "23505", "42P07", "42710", READ_ONLY  # And unique_violation, duplicate_table, duplicate_object.
 
 
 class PostgresDatabase:
@@ -1046,7 +1039,7 @@ class PostgresDatabase:
         check_not_forked(self._process_id)
         if time.monotonic() < self._away_until:
             raise Unavailable("Nothing was changed, so try again. (the database does not answer)")
-        unknown, collided, pause_s = False, False, RETRY_PAUSE_S
+        unknown, collisions, pause_s = False, 0, RETRY_PAUSE_S
         while True:
             connection = None
             try:
@@ -1057,11 +1050,10 @@ class PostgresDatabase:
                 state = getattr(error, "sqlstate", None)
                 unknown |= isinstance(error, OutcomeUnknown)
                 lost = connection.closed if connection else isinstance(error, PoolTimeout)
-                again = unknown or lost or state in LOST_A_RACE or (state in MADE_MEANWHILE and not collided)
-                collided |= state in MADE_MEANWHILE
-                if state == READ_ONLY:
+                collisions += state in CHANGED_MEANWHILE
+                again = unknown or lost or state in LOST_A_RACE or (state in CHANGED_MEANWHILE and collisions <= 3)
+                if state == READ_ONLY:  # The server has become a standby: a new connection may find the primary.
                     self._pool.drain()
-                    again = True
                 if isinstance(error, IntegrityError) and not again:
                     raise
                 if not again or time.monotonic() + pause_s > deadline:
@@ -1084,10 +1076,7 @@ class PostgresDatabase:
 
 
 def _timed_connection_class() -> Any:
-    """Return the class of connections that wait until their `deadline` only: a server that hangs sends no error.
-
-    What comes after that, such as a ROLLBACK, or the pool's question whether it works, has a moment more.
-    """
+    """Return the class of connections that wait until their `deadline`, or a moment: a server that hangs is silent."""
     from psycopg import Connection
 
     class TimedConnection(Connection[Row]):
@@ -1591,16 +1580,15 @@ def serve(wallet: Wallet, listener: socket.socket, threads: int) -> None:
 
 
 def copy(source_dsn: str, target_dsn: str) -> None:
-    """Copy one database to another, with progress on the terminal. Raises ConfigurationError."""
+    """Copy one database to another, with progress on stderr. Raises ConfigurationError."""
 
-    def report(copied: int, total: int) -> None:
-        if sys.stderr.isatty() or copied == total:
-            print(f"\rcopied {copied:,} of {total:,} rows", end="\n" * (copied == total), file=sys.stderr, flush=True)
+    def report(copied: dict[str, int]) -> None:
+        rows = " and ".join(f"{count:,} {table}" for table, count in copied.items())
+        print(f"\rcopied {rows}", end="", file=sys.stderr, flush=True)
 
     with Wallet(source_dsn, create=False) as source, Wallet(target_dsn, currency=source.currency) as target:
-        accounts, transactions = source.copy_to(target, report)
-        print(f"copied {accounts:,} accounts and {transactions:,} transactions from {source.database.location} to"
-              f" {target.database.location}, and verified each row and balance")
+        source.copy_to(target, report)
+        print(f"\nverified: {target.database.location} has every row of {source.database.location}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
