@@ -117,8 +117,8 @@ POSTGRES_WAITING_MAX = 100  # Calls that wait for a connection. One more fails a
 POSTGRES_DIAL_S = 0.5  # Between two tries to connect, and for a server that works to say so.
 POSTGRES_AWAY_S = 1  # Once the server has not answered in time, calls fail at once for so long, lest they queue for it.
 POSTGRES_DEFAULTS = {  # libpq's options, where the DSN does not say otherwise: a dead line is found within a minute.
-    "application_name": "wallet", "connect_timeout": 3, "keepalives_idle": 30, "keepalives_interval": 10,
-    "keepalives_count": 3}
+    "fallback_application_name": "wallet", "connect_timeout": os.environ.get("PGCONNECT_TIMEOUT", "3"),
+    "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 COPY_TIMEOUT_S = 24 * 3600  # For all of a wallet, in one transaction.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
 SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
@@ -284,7 +284,7 @@ class OutcomeUnknown(Unavailable, status=503, code="outcome_unknown", title="It 
     advice = "Send the same request again, with the same Idempotency-Key: it has its effect once."
 
 class ConfigurationError(WalletError, status=500, code="configuration", title="The wallet cannot start like this."):
-    """It cannot be opened or started as it was asked to. No request raises it."""
+    """It cannot be opened, started or copied as it was asked to. No request raises it."""
 
 
 # Values ###############################################################################################
@@ -568,13 +568,14 @@ class Wallet:
         change = SIGN_BY_TYPE[type] * amount
 
         def move(tx: Execute) -> Transaction:
-            moved = tx("""UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1
-                          WHERE id = ? AND balance + ? BETWEEN 0 AND ? AND NOT EXISTS
-                              (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
-                          RETURNING last_sequence, balance""",
-                       change, account_id, change, AMOUNT_MAX, account_id, key)
-            if not moved:
-                return self._replay_or_refuse(tx, account_id, key, fingerprint, change)
+            while not (moved := tx(
+                    """UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1
+                       WHERE id = ? AND balance + ? BETWEEN 0 AND ? AND NOT EXISTS
+                           (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
+                       RETURNING last_sequence, balance""",
+                    change, account_id, change, AMOUNT_MAX, account_id, key)):
+                if replay := self._replay_or_refuse(tx, account_id, key, fingerprint, change):
+                    return replay
             sequence, balance = moved[0]
             row = (sequence, type, amount, balance, description, time.time_ns() // 1000)
             tx(f"""INSERT INTO transactions (account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS})
@@ -584,8 +585,8 @@ class Wallet:
         return self.database.write(move)
 
     def _replay_or_refuse(self, tx: Execute, account_id: str, key: str, fingerprint: str,
-                          change: int) -> Transaction:
-        """Return what the key did before, or say why the money cannot move."""
+                          change: int) -> Transaction | None:
+        """Return what the key did before, or say why the money cannot move; None if by now it can."""
         earlier = tx(f"""SELECT {TRANSACTION_COLUMNS}, fingerprint FROM transactions
                          WHERE account_id = ? AND idempotency_key = ?""", account_id, key)
         if earlier and earlier[0][-1] != fingerprint:
@@ -593,6 +594,8 @@ class Wallet:
         if earlier:
             return self._as_transaction(account_id, earlier[0][:-1], replayed=True)
         balance = self._account(tx, account_id).balance
+        if 0 <= balance + change <= AMOUNT_MAX:
+            return None
         if change > 0:
             raise BalanceLimitExceeded(f"The balance is {balance}, and may be {AMOUNT_MAX} at most.", balance=balance)
         detail = f"The balance is {balance}, and this needs {-change}."
@@ -615,7 +618,7 @@ class Wallet:
         return Transaction(transaction_id, type, amount, balance, description, created_at, replayed)
 
     def copy_to(self, target: Wallet, report: Callable[[dict[str, int]], None] = lambda copied: None) -> None:
-        """Copy everything to an empty wallet, in one transaction, and compare it all at the end.
+        """Copy everything to an empty wallet, the currency too, in one transaction, and compare it all at the end.
 
         `report` is told now and then how many rows of which table are copied. Raises ConfigurationError,
         and changes nothing, where the target holds data, or this is not what it was or should be.
@@ -624,11 +627,13 @@ class Wallet:
         def read(sql: str, *parameters: str | int | None) -> list[Row]:
             return self.database.read(lambda tx: tx(sql, *parameters))
 
+        first = "SELECT id FROM accounts LIMIT 1"
+        if target.database.read(lambda tx: tx(first)):
+            raise ConfigurationError(f"{target.database.location} already holds accounts: name an empty database")
+
         def copy(tx: Execute) -> None:
-            if tx("SELECT id FROM accounts LIMIT 1"):
-                raise ConfigurationError(f"{target.database.location} already holds accounts: name an empty database")
             copied = dict.fromkeys(KEY_COLUMNS, 0)
-            for table in KEY_COLUMNS:
+            for table in KEY_COLUMNS if not tx(first) else ():  # There may be all, if a COMMIT was not answered.
                 for rows in read_table(read, table):
                     values = ", ".join([f"({', '.join('?' * len(rows[0]))})"] * len(rows))
                     tx(f"INSERT INTO {table} VALUES {values}", *(value for row in rows for value in row))
@@ -638,26 +643,36 @@ class Wallet:
                 raise ConfigurationError("the wallet was changed while it was copied: stop it first")
             if wrong := tx(WRONG_BALANCES):
                 raise ConfigurationError(f"the balance of {wrong[0][0]} is not the sum of its transactions")
+            if target.currency != self.currency:
+                tx("UPDATE wallet SET currency = ?", self.currency)
 
         target.database.write(copy, COPY_TIMEOUT_S)
+        target.currency = self.currency
 
     def _prepare(self, currency: str | None, create: bool) -> str:
         """Make the tables if there are none, one to a transaction, and return the currency that is kept.
 
         The row of `wallet` comes last, so that where it is, all is. Where it is, nothing is written.
         """
-        sql = "SELECT schema_version, currency FROM wallet"
-        rows: list[Row] = []
-        with suppress(Unavailable):  # There is no such table yet; or else making it says what is wrong.
-            rows = self.database.read(lambda tx: tx(sql))
+
+        def read(columns: str, table: str) -> list[Row] | None:
+            with suppress(Unavailable):  # There is no such table; or if something else is wrong, making it will say so.
+                return self.database.read(lambda tx: tx(f"SELECT {columns} FROM {table} LIMIT 1"))
+            return None
+
+        rows = read("schema_version, currency", "wallet")
         if not rows:
             if not create:
                 raise ConfigurationError(f"there is no wallet in {self.database.location}")
+            for table, column in (("wallet", "currency"), ("accounts", "token_hash"), ("transactions", "fingerprint")):
+                if read("1", table) is not None and read(column, table) is None:
+                    raise ConfigurationError(f"the table {table} in {self.database.location} is another program's:"
+                                             " name another database, or another schema as the search_path")
             schema = Path(__file__).with_name("schema.sql").read_text().rstrip("; \n").split(";")
             row = f"(1, {SCHEMA_VERSION}, '{currency or 'USD'}')"
             for statement in (*schema, f"INSERT INTO wallet VALUES {row} ON CONFLICT (id) DO NOTHING"):
                 self.database.write(lambda tx, statement=statement: tx(statement))  # type: ignore[misc]
-            rows = self.database.read(lambda tx: tx(sql))
+            rows = self.database.read(lambda tx: tx("SELECT schema_version, currency FROM wallet"))
         ((version, kept),) = rows
         if version != SCHEMA_VERSION:
             raise ConfigurationError(f"the database has schema version {version}, and this wallet has {SCHEMA_VERSION}:"
@@ -676,13 +691,15 @@ WRONG_BALANCES = f"""
 
 
 def read_table(tx: Execute, table: str) -> Iterator[list[Row]]:
-    """Yield all rows, some at a time, in the order of the key."""
-    key = ", ".join(KEY_COLUMNS[table])
-    where, last = "", ()
-    while rows := tx(f"SELECT * FROM {table} {where} ORDER BY {key} LIMIT {COPY_ROWS}", *last):
+    """Yield all rows that are there now, some at a time, in the order of the key."""
+    columns = KEY_COLUMNS[table]
+    key, marks = ", ".join(columns), ", ".join("?" * len(columns))
+    end = tx(f"SELECT {key} FROM {table} ORDER BY {' DESC, '.join(columns)} DESC LIMIT 1")
+    sql = f"SELECT * FROM {table} WHERE ({key}) > ({marks}) AND ({key}) <= ({marks}) ORDER BY {key} LIMIT {COPY_ROWS}"
+    last: Row = ("", 0)[: len(columns)]
+    while end and (rows := tx(sql, *last, *end[0])):
         yield rows
-        last = rows[-1][: len(KEY_COLUMNS[table])]
-        where = f"WHERE ({key}) > ({', '.join('?' * len(last))})"
+        last = rows[-1][: len(columns)]
 
 
 def digest_table(tx: Execute, table: str) -> int:
@@ -739,6 +756,7 @@ def open_database(dsn: str, connections: int, create: bool) -> Database:
     if scheme in ("postgresql", "postgres"):
         return PostgresDatabase(dsn, connections)
     if scheme != "sqlite":
+        scheme = scheme if scheme.isalnum() else "..."  # It may be anything, such as a password.
         raise ConfigurationError(f"unknown kind of DSN, {scheme}://; known are sqlite:///FILE, sqlite:// and postgresql://")
     if path in ("", "/:memory:"):
         return SQLiteDatabase(None, create)
@@ -784,7 +802,7 @@ class SQLiteDatabase:
             try:
                 self._condition.wait_for(lambda: write.done or self._leader is None)
                 if not write.done:
-                    self._check_usable()
+                    check_usable(self._process_id, self._closed)
                     batch, self._queue, self._leader = self._queue, [], threading.get_ident()
             except BaseException:  # Closed, or interrupted as by Ctrl-C: what nobody has begun, nobody will.
                 self._queue = [other for other in self._queue if other is not write]
@@ -801,7 +819,7 @@ class SQLiteDatabase:
         if self._path is None:
             return self.write(function)
         with self._condition:
-            self._check_usable()
+            check_usable(self._process_id, self._closed)
             reader = self._idle_readers.pop() if self._idle_readers else None
         try:
             reader = reader or self._connect("PRAGMA query_only = ON")
@@ -829,11 +847,6 @@ class SQLiteDatabase:
             while self._idle_readers:
                 self._idle_readers.pop().close()
             self._writer.close()
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise Unavailable("This wallet is closed.")
-        check_not_forked(self._process_id)
 
     def _commit(self, batch: list[_Write]) -> None:
         """Run every write of `batch` in one transaction, and note what became of each.
@@ -933,8 +946,10 @@ def file_identity(path: str) -> tuple[int, int] | None:
     return None
 
 
-def check_not_forked(process_id: int) -> None:
-    """Raise Unavailable where `process_id` is not this process: no connection to a database can cross a fork."""
+def check_usable(process_id: int, closed: bool) -> None:
+    """Raise Unavailable for a database that is closed, or was opened by another process than this one."""
+    if closed:
+        raise Unavailable("This wallet is closed.")
     if os.getpid() != process_id:
         raise Unavailable("This wallet was opened before a fork, which no connection can cross: open it after.")
 
@@ -971,28 +986,29 @@ class PostgresDatabase:
         except ImportError as error:
             advice = "a DSN of Postgres needs more packages: pip install 'psycopg[binary]' psycopg-pool"
             raise ConfigurationError(advice) from error
-        self.location = re.sub("//.*@", "//", dsn).partition("?")[0]
-        self._process_id = os.getpid()
-        self._away_until = 0.0
         try:
             given = conninfo_to_dict(dsn)
-        except ProgrammingError:  # It quotes what may be the password.
+        except (ProgrammingError, UnicodeError):  # It quotes what may be the password, as one about the port does.
             given = {"port": "malformed"}
-        if dsn.count("@") > 1 or not re.fullmatch("[0-9,]*", str(given.get("port", ""))):
+        if dsn.count("@") > 1 or re.search("[^!-~]", dsn) or not re.fullmatch("[0-9,]*", str(given.get("port", ""))):
             raise ConfigurationError("the DSN is malformed: it looks like postgresql://USER:PASSWORD@HOST:PORT/DATABASE,"
                                      " with %40 for an @ in the password, and other special characters likewise")
+        host, port, database = (given.get(name, "") for name in ("host", "port", "dbname"))
+        self.location = f"postgresql://{host}{port and f':{port}'}/{database}"
+        self._process_id = os.getpid()
+        self._away_until = 0.0
+        self._connection_class = _timed_connection_class()
         # A prepared statement belongs to a session, and a pooler such as PgBouncer changes sessions.
         options = POSTGRES_DEFAULTS | given | {"client_encoding": "UTF8", "prepare_threshold": None, "autocommit": True}
-        connection_class = _timed_connection_class()
         try:
-            with connection_class.connect(**options) as connection:
+            with self._connection_class.connect(**options) as connection:
                 connection.deadline = time.monotonic() + DATABASE_TIMEOUT_S
                 self._check_server(partial(_execute_on_postgres, connection))
-        except Error as error:
+        except (Error, UnicodeError) as error:
             raise ConfigurationError(f"cannot open {self.location}: {' '.join(str(error).split())}") from error
         # The pool would wait ever longer between two tries to connect. So it gives up soon, and begins anew.
         self._pool: ConnectionPool[Any] = ConnectionPool(
-            kwargs=options, connection_class=connection_class, min_size=1, max_size=connections, open=True,
+            kwargs=options, connection_class=self._connection_class, min_size=1, max_size=connections, open=True,
             max_waiting=POSTGRES_WAITING_MAX, reconnect_timeout=POSTGRES_DIAL_S, reconnect_failed=ConnectionPool.check,
             name="wallet")
 
@@ -1005,7 +1021,7 @@ class PostgresDatabase:
         def attempt(tx: Execute) -> T:
             # The server gives up before the client has to cut the connection, and frees the locks of a client that has
             # vanished. It is told for this transaction alone, lest a pooler hands the settings on.
-            timeout_ms = max(1, int((deadline - time.monotonic()) * 900))
+            timeout_ms = max(1, int((deadline - time.monotonic()) * 800))
             tx(f"BEGIN; SET LOCAL statement_timeout = {timeout_ms};"
                f" SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}")
             result = function(tx)
@@ -1036,29 +1052,32 @@ class PostgresDatabase:
         from psycopg import Error, IntegrityError
         from psycopg_pool import PoolTimeout
 
-        check_not_forked(self._process_id)
-        if time.monotonic() < self._away_until:
-            raise Unavailable("Nothing was changed, so try again. (the database does not answer)")
+        check_usable(self._process_id, self._pool.closed)
+        started = time.monotonic()
+        if started < self._away_until:
+            raise Unavailable("Nothing was changed, so try again. (the database has stopped answering)")
         unknown, collisions, pause_s = False, 0, RETRY_PAUSE_S
         while True:
             connection = None
             try:
-                with self._pool.connection(deadline - time.monotonic()) as connection:
-                    connection.deadline = deadline
+                with self._pool.connection(min(DATABASE_TIMEOUT_S, deadline - time.monotonic())) as connection:
+                    connection.deadline = deadline - POSTGRES_DIAL_S  # Which is for the cancelling.
                     return attempt(partial(_execute_on_postgres, connection))
             except (Error, OutcomeUnknown) as error:
                 state = getattr(error, "sqlstate", None)
                 unknown |= isinstance(error, OutcomeUnknown)
-                lost = connection.closed if connection else isinstance(error, PoolTimeout)
                 collisions += state in CHANGED_MEANWHILE
+                lost = connection.closed if connection is not None else isinstance(error, PoolTimeout)
                 again = unknown or lost or state in LOST_A_RACE or (state in CHANGED_MEANWHILE and collisions <= 3)
                 if state == READ_ONLY:  # The server has become a standby: a new connection may find the primary.
                     self._pool.drain()
                 if isinstance(error, IntegrityError) and not again:
                     raise
-                if not again or time.monotonic() + pause_s > deadline:
-                    if lost:
+                if not again or connection is None or time.monotonic() + pause_s > deadline:
+                    if lost and self._connection_class.answered_at < started:
+                        logger.error("%s does not answer: %s", self.location, error)
                         self._away_until = time.monotonic() + POSTGRES_AWAY_S
+                        self._pool.drain()  # The others may be as dead.
                     raise OutcomeUnknown() if unknown else _unavailable(error) from error
             time.sleep(random.uniform(0, pause_s))
             pause_s = min(2 * pause_s, RETRY_PAUSE_MAX_S)
@@ -1076,14 +1095,26 @@ class PostgresDatabase:
 
 
 def _timed_connection_class() -> Any:
-    """Return the class of connections that wait until their `deadline`, or a moment: a server that hangs is silent."""
-    from psycopg import Connection
+    """Return the class of connections that wait until their `deadline`, or a moment: a server that hangs is silent.
+
+    Whatever the server says, `answered_at` of the class notes when.
+    """
+    from psycopg import Connection, Error
 
     class TimedConnection(Connection[Row]):
-        deadline = 0.0
+        deadline = answered_at = 0.0
 
         def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-            return super().wait(gen, interval, max(POSTGRES_DIAL_S, self.deadline - time.monotonic()))
+            try:
+                result = super().wait(gen, interval, max(POSTGRES_DIAL_S, self.deadline - time.monotonic()))
+            except Error as error:
+                if error.sqlstate is None and self.deadline < time.monotonic():
+                    with suppress(Error):  # Lest a statement goes on that nobody waits for.
+                        self.cancel_safe(timeout=POSTGRES_DIAL_S)
+                    self.close()
+                raise
+            type(self).answered_at = time.monotonic()
+            return result
 
     return TimedConnection
 
@@ -1459,10 +1490,9 @@ class _Server(TcpWSGIServer):
     def __init__(self, app: App, listener: socket.socket, threads: int) -> None:
         # /livez has a thread of its own: it says that the process lives when all others wait for the database.
         dispatcher, self._livez_dispatcher = ThreadedTaskDispatcher(), ThreadedTaskDispatcher()
-        dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
-        dispatcher.set_thread_count(threads)
-        self._livez_dispatcher.queue_logger = dispatcher.queue_logger
-        self._livez_dispatcher.set_thread_count(1)
+        for one, count in ((dispatcher, threads), (self._livez_dispatcher, 1)):
+            one.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
+            one.set_thread_count(count)
         adjustments = Adjustments(
             ident="", cleanup_interval=1, connection_limit=CONNECTIONS_MAX,
             max_request_header_size=HEADER_BYTES_MAX, max_request_body_size=BODY_BYTES_MAX + 1,
@@ -1475,7 +1505,7 @@ class _Server(TcpWSGIServer):
 
     def add_task(self, task: _Channel) -> None:
         """Queue the first request of a connection to be answered."""
-        is_livez = vars(task.requests[0]).get("path") == "/livez"
+        is_livez = getattr(task.requests[0], "path", "") == "/livez"
         (self._livez_dispatcher if is_livez else self.task_dispatcher).add_task(task)
 
     def run(self) -> None:
@@ -1586,17 +1616,18 @@ def copy(source_dsn: str, target_dsn: str) -> None:
         rows = " and ".join(f"{count:,} {table}" for table, count in copied.items())
         print(f"\rcopied {rows}", end="", file=sys.stderr, flush=True)
 
-    with Wallet(source_dsn, create=False) as source, Wallet(target_dsn, currency=source.currency) as target:
+    with Wallet(source_dsn, create=False) as source, Wallet(target_dsn) as target:
         source.copy_to(target, report)
         print(f"\nverified: {target.database.location} has every row of {source.database.location}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Return 0, or 2 where the wallet could not start."""
+    """Run the command line. Return 0, 2 where it could not be done, or 130 after Ctrl-C."""
     try:
         settings = load_settings(sys.argv[1:] if arguments is None else arguments)
         logging.basicConfig(level=settings["log-level"].upper(), datefmt="%Y-%m-%dT%H:%M:%S%z",
                             format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("psycopg").setLevel(logging.ERROR)  # Else, in an outage, many lines a second.
         if settings["command"] == "copy":
             copy(settings["source"], settings["target"])
             return 0
@@ -1606,6 +1637,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WalletError as error:
         print(f"wallet: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("wallet: interrupted", file=sys.stderr)
+        return 130  # As a shell has it: 128 and the number of SIGINT.
     return 0
 
 
