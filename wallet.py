@@ -185,10 +185,9 @@ def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
                             default=os.environ.get(setting.variable, setting.default),
                             help=f"{setting.meaning} [{setting.variable}={setting.default}]")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands, instead of serving")
-    copy = commands.add_parser("copy", help="move a stopped wallet to another, empty database", allow_abbrev=False,
-                               description="Copy all accounts and transactions to an empty database, and verify them.",
-                               epilog="Example: python wallet.py copy --from sqlite:///wallet.db"
-                                      " --to postgresql://wallet@db.example.com/wallet")
+    copy = commands.add_parser("copy", help="copy a stopped wallet to another database, and verify it",
+                               epilog="Example: python wallet.py copy --from sqlite:///wallet.db --to postgresql://db/wallet",
+                               allow_abbrev=False)
     copy.add_argument("--from", dest="source", metavar="DSN", required=True, help="the wallet, which must be stopped")
     copy.add_argument("--to", dest="target", metavar="DSN", required=True, help="the database, which must be empty")
     return vars(parser.parse_args(arguments))
@@ -737,7 +736,8 @@ class Database(Protocol):
         """Run `function`, each statement of which sees what is committed by then. Raises Unavailable."""
 
     def ping(self) -> None:
-        """Ask for something small. Raises Unavailable."""
+        """Read the one row that every wallet has. Raises Unavailable."""
+        self.read(lambda tx: tx("SELECT currency FROM wallet"))
 
     def close(self) -> None:
         """Let the write that runs finish, and let go of everything."""
@@ -765,7 +765,7 @@ def open_database(dsn: str, connections: int, create: bool) -> Database:
     return SQLiteDatabase(path[1:], create)
 
 
-class SQLiteDatabase:
+class SQLiteDatabase(Database):
     """SQLite, with one connection that writes, and others that read.
 
     Writes are put in order here and not by SQLite's lock, whose waiters poll and overtake each other.
@@ -834,8 +834,8 @@ class SQLiteDatabase:
                     self._idle_readers.append(reader)
 
     def ping(self) -> None:
-        """Read the one row that every wallet has, and see that the file is the one that was opened."""
-        self.read(lambda tx: tx("SELECT currency FROM wallet"))
+        """See too that the file is the one that was opened."""
+        super().ping()
         if self._path is not None and file_identity(self._path) != self._identity:
             raise Unavailable(f"{self.location} was removed or replaced. Stop this wallet before you do that.")
 
@@ -970,7 +970,7 @@ READ_ONLY = "25006"  # read_only_sql_transaction
 CHANGED_MEANWHILE = "23505", "42P07", "42710", READ_ONLY  # And unique_violation, duplicate_table, duplicate_object.
 
 
-class PostgresDatabase:
+class PostgresDatabase(Database):
     """Postgres, or an engine that speaks its protocol, through psycopg and its pool of connections.
 
     A transaction that lost a race or its connection is run again, from its beginning. So is one whose
@@ -1014,41 +1014,18 @@ class PostgresDatabase:
 
     def write(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` in a transaction of its own (see Database)."""
-        from psycopg import Error
-
-        deadline = time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S)
-
-        def attempt(tx: Execute) -> T:
-            # The server gives up before the client has to cut the connection, and frees the locks of a client that has
-            # vanished. It is told for this transaction alone, lest a pooler hands the settings on.
-            timeout_ms = max(1, int((deadline - time.monotonic()) * 800))
-            tx(f"BEGIN; SET LOCAL statement_timeout = {timeout_ms};"
-               f" SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}")
-            result = function(tx)
-            try:
-                tx("COMMIT")
-            except Error as error:
-                if error.sqlstate in LOST_A_RACE:
-                    raise
-                raise OutcomeUnknown() from error
-            return result
-
-        return self._repeat(attempt, deadline)
+        return self._run(function, True, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
 
     def read(self, function: Callable[[Execute], T]) -> T:
         """Run `function`, each statement in a transaction of its own."""
-        return self._repeat(function, time.monotonic() + DATABASE_TIMEOUT_S)
-
-    def ping(self) -> None:
-        """Read the one row that every wallet has."""
-        self.read(lambda tx: tx("SELECT currency FROM wallet"))
+        return self._run(function, False, time.monotonic() + DATABASE_TIMEOUT_S)
 
     def close(self) -> None:
         """Close what is not in use; what is in use is closed when its call has ended."""
         self._pool.close()
 
-    def _repeat(self, attempt: Callable[[Execute], T], deadline: float) -> T:
-        """Run `attempt` until it succeeds, while running it again may help and there is time."""
+    def _run(self, function: Callable[[Execute], T], transaction: bool, deadline: float) -> T:
+        """Run `function` until it succeeds, while running it again may help and there is time."""
         from psycopg import Error, IntegrityError
         from psycopg_pool import PoolTimeout
 
@@ -1058,18 +1035,29 @@ class PostgresDatabase:
             raise Unavailable("Nothing was changed, so try again. (the database has stopped answering)")
         unknown, collisions, pause_s = False, 0, RETRY_PAUSE_S
         while True:
-            connection = None
+            connection, committing = None, False
             try:
                 with self._pool.connection(min(DATABASE_TIMEOUT_S, deadline - time.monotonic())) as connection:
                     connection.deadline = deadline - POSTGRES_DIAL_S  # Which is for the cancelling.
-                    return attempt(partial(_execute_on_postgres, connection))
-            except (Error, OutcomeUnknown) as error:
-                state = getattr(error, "sqlstate", None)
-                unknown |= isinstance(error, OutcomeUnknown)
-                collisions += state in CHANGED_MEANWHILE
+                    tx = partial(_execute_on_postgres, connection)
+                    if not transaction:
+                        return function(tx)
+                    # The server gives up before the client has to cut the connection, and frees the locks of a client
+                    # that has vanished. It is told for this transaction alone, lest a pooler hands the settings on.
+                    timeout_ms = max(1, int((deadline - time.monotonic()) * 800))
+                    tx(f"BEGIN; SET LOCAL statement_timeout = {timeout_ms};"
+                       f" SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}")
+                    result = function(tx)
+                    committing = True
+                    tx("COMMIT")
+                    return result
+            except Error as error:
+                unknown |= committing and error.sqlstate not in LOST_A_RACE
+                collisions += error.sqlstate in CHANGED_MEANWHILE
                 lost = connection.closed if connection is not None else isinstance(error, PoolTimeout)
-                again = unknown or lost or state in LOST_A_RACE or (state in CHANGED_MEANWHILE and collisions <= 3)
-                if state == READ_ONLY:  # The server has become a standby: a new connection may find the primary.
+                again = (unknown or lost or error.sqlstate in LOST_A_RACE
+                         or (error.sqlstate in CHANGED_MEANWHILE and collisions <= 3))
+                if error.sqlstate == READ_ONLY:  # The server is a standby now: a new connection may find the primary.
                     self._pool.drain()
                 if isinstance(error, IntegrityError) and not again:
                     raise
@@ -1095,10 +1083,7 @@ class PostgresDatabase:
 
 
 def _timed_connection_class() -> Any:
-    """Return the class of connections that wait until their `deadline`, or a moment: a server that hangs is silent.
-
-    Whatever the server says, `answered_at` of the class notes when.
-    """
+    """Return a class of connections that wait until their `deadline` only, since a server that hangs says nothing."""
     from psycopg import Connection, Error
 
     class TimedConnection(Connection[Row]):
