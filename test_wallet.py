@@ -2786,9 +2786,9 @@ def test_stop_finishes_what_runs_closes_the_database_and_exits_0(tmp_path, numbe
 PATIENT = "import sys, wallet; wallet.STOP_IDLE_S = 10; sys.exit(wallet.main())"
 
 
-def test_stop_under_load_drops_no_request_that_was_taken(tmp_path):
+def test_stop_under_load_drops_no_request_that_was_taken(durable_dsn):
     # No client pauses here for as long as STOP_IDLE_S, however busy the machine is, so each hears that it is the end.
-    with served("--log-level", "warning", program=("-c", PATIENT), cwd=tmp_path) as server:
+    with served("--log-level", "warning", "--dsn", durable_dsn, program=("-c", PATIENT)) as server:
         parts = urlsplit(server.url)
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
         acknowledged, dropped, enough = [], [], threading.Event()
@@ -2824,7 +2824,7 @@ def test_stop_under_load_drops_no_request_that_was_taken(tmp_path):
         assert server.wait(timeout=30) == 0
     assert set(acknowledged) == {201}
     assert dropped == []
-    with Wallet(f"sqlite:///{tmp_path}/wallet.db") as wallet:
+    with Wallet(durable_dsn) as wallet:
         assert wallet.authenticate(token).balance == len(acknowledged)
 
 
@@ -2949,13 +2949,13 @@ def test_app_mounts_at_a_prefix_of_another(wallet):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gunicorn does not run on Windows")
-def test_app_runs_under_gunicorn(tmp_path):
+def test_app_runs_under_gunicorn(tmp_path, durable_dsn):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "2", "--threads", "4",
          "wallet:create_app()"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        env={**environment(WALLET_DSN=f"sqlite:///{tmp_path}/wallet.db"), "PYTHONWARNINGS": ""})
+        env={**environment(WALLET_DSN=durable_dsn), "PYTHONWARNINGS": ""})
     try:
         for line in server.stderr:
             if "Booting worker" in line:
