@@ -2603,6 +2603,17 @@ def test_copy_of_no_wallet_is_refused_and_makes_none(tmp_path, postgres_dsn, fil
     assert done.stderr.startswith("wallet: there is no wallet in postgresql://")
 
 
+def test_wallet_that_cannot_be_read_now_is_not_said_to_be_missing(new_schema, postgres_server, monkeypatch):
+    dsn = new_schema(on=postgres_server)
+    Wallet(dsn).close()
+    monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.5)
+    with contextlib.ExitStack() as stack:
+        freeze = lambda self, tx: stack.enter_context(postgres_server.frozen())  # noqa: E731
+        monkeypatch.setattr(wallet_module.PostgresDatabase, "_check_server", freeze)
+        with pytest.raises(ConfigurationError, match=r"cannot use .*stopped answering|cannot use .*get a connection"):
+            Wallet(dsn, create=False)
+
+
 def test_copy_brings_the_currency_to_an_empty_database(full_dsn, postgres_dsn):
     with Wallet(full_dsn) as source, Wallet(postgres_dsn, currency="EUR") as target:
         source.copy_to(target)

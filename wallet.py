@@ -655,12 +655,13 @@ class Wallet:
         """
 
         def read(columns: str, table: str) -> list[Row] | None:
-            with suppress(Unavailable):  # There is no such table; or if something else is wrong, making it will say so.
+            with suppress(Unavailable):  # There is no such table or column.
                 return self.database.read(lambda tx: tx(f"SELECT {columns} FROM {table} LIMIT 1"))
             return None
 
         rows = read("schema_version, currency", "wallet")
         if not rows:
+            self.database.read(lambda tx: tx("SELECT 1"))  # Raises Unavailable where something else is wrong.
             if not create:
                 raise ConfigurationError(f"there is no wallet in {self.database.location}")
             for table, column in (("wallet", "currency"), ("accounts", "token_hash"), ("transactions", "fingerprint")):
