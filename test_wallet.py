@@ -1912,6 +1912,130 @@ def test_transaction_that_lost_a_race_or_a_deadlock_is_run_again_whole(new_schem
     assert len(runs) == 2 + len(errors)
 
 
+def raising(state, times):
+    """Return a statement that fails so often with an SQLSTATE, and then no more. No ROLLBACK undoes the counting."""
+    return f"""DO $$ BEGIN IF nextval('tries') <= {times} THEN RAISE EXCEPTION SQLSTATE '{state}'; END IF; END $$"""
+
+
+@pytest.mark.parametrize("state", ["40001", "40P01", "23505", "42P07", "42710", "25006"])
+def test_state_that_another_run_may_mend_gets_another_run_and_not_for_ever(postgres_wallet, state):
+    run = postgres_wallet.database.write
+    run(lambda tx: tx("CREATE SEQUENCE tries"))
+    ada, _ = postgres_wallet.register("Ada")
+
+    def rename(times):
+        def function(tx):
+            tx("UPDATE accounts SET name = name || '1' WHERE id = ?", ada.id)
+            tx(raising(state, times))
+
+        run(function)
+
+    rename(3)
+    assert postgres_wallet.account(ada.id).name == "Ada1"
+    if state not in wallet_module.LOST_A_RACE:  # They end by themselves, and what is left is a fault.
+        run(lambda tx: tx("ALTER SEQUENCE tries RESTART"))
+        with pytest.raises((Unavailable, psycopg.IntegrityError)):
+            rename(1000)
+        assert run(lambda tx: tx("SELECT last_value FROM tries")) == [(4,)]
+    assert postgres_wallet.account(ada.id).name == "Ada1"
+
+
+@pytest.mark.parametrize(("state", "times", "expected"), [
+    ("40003", 1, None), ("40003", 10**9, OutcomeUnknown), ("53100", 10**9, OutcomeUnknown), ("40001", 1, None),
+    ("40001", 10**9, Unavailable),
+])
+def test_commit_that_answers_an_error_is_unknown_unless_it_says_rolled_back(new_schema, monkeypatch, state, times,
+                                                                            expected):
+    with Wallet(new_schema()) as wallet:
+        ada, _ = wallet.register("Ada")
+        body = raising(state, times).replace("DO $$ BEGIN", "BEGIN").replace("END $$", "RETURN NULL; END")
+        for sql in ("CREATE SEQUENCE tries",
+                    f"CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $${body}$$",
+                    "CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON transactions DEFERRABLE INITIALLY DEFERRED"
+                    " FOR EACH ROW EXECUTE FUNCTION fail()"):
+            wallet.database.write(lambda tx, sql=sql: tx(sql))
+        if expected:
+            monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.8)
+            with pytest.raises(Unavailable) as failure:
+                wallet.topup(ada.id, 5)
+            assert type(failure.value) is expected
+        else:
+            assert wallet.topup(ada.id, 5).balance == 5
+        check_books(wallet)
+
+
+def test_session_is_left_as_it_was_so_that_a_pooler_may_hand_it_on(postgres_dsn):
+    with Wallet(postgres_dsn, connections=1) as wallet:
+        ada, _ = wallet.register("Ada")
+        before = wallet.database.read(lambda tx: tx("SHOW statement_timeout"))
+        for _ in range(10):
+            wallet.topup(ada.id, 5)
+        for name in ("statement_timeout", "idle_in_transaction_session_timeout"):
+            assert wallet.database.read(lambda tx, name=name: tx(f"SHOW {name}")) == before == [("0",)]
+        assert wallet.database.read(lambda tx: tx("SELECT * FROM pg_prepared_statements")) == []
+
+
+def test_options_come_from_the_dsn_else_from_the_environment_else_from_here(postgres_dsn, monkeypatch):
+    def name(dsn, **options):
+        with Wallet(dsn, **options) as wallet:
+            assert wallet.database._pool.max_size == options.get("connections", 8)
+            return wallet.database.read(lambda tx: tx("SHOW application_name"))[0][0]
+
+    assert name(postgres_dsn) == name(postgres_dsn.replace("postgresql:", "postgres:"), connections=3) == "wallet"
+    monkeypatch.setenv("PGAPPNAME", "shop")
+    assert name(postgres_dsn) == "shop"
+    assert name(postgres_dsn + "&application_name=till") == "till"
+    monkeypatch.setenv("WALLET_DSN", postgres_dsn)
+    monkeypatch.setenv("WALLET_THREADS", "5")
+    with create_app().wallet as wallet:
+        assert wallet.database._pool.max_size == 5
+
+
+def test_text_is_utf_8_whatever_the_environment_says(postgres_dsn, monkeypatch):
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    with Wallet(postgres_dsn) as wallet:
+        account, _ = wallet.register("Łucja 李")
+        assert wallet.account(account.id).name == "Łucja 李"
+
+
+def test_silent_server_is_one_line_and_exit_code_2():
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        done = command("--port", "0", WALLET_DSN=f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/x")
+    assert done.returncode == 2
+    assert re.fullmatch(r"wallet: cannot open postgresql://127\.0\.0\.1:\d+/x: [^\n]*timeout expired\n", done.stderr)
+
+
+def test_call_waits_out_an_outage_that_is_shorter_than_its_deadline(new_schema, postgres_server):
+    with Wallet(new_schema(on=postgres_server)) as wallet, ThreadPoolExecutor(1) as thread:
+        ada, _ = wallet.register("Ada")
+        postgres_server.control("stop", "-m", "fast")
+        waiting = thread.submit(wallet.topup, ada.id, 5)
+        try:
+            time.sleep(3.3)  # Longer than a pool's usual second, and third, try to connect is away.
+        finally:
+            postgres_server.restart()
+        assert waiting.result(timeout=30).balance == 5
+
+
+def test_connections_that_went_dead_in_silence_cost_one_call_and_not_one_each(new_schema, postgres_server, monkeypatch):
+    monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 1)
+    monkeypatch.setattr(wallet_module, "POSTGRES_AWAY_S", 0)
+    with Wallet(new_schema(on=postgres_server), connections=4) as wallet:
+        ada, _ = wallet.register("Ada")
+        ask = "SELECT pg_backend_pid(), pg_sleep(0.1)"
+        backends = {rows[0][0] for rows in together(*[lambda: wallet.database.read(lambda tx: tx(ask))] * 4)}
+        assert len(backends) > 1
+        for backend in backends:
+            os.kill(backend, signal.SIGSTOP)
+        try:
+            with pytest.raises(Unavailable):
+                wallet.topup(ada.id, 5)
+            assert wallet.topup(ada.id, 5).balance == 5
+        finally:
+            for backend in backends:
+                os.kill(backend, signal.SIGCONT)
+
+
 def test_race_that_shows_only_at_commit_is_run_again_too(new_schema):
     barrier, runs = threading.Barrier(2), []
     with Wallet(new_schema(SERIALIZABLE)) as wallet:
@@ -2275,6 +2399,10 @@ def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_aft
         assert {answer[:3] for answer in answers} <= {(503, "1", "unavailable"), (503, "1", "outcome_unknown")}
         assert {topup(number)[0] for number in range(32)} == {201}
         assert send(server.url, "GET", "/api/account", None, token)[2]["balance"] == 32
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=30)
+        assert "psycopg" not in log  # It would tell of each try to connect.
+        assert re.search(r"ERROR wallet: postgresql://127\.0\.0\.1:\d+/postgres does not answer: ", log)
     slowest_s = max(answer[3] for answer in answers)
     with capsys.disabled():
         print(f"\nfrozen: 503 after {slowest_s:.2f} s at most, {len(livez)} /livez of {max(livez):.3f} s at most,"
@@ -2300,6 +2428,7 @@ def test_exhausted_pool_is_503_and_the_queue_for_it_is_bounded(postgres_dsn, mon
         assert not any(future.done() for future in waiting)
         assert {type(future.exception()) for future in waiting} == {Unavailable}
         assert "has stopped answering" in api.send("GET", "/api/account", status=503).json["detail"]
+        api.send("GET", "/readyz", status=503)
         for release in releases:
             release()
         while api.send("GET", "/readyz").status_int != 200:
@@ -2663,13 +2792,32 @@ def test_copy_to_a_server_that_went_away_ends(file_dsn, new_schema, postgres_ser
             postgres_server.restart()
 
 
-def test_copy_that_the_source_was_changed_under_is_undone(full_dsn, postgres_dsn):
+@pytest.mark.parametrize("change", [
+    "UPDATE accounts SET name = name || '!' WHERE id = (SELECT min(id) FROM accounts)",
+    "UPDATE transactions SET description = 'x' WHERE sequence = 1",
+    None,
+])
+def test_copy_that_the_source_was_changed_under_is_undone(full_dsn, postgres_dsn, change):
     with Wallet(full_dsn) as source, Wallet(postgres_dsn) as target:
         # What is written to the last account of all is always still ahead of the copy.
         account_id = source.database.read(lambda tx: tx("SELECT max(account_id) FROM transactions"))[0][0]
+
+        def report(copied):
+            if not change:
+                source.topup(account_id, 1)
+            elif copied["transactions"]:
+                source.database.write(lambda tx: tx(change))
+
         with pytest.raises(ConfigurationError, match="the wallet was changed while it was copied: stop it first"):
-            source.copy_to(target, lambda copied: source.topup(account_id, 1))
+            source.copy_to(target, report)
         assert contents(postgres_dsn)[1:] == [[], []]
+
+
+def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
+    monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 1)
+    with Wallet(full_dsn) as source, Wallet(postgres_dsn) as target:
+        source.copy_to(target, lambda copied: time.sleep(0.4))
+    assert contents(postgres_dsn) == contents(full_dsn)
 
 
 @pytest.mark.parametrize("damage", [
