@@ -1985,6 +1985,8 @@ def test_options_come_from_the_dsn_else_from_the_environment_else_from_here(post
     monkeypatch.setenv("PGAPPNAME", "shop")
     assert name(postgres_dsn) == "shop"
     assert name(postgres_dsn + "&application_name=till") == "till"
+    with Wallet(postgres_dsn + "&keepalives_idle=7") as wallet:
+        assert wallet.database._pool.kwargs["keepalives_idle"] == "7"
     monkeypatch.setenv("WALLET_DSN", postgres_dsn)
     monkeypatch.setenv("WALLET_THREADS", "5")
     with create_app().wallet as wallet:
@@ -2816,7 +2818,8 @@ def test_copy_that_the_source_was_changed_under_is_undone(full_dsn, postgres_dsn
 def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 1)
     with Wallet(full_dsn) as source, Wallet(postgres_dsn) as target:
-        source.copy_to(target, lambda copied: time.sleep(0.4))
+        pauses = iter([1.5])
+        source.copy_to(target, lambda copied: time.sleep(next(pauses, 0)))
     assert contents(postgres_dsn) == contents(full_dsn)
 
 
