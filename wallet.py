@@ -911,13 +911,25 @@ class SQLiteDatabase(Database):
             ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
             if owner != SQLITE_APPLICATION_ID and (owner or tables):
                 raise ConfigurationError(f"{self._path} is the database of another program: name another file")
-            connection.execute("PRAGMA journal_mode = WAL")
+            self._use_wal(connection)
             connection.execute("PRAGMA synchronous = FULL")  # Each COMMIT is synced: a power cut loses none.
             connection.execute(f"PRAGMA application_id = {SQLITE_APPLICATION_ID}")
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _use_wal(self, connection: sqlite3.Connection) -> None:
+        """Turn the write-ahead log on. SQLite does not wait here for another process that opens the new file too."""
+        deadline = time.monotonic() + DATABASE_TIMEOUT_S
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0, RETRY_PAUSE_MAX_S))
 
     def _connect(self, pragma: str) -> sqlite3.Connection:
         # Only the writer makes the file: a file that was removed must not come back empty.
@@ -1054,13 +1066,13 @@ class PostgresDatabase(Database):
                     return result
             except Error as error:
                 unknown |= committing and error.sqlstate not in LOST_A_RACE
-                collisions += error.sqlstate in CHANGED_MEANWHILE
                 lost = connection.closed if connection is not None else isinstance(error, PoolTimeout)
-                again = (unknown or lost or error.sqlstate in LOST_A_RACE
-                         or (error.sqlstate in CHANGED_MEANWHILE and collisions <= 3))
+                collisions += committing or error.sqlstate in CHANGED_MEANWHILE
+                again = lost or error.sqlstate in LOST_A_RACE or (
+                    collisions <= 3 and (committing or error.sqlstate in CHANGED_MEANWHILE))
                 if error.sqlstate == READ_ONLY:  # The server is a standby now: a new connection may find the primary.
                     self._pool.drain()
-                if isinstance(error, IntegrityError) and not again:
+                if isinstance(error, IntegrityError) and not again and not unknown:
                     raise
                 if not again or connection is None or time.monotonic() + pause_s > deadline:
                     if lost and self._connection_class.answered_at < started:
