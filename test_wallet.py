@@ -2533,6 +2533,7 @@ BAD_POSTGRES = {
     "not UTF-8": ("postgresql://postgres@127.0.0.1:{port}/sql_ascii", "is in SQL_ASCII: make a database with ENCODING"),
     "no rights": ("postgresql://wallet_ada:right@127.0.0.1:{port}/postgres", "permission denied for schema public"),
     "raw password": ("postgresql://u:se@secret@127.0.0.1/x", "the DSN is malformed: it looks like"),
+    "slash behind digits": ("postgresql://u:123/secret@127.0.0.1/x", "the DSN is malformed"),
     "slash in it": ("postgresql://u:se/secret@127.0.0.1/x", "the DSN is malformed"),
     "line break behind it": ("postgresql://u:secret\n@127.0.0.1/x", "the DSN is malformed"),
     "password elsewhere": ("postgresql://127.0.0.1:1/x?user=u&password=p//a@secret", "cannot open postgresql://127.0.0.1:1/x"),

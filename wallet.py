@@ -113,6 +113,7 @@ DATABASE_TIMEOUT_S = 5  # For SQLite's write lock, which another process may hol
 # Postgres, repeats and a restart of the server included: longer than either should take.
 RETRY_PAUSE_S, RETRY_PAUSE_MAX_S = 0.002, 0.1  # Before a transaction is run again: about as long as one takes, twice as
 # long each time, and at random, so that those who met once do not meet again.
+MENDINGS_MAX = 3  # How often a call is run again for an error that may be a fault, and not another's doing.
 POSTGRES_WAITING_MAX = 100  # Calls that wait for a connection. One more fails at once, so that no queue is long.
 POSTGRES_DIAL_S = 0.5  # Between two tries to connect, and for a server that works to say so.
 POSTGRES_AWAY_S = 1  # Once the server has not answered in time, calls fail at once for so long, lest they queue for it.
@@ -659,6 +660,9 @@ class Wallet:
                 return self.database.read(lambda tx: tx(f"SELECT {columns} FROM {table} LIMIT 1"))
             return None
 
+        def make(sql: str) -> None:
+            self.database.write(lambda tx: tx(sql))
+
         rows = read("schema_version, currency", "wallet")
         if not rows:
             self.database.read(lambda tx: tx("SELECT 1"))  # Raises Unavailable where something else is wrong.
@@ -669,9 +673,9 @@ class Wallet:
                     raise ConfigurationError(f"the table {table} in {self.database.location} is another program's:"
                                              " name another database, or another schema as the search_path")
             schema = Path(__file__).with_name("schema.sql").read_text().rstrip("; \n").split(";")
-            row = f"(1, {SCHEMA_VERSION}, '{currency or 'USD'}')"
-            for statement in (*schema, f"INSERT INTO wallet VALUES {row} ON CONFLICT (id) DO NOTHING"):
-                self.database.write(lambda tx, statement=statement: tx(statement))  # type: ignore[misc]
+            for statement in schema:
+                make(statement)
+            make(f"INSERT INTO wallet VALUES (1, {SCHEMA_VERSION}, '{currency or 'USD'}') ON CONFLICT (id) DO NOTHING")
             rows = self.database.read(lambda tx: tx("SELECT schema_version, currency FROM wallet"))
         ((version, kept),) = rows
         if version != SCHEMA_VERSION:
@@ -980,7 +984,7 @@ def _unavailable(error: Exception) -> Unavailable:
 # SQLSTATEs after which a transaction is run again (https://www.postgresql.org/docs/current/errcodes-appendix.html).
 LOST_A_RACE = "40001", "40P01"  # serialization_failure, deadlock_detected: it was rolled back, at COMMIT too.
 READ_ONLY = "25006"  # read_only_sql_transaction
-CHANGED_MEANWHILE = "23505", "42P07", "42710", READ_ONLY  # And unique_violation, duplicate_table, duplicate_object.
+CHANGED_MEANWHILE = READ_ONLY, "23505", "42P07", "42710"  # unique_violation, duplicate_table, duplicate_object
 
 
 class PostgresDatabase(Database):
@@ -1003,10 +1007,10 @@ class PostgresDatabase(Database):
             given = conninfo_to_dict(dsn)
         except (ProgrammingError, UnicodeError):  # It quotes what may be the password, as one about the port does.
             given = {"port": "malformed"}
-        if dsn.count("@") > 1 or re.search("[^!-~]", dsn) or not re.fullmatch("[0-9,]*", str(given.get("port", ""))):
+        host, port, database = (str(given.get(name, "")) for name in ("host", "port", "dbname"))
+        if dsn.count("@") > 1 or re.search("[^!-~]", dsn) or "@" in host + database or re.search("[^0-9,]", port):
             raise ConfigurationError("the DSN is malformed: it looks like postgresql://USER:PASSWORD@HOST:PORT/DATABASE,"
                                      " with %40 for an @ in the password, and other special characters likewise")
-        host, port, database = (given.get(name, "") for name in ("host", "port", "dbname"))
         self.location = f"postgresql://{host}{port and f':{port}'}/{database}"
         self._process_id = os.getpid()
         self._away_until = 0.0
@@ -1046,7 +1050,7 @@ class PostgresDatabase(Database):
         started = time.monotonic()
         if started < self._away_until:
             raise Unavailable("Nothing was changed, so try again. (the database has stopped answering)")
-        unknown, collisions, pause_s = False, 0, RETRY_PAUSE_S
+        unknown, mendings, pause_s = False, 0, RETRY_PAUSE_S
         while True:
             connection, committing = None, False
             try:
@@ -1067,9 +1071,9 @@ class PostgresDatabase(Database):
             except Error as error:
                 unknown |= committing and error.sqlstate not in LOST_A_RACE
                 lost = connection.closed if connection is not None else isinstance(error, PoolTimeout)
-                collisions += committing or error.sqlstate in CHANGED_MEANWHILE
-                again = lost or error.sqlstate in LOST_A_RACE or (
-                    collisions <= 3 and (committing or error.sqlstate in CHANGED_MEANWHILE))
+                mendable = committing or error.sqlstate in CHANGED_MEANWHILE
+                mendings += mendable
+                again = lost or error.sqlstate in LOST_A_RACE or (mendable and mendings <= MENDINGS_MAX)
                 if error.sqlstate == READ_ONLY:  # The server is a standby now: a new connection may find the primary.
                     self._pool.drain()
                 if isinstance(error, IntegrityError) and not again and not unknown:
@@ -1096,7 +1100,10 @@ class PostgresDatabase(Database):
 
 
 def _timed_connection_class() -> Any:
-    """Return a class of connections that wait until their `deadline` only, since a server that hangs says nothing."""
+    """Return a class of connections that wait until their `deadline` only, since a server that hangs says nothing.
+
+    `answered_at` of the class is when the server last answered on any of them.
+    """
     from psycopg import Connection, Error
 
     class TimedConnection(Connection[Row]):
