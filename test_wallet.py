@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import http.client
@@ -28,13 +29,15 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from urllib.parse import urlsplit
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
 
 import psycopg
 import pytest
@@ -42,7 +45,15 @@ import yaml
 from bottle import Bottle
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 from openapi_spec_validator import validate
 from webtest import TestApp
 
@@ -51,13 +62,18 @@ from wallet import (
     AMOUNT_MAX,
     BODY_BYTES_MAX,
     SETTINGS,
+    AccountFrozen,
+    AccountNotFound,
     BalanceLimitExceeded,
     ConfigurationError,
+    HoldNotActive,
     IdempotencyKeyReused,
     InsufficientFunds,
     MalformedRequest,
     NotFound,
+    NotRefundable,
     OutcomeUnknown,
+    RefundExceedsCharge,
     Unauthorized,
     Unavailable,
     ValidationFailed,
@@ -76,22 +92,55 @@ WRONG_TOKEN = "wlt_" + "0" * 48 + wallet_module.checksum("wlt_" + "0" * 48)
 # Fixtures and helpers ################################################################################################
 
 
+SIGNS = {"topup": 1, "charge": -1, "refund": 1, "transfer_in": 1, "transfer_out": -1, "hold": 0, "release": 0}
+
+
+def check_holds(read, rows, held):
+    """Assert that what is held is the sum of the active holds, and that each hold ended at most once."""
+    made = {f"hld_{row[0][4:]}_{row[1]}": row for row in rows if row[2] == "hold"}
+    ended = [(row[5], row[2]) for row in rows if row[2] == "release" or (row[2] == "charge" and row[5])]
+    assert len({hold for hold, _ in ended}) == len(ended)
+    active, statuses = dict.fromkeys(held, 0), {}
+    for account_id, sequence, amount, status, captured in read(
+            "SELECT account_id, sequence, amount, status, captured FROM holds"):
+        hold = f"hld_{account_id[4:]}_{sequence}"
+        assert made.pop(hold)[3] == amount
+        active[account_id] += amount if status == "active" else 0
+        statuses[hold] = status
+        assert captured == sum(row[3] for row in rows if row[5] == hold and row[2] == "charge")
+    assert made == {}
+    assert held == active
+    assert all(statuses[hold] == ("released" if type == "release" else "captured") for hold, type in ended)
+    assert sum(status in ("released", "captured") for status in statuses.values()) == len(ended)
+
+
 def check_books(wallet):
     """Assert the first promise from the rows themselves, and for SQLite that the file is whole."""
 
     def read(sql):
         return wallet.database.read(lambda tx: tx(sql))
 
-    accounts = read("SELECT id, balance, last_sequence FROM accounts")
-    transactions = read("SELECT account_id, sequence, type, amount, balance FROM transactions ORDER BY 1, 2")
-    books = {account_id: (0, 0) for account_id, _, _ in accounts}
-    for account_id, sequence, type, amount, balance in transactions:
+    accounts = read("SELECT id, balance, last_sequence, held FROM accounts")
+    columns = "account_id, sequence, type, amount, balance, reference, created_at"
+    rows = read(f"SELECT {columns} FROM transactions ORDER BY 1, 2")
+    books = {account_id: (0, 0) for account_id, *_ in accounts}
+    last_times, transfers, charges, refunds = {}, 0, {}, {}
+    for account_id, sequence, type, amount, balance, reference, created_at in rows:
         last_sequence, last_balance = books[account_id]
         assert sequence == last_sequence + 1
-        assert balance == last_balance + (amount if type == "topup" else -amount)
+        assert balance == last_balance + SIGNS[type] * amount
         assert 0 <= balance <= AMOUNT_MAX
-        books[account_id] = (sequence, balance)
-    assert {account_id: (sequence, balance) for account_id, balance, sequence in accounts} == books
+        assert created_at >= last_times.get(account_id, 0)
+        books[account_id], last_times[account_id] = (sequence, balance), created_at
+        transfers += SIGNS[type] * amount if type.startswith("transfer") else 0
+        if type == "charge":
+            charges[f"txn_{account_id[4:]}_{sequence}"] = amount
+        if type == "refund":
+            refunds[reference] = refunds.get(reference, 0) + amount
+    assert {account_id: (sequence, balance) for account_id, balance, sequence, _ in accounts} == books
+    assert transfers == 0
+    assert all(refunded <= charges[charge] for charge, refunded in refunds.items())
+    check_holds(read, rows, {account_id: held for account_id, *_, held in accounts})
     if isinstance(wallet.database, wallet_module.SQLiteDatabase):
         assert read("PRAGMA integrity_check") == [("ok",)]
 
@@ -346,9 +395,10 @@ def served(*arguments, program=("wallet.py",), cwd=None, **settings):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(**settings),
     )
     try:
-        process.banner = "".join(process.stdout.readline() for _ in wallet_module.BANNER.splitlines())
+        lines = 1 if "WALLET_ISSUER_TOKEN" in settings else len(wallet_module.TRY.splitlines()) + 1
+        process.banner = "".join(process.stdout.readline() for _ in range(lines))
         assert "listens on" in process.banner, process.stderr.read()
-        process.url = re.search(r"(http://\S+)/api/register", process.banner)[1]
+        process.url = re.search(r"(http://\S+)(?:/api/register|,)", process.banner.replace("0.0.0.0", "127.0.0.1"))[1]
         yield process
     finally:
         if process.poll() is None:
@@ -399,6 +449,7 @@ def test_refused_charge_answers_402_with_balance_and_required(api):
         "detail": "The balance is 7, and this needs 8.",
         "code": "insufficient_funds",
         "balance": 7,
+        "available": 7,
         "required": 8,
     }
 
@@ -435,7 +486,7 @@ class CarelessWallet(Wallet):
 
     everyone_has_read = threading.Barrier(64)
 
-    def charge(self, account_id, amount, description=None, *, key=None):
+    def charge(self, account_id, amount, description=None, *, metadata=None, key=None):
         balance = self.account(account_id).balance
         self.everyone_has_read.wait(timeout=30)
         if balance < amount:
@@ -483,24 +534,92 @@ def test_accounts_do_not_disturb_each_other_under_load(wallet):
     assert balances == {sum(range(1, 41)) - sum(amount // 2 or 1 for amount in range(1, 41))}
 
 
+class Refused(Exception):
+    """Carries the kind of error that the model expects."""
+
+
 class Model(RuleBasedStateMachine):
-    """Random sequences of everything, against a wallet of a few lines of plain Python."""
+    """Random sequences of everything, against a wallet of a few lines of plain Python, on a clock of its own."""
 
     dsn = "sqlite://"
-    accounts = Bundle("accounts")
-    keys = st.none() | st.sampled_from(["a", "b", "c", "d"])
-    amounts = st.integers(1, 50) | st.sampled_from([AMOUNT_MAX, AMOUNT_MAX - 1])
-    descriptions = st.none() | st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=5)
+    now_us = 0
+    accounts, charges, held = Bundle("accounts"), Bundle("charges"), Bundle("held")
+    keys = st.sampled_from([None] * 8 + ["a", "b", "c", "d"])  # Most requests get through to the money.
+    amounts = st.integers(1, 52).map(lambda n: n if n <= 50 else AMOUNT_MAX - n + 51)
+    parts = st.none() | st.integers(1, 60)
+    texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=5)
+    said = st.fixed_dictionaries({}, optional={
+        "description": texts, "metadata": st.dictionaries(texts.filter(bool), texts, max_size=2)})
+    times = st.integers(0, 40)
 
-    @initialize()
-    def start(self):
+    @initialize(target=accounts, balance=st.integers(1, 200))
+    def start(self, balance):
+        Model.now_us = 10**15
         self.wallet = Wallet(self.dsn)
-        self.books = {}
-        self.remembered = {}
+        self.books, self.holds, self.frozen, self.remembered, self.refunded = {}, {}, set(), {}, {}
+        self.register("Bob")
+        ada = self.register("Ada")
+        self.topup(ada, balance, {}, None)
+        return multiple(*self.books)
 
     def teardown(self):
         if hasattr(self, "wallet"):
             self.wallet.close()
+            Model.now_us = 0
+
+    def now(self):
+        return datetime.fromtimestamp(0, timezone.utc) + timedelta(microseconds=Model.now_us)
+
+    def balance(self, account):
+        return self.books[account][-1].balance if self.books[account] else 0
+
+    def status(self, hold):
+        return "expired" if hold.status == "active" and hold.expires_at <= self.now() else hold.status
+
+    def available(self, account):
+        mine = (hold for hold in self.holds.values() if hold.id[4:20] == account[4:])
+        return self.balance(account) - sum(hold.amount for hold in mine if self.status(hold) == "active")
+
+    def check(self, account, change, held=0):
+        """Raise what the wallet must, for a change of the balance, or what would be held."""
+        if account in self.frozen:
+            raise Refused(AccountFrozen)
+        if self.balance(account) + change > AMOUNT_MAX:
+            raise Refused(BalanceLimitExceeded)
+        if self.available(account) < held - change:
+            raise Refused(InsufficientFunds)
+
+    def once(self, account, key, request, call, expect):
+        """Call, and compare with what is expected of it; return what was done anew, None for a refusal or a replay."""
+        earlier, expected = self.remembered.get((account, key)), None
+        if earlier and earlier[0] != request:
+            expected = IdempotencyKeyReused
+        elif not earlier:
+            try:
+                expect()
+            except Refused as refused:
+                expected = refused.args[0]
+        if expected:
+            with pytest.raises(expected):
+                call()
+            return None
+        done = call()
+        first = done[0] if isinstance(done, list) else done
+        assert first.replayed == bool(earlier)
+        if earlier:
+            assert done == earlier[1]
+            return None
+        assert first.created_at == self.now()
+        if key is not None:
+            self.remembered[account, key] = (request, done)
+        return done
+
+    def write_down(self, done, account, type, amount, said, change, reference=None):
+        balance = self.balance(account) + change
+        assert done == dataclasses.replace(
+            done, type=type, amount=amount, balance=balance, description=said.get("description"),
+            metadata=said.get("metadata", {}), reference=reference)
+        self.books[account].append(done)
 
     @rule(target=accounts, name=st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=103))
     def register(self, name):
@@ -514,55 +633,197 @@ class Model(RuleBasedStateMachine):
         self.books[account.id] = []
         return account.id
 
-    @rule(account=accounts, type=st.sampled_from(["topup", "charge"]), amount=amounts, description=descriptions,
-          key=keys)
-    def move(self, account, type, amount, description, key):
-        book, request = self.books[account], (type, amount, description)
-        balance = book[-1].balance if book else 0
-        after = balance + amount if type == "topup" else balance - amount
+    @rule(seconds=st.integers(0, 40))
+    def wait(self, seconds):
+        Model.now_us += seconds * 1_000_000
+
+    @rule(account=accounts, frozen=st.sampled_from([True, False, False]))
+    def freeze(self, account, frozen):
+        self.wallet.freeze(account, frozen)
+        (self.frozen.add if frozen else self.frozen.discard)(account)
+
+    @rule(account=accounts, amount=amounts, said=said, key=keys)
+    def topup(self, account, amount, said, key):
+        done = self.once(account, key, ("topup", amount, said),
+                         lambda: self.wallet.topup(account, amount, **said, key=key),
+                         lambda: self.check(account, amount))
+        if done:
+            self.write_down(done, account, "topup", amount, said, amount)
+
+    @rule(target=charges, account=accounts, amount=amounts, said=said, key=keys)
+    def charge(self, account, amount, said, key):
+        done = self.once(account, key, ("charge", amount, said),
+                         lambda: self.wallet.charge(account, amount, **said, key=key),
+                         lambda: self.check(account, -amount))
+        if not done:
+            return multiple()
+        self.write_down(done, account, "charge", amount, said, -amount)
+        return done
+
+    @rule(charge=charges, part=parts, said=said, key=keys)
+    def refund(self, charge, part, said, key):
+        account = "acc_" + charge.id[4:20]
+        left = charge.amount - self.refunded.get(charge.id, 0)
+
+        def expect():
+            if not 0 < (part or left) <= left:
+                raise Refused(RefundExceedsCharge)
+            self.check(account, part or left)
+
+        done = self.once(account, key, ("refund", charge.id, part, said),
+                         lambda: self.wallet.refund(account, charge.id, part, **said, key=key), expect)
+        if done:
+            self.refunded[charge.id] = self.refunded.get(charge.id, 0) + done.amount
+            self.write_down(done, account, "refund", part or left, said, part or left, charge.id)
+
+    @rule(sender=accounts, to=accounts, amount=amounts, said=said, key=keys)
+    def transfer(self, sender, to, amount, said, key):
+        if sender == to:
+            with pytest.raises(ValidationFailed, match="another account"):
+                self.wallet.transfer(sender, to, amount, **said, key=key)
+            return
+        done = self.once(sender, key, ("transfer", to, amount, said),
+                         lambda: self.wallet.transfer(sender, to, amount, **said, key=key),
+                         lambda: (self.check(sender, -amount), self.check(to, amount)))
+        if done:
+            self.write_down(done, sender, "transfer_out", amount, said, -amount, to)
+            received = self.wallet.transactions(to, limit=1).transactions[0]
+            self.write_down(received, to, "transfer_in", amount, said, amount, sender)
+
+    @rule(target=held, account=accounts, amount=amounts, seconds=st.none() | st.integers(1, 60), said=said, key=keys)
+    def hold(self, account, amount, seconds, said, key):
+        done = self.once(account, key, ("hold", amount, seconds, said),
+                         lambda: self.wallet.hold(account, amount, expires_in_s=seconds, **said, key=key),
+                         lambda: self.check(account, 0, amount))
+        if not done:
+            return multiple()
+        assert (done.amount, done.status, done.captured) == (amount, "active", 0)
+        assert done.expires_at == self.now() + timedelta(seconds=seconds or 7 * 24 * 3600)
+        assert (done.description, done.metadata) == (said.get("description"), said.get("metadata", {}))
+        self.holds[done.id] = done
+        return done.id
+
+    def end(self, hold, part=None):
+        if self.status(hold) != "active":
+            raise Refused(HoldNotActive)
+        if (part or 0) > hold.amount:
+            raise Refused(ValidationFailed)
+        if "acc_" + hold.id[4:20] in self.frozen:
+            raise Refused(AccountFrozen)
+
+    @rule(target=charges, hold=held, part=parts, said=said, key=keys)
+    def capture(self, hold, part, said, key):
+        account, hold = "acc_" + hold[4:20], self.holds[hold]
+        done = self.once(account, key, ("capture", hold.id, part, said),
+                         lambda: self.wallet.capture(account, hold.id, part, **said, key=key),
+                         lambda: self.end(hold, part))
+        if not done:
+            return multiple()
+        self.holds[hold.id] = dataclasses.replace(hold, status="captured", captured=part or hold.amount)
+        given = {name: said.get(name) or getattr(hold, name) for name in ("description", "metadata")}
+        self.write_down(done, account, "charge", part or hold.amount, given, -(part or hold.amount), hold.id)
+        return done
+
+    @rule(hold=held, key=keys)
+    def release(self, hold, key):
+        account, hold = "acc_" + hold[4:20], self.holds[hold]
+        released = dataclasses.replace(hold, status="released")
         earlier = self.remembered.get((account, key))
         expected = None
-        if earlier and earlier[0] != request:
+        if earlier and earlier[0] != ("release", hold.id):
             expected = IdempotencyKeyReused
-        elif not earlier and after < 0:
-            expected = InsufficientFunds
-        elif not earlier and after > AMOUNT_MAX:
-            expected = BalanceLimitExceeded
+        elif not earlier:
+            try:
+                self.end(hold)
+            except Refused as refused:
+                expected = refused.args[0]
         if expected:
             with pytest.raises(expected):
-                getattr(self.wallet, type)(account, amount, description, key=key)
+                self.wallet.release(account, hold.id, key=key)
             return
-        done = getattr(self.wallet, type)(account, amount, description, key=key)
-        assert done.replayed == bool(earlier)
-        if earlier:
-            assert done == earlier[1]
-            return
-        assert (done.type, done.amount, done.description, done.balance) == (*request, after)
-        book.append(done)
+        assert self.wallet.release(account, hold.id, key=key) == released
+        self.holds[hold.id] = released
         if key is not None:
-            self.remembered[account, key] = (request, done)
+            self.remembered[account, key] = (("release", hold.id), released)
 
-    @rule(account=accounts, limit=st.integers(1, 5), type=st.sampled_from([None, "topup", "charge"]))
-    def read_history(self, account, limit, type):
-        seen, cursor = [], None
+    @rule(movements=st.lists(st.tuples(accounts, st.sampled_from(["topup", "charge"]), amounts, said), min_size=1,
+                             max_size=5), key=keys)
+    def batch(self, movements, key):
+        """All or none: what the model writes down for a batch that is refused, it takes back."""
+        request = [{"account": account, "type": type, "amount": amount, **said}
+                   for account, type, amount, said in movements]
+        before = {account: list(book) for account, book in self.books.items()}
+        known = {account: self.remembered.get((account, key)) for account, *_ in movements}
+        if any(known.values()) and not all(one and one[0] == ("batch", request) for one in known.values()):
+            return  # Of several keys that are known, which one is refused is not the point here.
+
+        def expect():
+            try:
+                for account, type, amount, _ in movements:
+                    change = amount if type == "topup" else -amount
+                    self.check(account, change)
+                    self.books[account].append(SimpleNamespace(balance=self.balance(account) + change))
+            finally:
+                self.books = before
+
+        done = self.once(movements[0][0], key, ("batch", request), lambda: self.wallet.batch(request, key=key), expect)
+        if done:
+            for one, (account, type, amount, said) in zip(done, movements, strict=True):
+                self.write_down(one, account, type, amount, said, amount if type == "topup" else -amount)
+                if key is not None:
+                    self.remembered[account, key] = (("batch", request), done)
+
+    @rule(account=accounts, limit=st.integers(1, 5), type=st.none() | st.sampled_from([*SIGNS][:5]),
+          since=st.none() | times, until=st.none() | times, oldest_first=st.booleans())
+    def read_history(self, account, limit, type, since, until, oldest_first):
+        start = datetime.fromtimestamp(10**9, timezone.utc)
+        filters = {"type": type} if type else {}
+        if since is not None:
+            filters["since"] = start + timedelta(seconds=since)
+        if until is not None:
+            filters["until"] = (start + timedelta(seconds=until)).isoformat()
+        seen, position = [], "0" if oldest_first else None
         while True:
-            page = self.wallet.transactions(account, limit=limit, cursor=cursor, type=type)
+            page = self.wallet.transactions(account, limit=limit, **{"after" if oldest_first else "cursor": position},
+                                            **filters)
             assert len(page.transactions) <= limit
-            seen, cursor = seen + page.transactions, page.next_cursor
-            if cursor is None:
+            seen, position = seen + page.transactions, page.next_cursor
+            if position is None:
                 break
-        assert seen == [one for one in reversed(self.books[account]) if type in (None, one.type)]
+        expected = [one for one in self.books[account] if type in (None, one.type)
+                    and (since is None or one.created_at >= start + timedelta(seconds=since))
+                    and (until is None or one.created_at < start + timedelta(seconds=until))]
+        assert seen == (expected if oldest_first else expected[::-1])
+        assert list(self.wallet.statement(account, **filters)) == expected
+
+    @rule(account=accounts, seconds=times)
+    def read_balance_at(self, account, seconds):
+        at = datetime.fromtimestamp(10**9 + seconds, timezone.utc)
+        past = [one for one in self.books[account] if one.created_at <= at]
+        assert self.wallet.balance_at(account, at) == (past[-1].balance if past else 0)
 
     @invariant()
     def balances_agree(self):
-        for account, book in self.books.items():
-            assert self.wallet.account(account).balance == (book[-1].balance if book else 0)
+        for account in self.books:
+            kept = self.wallet.account(account)
+            assert (kept.balance, kept.available) == (self.balance(account), self.available(account))
+            assert kept.frozen == (account in self.frozen)
+            mine = [hold for hold in self.holds.values() if hold.id[4:20] == account[4:]]
+            expected = [dataclasses.replace(hold, status=self.status(hold)) for hold in reversed(mine)]
+            assert self.wallet.holds(account, limit=100).holds == expected
+
+    @invariant()
+    def books_are_right(self):
+        check_books(self.wallet)
 
 
-def test_wallet_does_what_its_model_does(dsn):
+@pytest.mark.parametrize("examples", [40, pytest.param(1000, marks=pytest.mark.torture)])
+def test_wallet_does_what_its_model_does(dsn, examples, monkeypatch):
+    time_ns = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: Model.now_us * 1000 or time_ns())
     run_state_machine_as_test(
         type("ModelOnDsn", (Model,), {"dsn": dsn}),
-        settings=hypothesis_settings(max_examples=25, stateful_step_count=25, deadline=None, database=None),
+        settings=hypothesis_settings(max_examples=examples, stateful_step_count=50, deadline=None, database=None),
     )
 
 
@@ -1086,6 +1347,1083 @@ def test_key_may_be_1_to_255_printable_characters(api, wallet, ada):
     assert api.send("GET", "/api/account").json["balance"] == 15
 
 
+# Refunds, transfers, holds and batches ###############################################################################
+
+
+def test_refund_gives_a_charge_back_in_parts_and_never_more_than_it(wallet, ada):
+    wallet.topup(ada.id, 100)
+    charge = wallet.charge(ada.id, 60, "Order 17")
+    part = wallet.refund(ada.id, charge.id, 25, "one of two", metadata={"order": "17"}, key="r1")
+    assert (part.type, part.amount, part.balance, part.reference) == ("refund", 25, 65, charge.id)
+    assert (part.description, part.metadata) == ("one of two", {"order": "17"})
+    for too_much in (36, 61, AMOUNT_MAX):
+        with pytest.raises(RefundExceedsCharge) as refused:
+            wallet.refund(ada.id, charge.id, too_much)
+        assert (refused.value.refundable, str(refused.value)) == (35, "Of this charge, 35 can still be refunded.")
+    rest = wallet.refund(ada.id, charge.id, key="r2")
+    assert (rest.amount, rest.balance) == (35, 100)
+    for amount in (None, 1):
+        with pytest.raises(RefundExceedsCharge) as refused:
+            wallet.refund(ada.id, charge.id, amount)
+        assert refused.value.refundable == 0
+    # Sent again, all that was left is still what was left then.
+    assert wallet.refund(ada.id, charge.id, key="r2") == rest
+    assert wallet.refund(ada.id, charge.id, key="r2").replayed
+    with pytest.raises(IdempotencyKeyReused):
+        wallet.refund(ada.id, charge.id, 35, key="r2")
+    assert wallet.account(ada.id).balance == 100
+
+
+def test_only_a_charge_of_this_account_can_be_refunded(wallet, ada):
+    topup = wallet.topup(ada.id, 100)
+    bob, _ = wallet.register("Bob")
+    sent = wallet.transfer(ada.id, bob.id, 40)
+    received = wallet.transactions(bob.id).transactions[0]
+    refund = wallet.refund(ada.id, wallet.charge(ada.id, 10).id)
+    for account, one in ((ada, topup), (ada, sent), (bob, received), (ada, refund)):
+        with pytest.raises(NotRefundable, match=f"This is a {one.type}, and only a charge can be refunded"):
+            wallet.refund(account.id, one.id)
+    hold = wallet.hold(ada.id, 5)
+    for unknown in (received.id, refund.id + "0", hold.id, hold.id.replace("hld", "txn"), "", None):
+        with pytest.raises(NotFound, match="no such transaction"):
+            wallet.refund(ada.id, unknown)
+    assert wallet.account(bob.id).balance == 40
+
+
+def test_refund_that_the_balance_has_no_room_for_is_refused_and_can_be_done_later(wallet, ada):
+    wallet.topup(ada.id, AMOUNT_MAX)
+    charge = wallet.charge(ada.id, 10)
+    wallet.topup(ada.id, 5)
+    with pytest.raises(BalanceLimitExceeded) as refused:
+        wallet.refund(ada.id, charge.id, key="r")
+    assert refused.value.balance == AMOUNT_MAX - 5
+    wallet.charge(ada.id, 5)
+    assert wallet.refund(ada.id, charge.id, key="r").amount == 10
+
+
+class UnlockedWallet(Wallet):
+    """Looks before it has the account to itself, and then does what it saw fit: how a hold is captured twice."""
+
+    everyone_has_read = threading.Barrier(8)
+
+    def _begin(self, tx, stamp, account_id, *others):
+        return None
+
+    def _hold(self, tx, account_id, hold_id):
+        found = super()._hold(tx, account_id, hold_id)
+        self.everyone_has_read.wait(timeout=30)
+        return found
+
+
+class HastyWallet(Wallet):
+    """Adds up what was refunded before it has the account to itself: how a charge is paid back twice elsewhere."""
+
+    everyone_has_read = threading.Barrier(8)
+
+    def _begin(self, tx, stamp, account_id, *others):
+        return None
+
+    def _post(self, tx, entry, stamp):
+        if entry.type == "refund":
+            self.everyone_has_read.wait(timeout=30)
+        return super()._post(tx, entry, stamp)
+
+
+def test_control_refunds_that_are_added_up_too_early_give_back_more_than_the_charge(postgres_dsn):
+    with HastyWallet(postgres_dsn, connections=8) as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.topup(ada.id, 100)
+        charge = wallet.charge(ada.id, 100)
+        together(*[lambda: wallet.refund(ada.id, charge.id)] * 8)
+        assert wallet.account(ada.id).balance == 800
+        with pytest.raises(AssertionError):
+            check_books(wallet)
+
+
+def test_64_refunds_at_once_give_back_exactly_the_charge(concurrent_dsn):
+    with Wallet(concurrent_dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.topup(ada.id, 100)
+        charge = wallet.charge(ada.id, 100)
+        calls = [lambda amount=amount: wallet.refund(ada.id, charge.id, amount) for amount in (3, 5, 7, None)] * 16
+        outcomes = together(*calls)
+        assert {type(outcome).__name__ for outcome in outcomes} == {"Transaction", "RefundExceedsCharge"}
+        assert sum(outcome.amount for outcome in outcomes if not isinstance(outcome, Exception)) == 100
+        assert wallet.account(ada.id).balance == 100
+        check_books(wallet)
+
+
+def test_refund_over_http(api, wallet):
+    api.send("POST", "/api/transactions/topup", {"amount": 100})
+    charge = api.send("POST", "/api/transactions/charge", {"amount": 60}).json["id"]
+    first = api.send("POST", f"/api/transactions/{charge}/refund", {"amount": 10}, Idempotency_Key="r", status=201)
+    again = api.send("POST", f"/api/transactions/{charge}/refund", {"amount": 10}, Idempotency_Key="r", status=201)
+    assert (first.body, "Idempotent-Replayed" in first.headers) == (again.body, False)
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert (first.json["type"], first.json["reference"]) == ("refund", charge)
+    refused = api.send("POST", f"/api/transactions/{charge}/refund", {"amount": 51}, status=422).json
+    assert (refused["code"], refused["refundable"]) == ("refund_exceeds_charge", 50)
+    assert api.send("POST", f"/api/transactions/{charge}/refund", status=201).json["amount"] == 50  # Without a body.
+    assert api.send("POST", f"/api/transactions/{first.json['id']}/refund", status=422).json["code"] == "not_refundable"
+    api.send("POST", f"/api/transactions/{charge}/refund", raw=b'{"amount": 1', status=400)
+    api.send("POST", f"/api/transactions/{charge}/refund", raw=b"{}", Content_Type="text/plain", status=415)
+    grace, _ = wallet.register("Grace")
+    hers = wallet.charge(grace.id, wallet.topup(grace.id, 5).amount)
+    assert api.send("POST", f"/api/transactions/{hers.id}/refund", status=404).json["code"] == "not_found"
+
+
+def test_body_that_is_announced_is_never_taken_for_none(wallet):
+    """Else a part that is to be refunded, of which a server does not tell the length, would be all of it."""
+    ada, token = wallet.register("Ada")
+    wallet.topup(ada.id, 50)
+    charge, answers = wallet.charge(ada.id, 50), []
+    environ = {
+        "REQUEST_METHOD": "POST", "PATH_INFO": f"/api/transactions/{charge.id}/refund",
+        "CONTENT_TYPE": "application/json", "HTTP_AUTHORIZATION": f"Bearer {token}",
+        "HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input": io.BytesIO(b'{"amount": 5}'), "wsgi.input_terminated": True,
+    }
+    create_app(wallet)(environ, lambda line, headers: answers.append(line))
+    assert answers == ["201 Created"]
+    assert wallet.account(ada.id).balance == 5
+
+
+def test_transfer_moves_money_between_two_accounts_and_each_names_the_other(wallet, ada):
+    bob, _ = wallet.register("Bob")
+    wallet.topup(ada.id, 100)
+    sent = wallet.transfer(ada.id, bob.id, 30, "lunch", metadata={"a": "b"}, key="t")
+    assert (sent.type, sent.amount, sent.balance, sent.reference) == ("transfer_out", 30, 70, bob.id)
+    (received,) = wallet.transactions(bob.id).transactions
+    assert (received.type, received.amount, received.balance, received.reference) == ("transfer_in", 30, 30, ada.id)
+    assert [(one.description, one.metadata) for one in (sent, received)] == [("lunch", {"a": "b"})] * 2
+    again = wallet.transfer(ada.id, bob.id, 30, "lunch", metadata={"a": "b"}, key="t")
+    assert (again, again.replayed) == (sent, True)
+    assert wallet.topup(bob.id, 1, key="t").balance == 31  # It is a key of Ada's, and free for Bob.
+    assert (wallet.account(ada.id).balance, wallet.account(bob.id).balance) == (70, 31)
+
+
+def test_transfer_that_cannot_be_is_refused_and_changes_nothing_on_either_side(wallet):
+    (ada, token), (bob, _) = wallet.register("Ada"), wallet.register("Bob")
+    api = Client(create_app(wallet), token)
+    wallet.topup(ada.id, 100)
+    wallet.topup(bob.id, AMOUNT_MAX - 10)
+
+    def refused(status, to, amount=20):
+        return api.send("POST", "/api/transactions/transfer", {"to": to, "amount": amount}, status=status).json
+
+    assert refused(402, bob.id, 101)["code"] == "insufficient_funds"
+    full = refused(422, bob.id)
+    assert full["code"] == "balance_limit_exceeded"
+    assert "balance" not in full
+    assert str(AMOUNT_MAX - 10) not in json.dumps(full)  # It is Bob's, and not for Ada to know.
+    assert refused(422, ada.id)["errors"] == [{"pointer": "#/to", "detail": "must be another account"}]
+    for nobody in ("acc_0000000000000000", "acc_1", "", "Bob", bob.id + "\n"):
+        assert refused(404, nobody)["code"] == "account_not_found"
+    for wrong in (None, 5, [bob.id]):
+        assert refused(422, wrong)["errors"][0]["pointer"] == "#/to"
+    assert (wallet.account(ada.id).balance, wallet.account(bob.id).balance) == (100, AMOUNT_MAX - 10)
+    assert len(wallet.transactions(ada.id).transactions) == len(wallet.transactions(bob.id).transactions) == 1
+
+
+class UnorderedWallet(Wallet):
+    """Locks the sender first, whoever that is."""
+
+    def _lock(self, tx, *account_ids):
+        if len(account_ids) > 1:
+            for account_id in account_ids:
+                super()._lock(tx, account_id)
+        else:
+            super()._lock(tx, *account_ids)
+
+
+@pytest.mark.parametrize("kind", [Wallet, UnorderedWallet])
+def test_opposing_transfers_never_deadlock_and_conserve_the_total(new_schema, postgres_server, kind):
+    def deadlocks():
+        sql = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+        return int(postgres_server.query(sql)[0][0])
+
+    with kind(new_schema(on=postgres_server), connections=16) as wallet:
+        accounts = [wallet.register(name)[0].id for name in ("Ada", "Bob", "Cem")]
+        for account in accounts:
+            wallet.topup(account, 1000)
+
+        def work(sender, to):
+            for amount in range(1, 31 if kind is Wallet else 6):
+                with contextlib.suppress(InsufficientFunds):
+                    wallet.transfer(sender, to, amount)
+
+        before = deadlocks()
+        pairs = [(one, other) for one in accounts for other in accounts if one != other] * 2
+        outcomes = together(*[lambda pair=pair: work(*pair) for pair in pairs])
+        assert outcomes == [None] * 12 or kind is UnorderedWallet
+        assert sum(wallet.account(account).balance for account in accounts) == 3000
+        check_books(wallet)
+        wallet.close()  # A session tells its statistics when it ends.
+        deadline = time.monotonic() + 10
+        while kind is UnorderedWallet and deadlocks() == before and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert (deadlocks() > before) == (kind is UnorderedWallet)
+
+
+def test_transfers_under_load_conserve_the_total_on_each_engine(concurrent_dsn):
+    with Wallet(concurrent_dsn) as wallet:
+        accounts = [wallet.register(str(number))[0].id for number in range(4)]
+        for account in accounts:
+            wallet.topup(account, 50)
+
+        def work(number):
+            refused = 0
+            for step in range(20):
+                try:
+                    wallet.transfer(accounts[number % 4], accounts[(number + step % 3 + 1) % 4], 7 + step)
+                except InsufficientFunds:
+                    refused += 1
+            return refused
+
+        refused = together(*[lambda number=number: work(number) for number in range(8)])
+        assert all(isinstance(count, int) for count in refused), refused
+        assert 0 < sum(refused) < 160
+        assert sum(wallet.account(account).balance for account in accounts) == 200
+        check_books(wallet)
+
+
+def test_hold_sets_money_aside_and_all_spending_is_checked_against_what_is_available(wallet, ada):
+    bob, _ = wallet.register("Bob")
+    wallet.topup(ada.id, 100)
+    hold = wallet.hold(ada.id, 70, "Room 5", metadata={"stay": "9"}, key="h")
+    assert (hold.amount, hold.status, hold.captured, hold.description) == (70, "active", 0, "Room 5")
+    assert hold.expires_at - hold.created_at == timedelta(days=7)
+    account = wallet.account(ada.id)
+    assert (account.balance, account.available) == (100, 30)
+    for spend in (wallet.charge, wallet.hold, lambda id, amount: wallet.transfer(id, bob.id, amount)):
+        with pytest.raises(InsufficientFunds) as refused:
+            spend(ada.id, 31)
+        assert refused.value.members == {"balance": 100, "available": 30, "required": 31}
+        assert str(refused.value) == "The balance is 100, 30 of it available, and this needs 31."
+    assert wallet.charge(ada.id, 10).balance == 90
+    assert wallet.transfer(ada.id, bob.id, 10).balance == 80
+    assert wallet.hold(ada.id, 10).amount == 10
+    assert wallet.account(ada.id).available == 0
+    assert wallet.hold(ada.id, 70, "Room 5", metadata={"stay": "9"}, key="h") == hold
+    with pytest.raises(IdempotencyKeyReused):
+        wallet.charge(ada.id, 70, "Room 5", key="h")
+    assert [one.type for one in wallet.transactions(ada.id).transactions] == ["transfer_out", "charge", "topup"]
+
+
+def test_capture_charges_a_hold_or_a_part_of_it_and_releases_the_rest(wallet, ada):
+    wallet.topup(ada.id, 100)
+    part, whole = wallet.hold(ada.id, 40, "Room 5", metadata={"stay": "9"}), wallet.hold(ada.id, 60)
+    with pytest.raises(ValidationFailed, match="#/amount must be at most 40, which is what is held"):
+        wallet.capture(ada.id, part.id, 41)
+    charge = wallet.capture(ada.id, part.id, 25, key="c")
+    assert (charge.type, charge.amount, charge.balance, charge.reference) == ("charge", 25, 75, part.id)
+    assert (charge.description, charge.metadata) == ("Room 5", {"stay": "9"})  # The hold's.
+    assert (wallet.capture(ada.id, part.id, 25, key="c"), wallet.account(ada.id).available) == (charge, 15)
+    said = wallet.capture(ada.id, whole.id, description="Bar", metadata={"x": "y"})
+    assert (said.amount, said.balance, said.description, said.metadata) == (60, 15, "Bar", {"x": "y"})
+    assert [(one.id, one.status, one.captured) for one in wallet.holds(ada.id).holds] == [
+        (whole.id, "captured", 60), (part.id, "captured", 25)]
+    assert wallet.refund(ada.id, charge.id).amount == 25  # It is a charge like any other.
+    for end in (wallet.capture, wallet.release):
+        with pytest.raises(HoldNotActive, match="This hold is captured") as refused:
+            end(ada.id, part.id)
+        assert refused.value.hold_status == "captured"
+
+
+def test_release_makes_what_is_held_available_again(wallet, ada):
+    wallet.topup(ada.id, 100)
+    hold = wallet.hold(ada.id, 100)
+    released = wallet.release(ada.id, hold.id, key="r")
+    assert released == dataclasses.replace(hold, status="released")
+    again = wallet.release(ada.id, hold.id, key="r")
+    assert (again, again.replayed) == (released, True)
+    for end in (wallet.capture, wallet.release):
+        with pytest.raises(HoldNotActive, match="This hold is released"):
+            end(ada.id, hold.id)
+    assert wallet.charge(ada.id, 100).balance == 0
+
+
+def test_hold_of_another_account_is_not_found(wallet, ada):
+    bob, _ = wallet.register("Bob")
+    wallet.topup(bob.id, 5)
+    topup, hold = wallet.topup(ada.id, 5), wallet.hold(ada.id, 5)
+    for account, unknown in ((bob, hold.id), (ada, hold.id + "0"), (ada, "hld" + topup.id[3:]), (ada, topup.id),
+                             (ada, "txn" + hold.id[3:]), (ada, None)):
+        for call in (wallet.get_hold, wallet.capture, wallet.release):
+            with pytest.raises(NotFound, match="no such (transaction or )?hold"):
+                call(account.id, unknown)
+    assert wallet.get_hold(ada.id, hold.id) == hold
+
+
+def test_expired_hold_stops_counting_by_itself(dsn, monkeypatch):
+    now_us = 10**15
+    monkeypatch.setattr(time, "time_ns", lambda: now_us * 1000)
+    with Wallet(dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.topup(ada.id, 100)
+        hold, later = wallet.hold(ada.id, 60, expires_in_s=10), wallet.hold(ada.id, 30, expires_in_s=11)
+        now_us += 10_000_000 - 1
+        with pytest.raises(InsufficientFunds):
+            wallet.charge(ada.id, 11)
+        assert wallet.get_hold(ada.id, hold.id).status == "active"
+        now_us += 1  # At that very moment it is over, and no write has happened.
+        assert wallet.account(ada.id).available == 70
+        assert [one.status for one in wallet.holds(ada.id).holds] == ["active", "expired"]
+        for end in (wallet.capture, wallet.release):
+            with pytest.raises(HoldNotActive, match="This hold is expired") as refused:
+                end(ada.id, hold.id)
+            assert refused.value.hold_status == "expired"
+        with pytest.raises(InsufficientFunds) as refused:
+            wallet.charge(ada.id, 71)
+        assert refused.value.available == 70
+        assert wallet.charge(ada.id, 70).balance == 30
+        assert wallet.hold(ada.id, 60, expires_in_s=10, key=None if wallet.topup(ada.id, 60) else "").amount == 60
+        check_books(wallet)
+        assert wallet.capture(ada.id, later.id).balance == 60
+        # Set back, the clock brings nothing to life again, and the times in the history never go back.
+        now_us -= 3_600_000_000
+        assert [one.status for one in wallet.holds(ada.id).holds] == ["active", "captured", "expired"]
+        with pytest.raises(HoldNotActive):
+            wallet.release(ada.id, hold.id)
+        assert wallet.topup(ada.id, 1).created_at == wallet.transactions(ada.id).transactions[1].created_at
+        check_books(wallet)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 30 * 24 * 3600 + 1, 1.0, "5", True, [], AMOUNT_MAX + 1])
+def test_hold_lasts_a_second_to_30_days(api, seconds):
+    api.send("POST", "/api/transactions/topup", {"amount": 5})
+    refused = api.send("POST", "/api/holds", {"amount": 1, "expires_in_s": seconds}, status=422).json
+    rule = "must be an integer from 1 to 2592000, in seconds"
+    assert refused["errors"] == [{"pointer": "#/expires_in_s", "detail": rule}]
+    for good in (None, 1, 30 * 24 * 3600):
+        api.send("POST", "/api/holds", {"amount": 1, "expires_in_s": good}, status=201)
+
+
+def test_capture_and_release_race_64_ways_and_exactly_one_wins(concurrent_dsn):
+    with Wallet(concurrent_dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.topup(ada.id, 100)
+        hold = wallet.hold(ada.id, 100)
+        calls = [lambda: wallet.capture(ada.id, hold.id, 40), lambda: wallet.release(ada.id, hold.id)] * 32
+        outcomes = together(*calls)
+        won = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+        assert len(won) == 1
+        status = "captured" if won[0] in outcomes[::2] else "released"
+        assert {(type(one), getattr(one, "hold_status", None)) for one in outcomes if one not in won} == {
+            (HoldNotActive, status)}
+        account = wallet.account(ada.id)
+        assert (account.balance, account.available) == ((60, 60) if status == "captured" else (100, 100))
+        check_books(wallet)
+
+
+def test_control_hold_that_is_looked_at_too_early_is_captured_more_than_once(postgres_dsn):
+    """With other holds in the account, not even its bounds would notice."""
+    with UnlockedWallet(postgres_dsn, connections=8) as wallet, Wallet(postgres_dsn) as other:
+        ada, _ = other.register("Ada")
+        other.topup(ada.id, 100)
+        hold, *_ = [other.hold(ada.id, 10) for _ in range(8)]
+        captured = together(*[lambda: wallet.capture(ada.id, hold.id)] * 8)
+        assert not any(isinstance(outcome, HoldNotActive) for outcome in captured)
+        with pytest.raises(AssertionError):
+            check_books(other)
+
+
+def test_holds_never_take_together_more_than_there_is(concurrent_dsn):
+    with Wallet(concurrent_dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.topup(ada.id, 20)
+        outcomes = together(*[lambda: wallet.hold(ada.id, 1), lambda: wallet.charge(ada.id, 1)] * 32)
+        assert sum(isinstance(outcome, InsufficientFunds) for outcome in outcomes) == 44
+        account = wallet.account(ada.id)
+        assert account.available == 0
+        check_books(wallet)
+
+
+def test_holds_over_http(api):
+    api.send("POST", "/api/transactions/topup", {"amount": 100})
+    first = api.send("POST", "/api/holds", {"amount": 60, "description": "Room 5"}, Idempotency_Key="h", status=201)
+    again = api.send("POST", "/api/holds", {"amount": 60, "description": "Room 5"}, Idempotency_Key="h", status=201)
+    assert (again.body, again.headers["Idempotent-Replayed"]) == (first.body, "true")
+    hold = first.json["id"]
+    assert re.fullmatch("hld_[0-9A-Za-z]{16}_2", hold)
+    assert api.send("GET", f"/api/holds/{hold}", status=200).json == first.json
+    assert api.send("GET", "/api/account").json["available"] == 40
+    assert api.send("POST", "/api/holds", {"amount": 41}, status=402).json["available"] == 40
+    other = api.send("POST", "/api/holds", {"amount": 40}, status=201).json["id"]
+    page = api.send("GET", "/api/holds?limit=1", status=200)
+    assert ([one["id"] for one in page.json["holds"]], page.json["next_cursor"]) == ([other], other)
+    assert page.headers["Link"] == f'<?limit=1&cursor={other}>; rel="next"'
+    rest = api.send("GET", f"/api/holds?limit=1&cursor={other}", status=200).json
+    assert ([one["id"] for one in rest["holds"]], rest["next_cursor"]) == ([hold], None)
+    captured = api.send("POST", f"/api/holds/{hold}/capture", {"amount": 10}, Idempotency_Key="c", status=201)
+    assert (captured.json["type"], captured.json["reference"], captured.json["balance"]) == ("charge", hold, 90)
+    released = api.send("POST", f"/api/holds/{other}/release", Idempotency_Key="r", status=201)
+    assert released.json["status"] == "released"
+    assert api.send("POST", f"/api/holds/{other}/release", {}, Idempotency_Key="r", status=201).body == released.body
+    late = api.send("POST", f"/api/holds/{other}/capture", status=409).json
+    assert (late["code"], late["hold_status"]) == ("hold_not_active", "released")
+    api.send("POST", f"/api/holds/{other}/release", {"amount": 5}, status=422)
+    for bad in ("?cursor=x", f"?cursor={captured.json['id']}", "?limit=0", "?type=topup"):
+        api.send("GET", f"/api/holds{bad}", status=400)
+    api.send("GET", "/api/holds/hld_0000000000000000_1", status=404)
+    api.send("GET", f"/api/transactions/{hold.replace('hld', 'txn')}", status=404)
+
+
+@pytest.mark.parametrize("amount", [0, -1, 1.0, "5", True, AMOUNT_MAX + 1])
+def test_every_amount_is_checked_everywhere(wallet, ada, amount):
+    bob, _ = wallet.register("Bob")
+    wallet.topup(ada.id, 100)
+    charge, hold = wallet.charge(ada.id, 50), wallet.hold(ada.id, 50)
+    for call in (lambda: wallet.refund(ada.id, charge.id, amount), lambda: wallet.capture(ada.id, hold.id, amount),
+                 lambda: wallet.transfer(ada.id, bob.id, amount), lambda: wallet.hold(ada.id, amount),
+                 lambda: wallet.batch([{"type": "topup", "amount": amount}], account_id=ada.id)):
+        with pytest.raises(ValidationFailed, match="amount must be an integer"):
+            call()
+    assert (wallet.account(ada.id).balance, wallet.account(ada.id).available) == (50, 0)
+
+
+def test_batch_makes_all_its_movements_in_order_and_is_remembered_by_one_key(wallet, ada):
+    movements = [{"type": "topup", "amount": 10, "description": "a"}, {"type": "charge", "amount": 3},
+                 {"type": "charge", "amount": 7, "metadata": {"b": "c"}}, {"type": "topup", "amount": 1}]
+    made = wallet.batch(movements, account_id=ada.id, key="b")
+    assert [(one.type, one.amount, one.balance, one.description, one.metadata) for one in made] == [
+        ("topup", 10, 10, "a", {}), ("charge", 3, 7, None, {}), ("charge", 7, 0, None, {"b": "c"}),
+        ("topup", 1, 1, None, {})]
+    again = wallet.batch(movements, account_id=ada.id, key="b")
+    assert (again, {one.replayed for one in again}) == (made, {True})
+    for changed in (movements[:1], movements[::-1], [*movements, {"type": "topup", "amount": 1}]):
+        with pytest.raises(IdempotencyKeyReused):
+            wallet.batch(changed, account_id=ada.id, key="b")
+    with pytest.raises(IdempotencyKeyReused):
+        wallet.topup(ada.id, 10, "a", key="b")
+    assert wallet.transactions(ada.id).transactions == made[::-1]
+
+
+def test_batch_that_is_refused_names_the_index_and_changes_nothing(wallet, ada):
+    wallet.topup(ada.id, 5, key="used")
+    for movements, error, index in (
+            ([{"type": "topup", "amount": 1}, {"type": "charge", "amount": 7}], InsufficientFunds, 1),
+            ([{"type": "charge", "amount": 6}, {"type": "topup", "amount": 1}], InsufficientFunds, 0),
+            ([{"type": "topup", "amount": 1}, {"type": "topup", "amount": AMOUNT_MAX}], BalanceLimitExceeded, 1)):
+        with pytest.raises(error) as refused:
+            wallet.batch(movements, account_id=ada.id, key="b")
+        assert refused.value.index == refused.value.members["index"] == index
+    with pytest.raises(IdempotencyKeyReused):
+        wallet.batch([{"type": "topup", "amount": 5}], account_id=ada.id, key="used")
+    assert wallet.account(ada.id).balance == 5
+    (done,) = wallet.batch([{"type": "topup", "amount": 1}], account_id=ada.id, key="b")  # The key was left free.
+    assert done.balance == 6
+
+
+def test_batch_over_several_accounts_is_one_transaction_and_its_key_is_taken_in_each(wallet, ada):
+    bob, _ = wallet.register("Bob")
+    movements = [{"account": one.id, "type": type, "amount": amount} for one, type, amount in (
+        (bob, "topup", 10), (ada, "topup", 5), (bob, "charge", 4), (ada, "charge", 5), (bob, "topup", 1))]
+    made = wallet.batch(movements, key="b")
+    assert [(one.id[4:20] == bob.id[4:], one.balance) for one in made] == [
+        (True, 10), (False, 5), (True, 6), (False, 0), (True, 7)]
+    assert wallet.batch(movements, key="b") == made
+    for changed in (movements[1:], movements[3:], movements[2:3]):
+        with pytest.raises(IdempotencyKeyReused):
+            wallet.batch(changed, key="b")
+    with pytest.raises(AccountNotFound) as refused:
+        wallet.batch([*movements, {"account": "acc_0000000000000000", "type": "topup", "amount": 1}], key="c")
+    assert refused.value.index == 5
+    with pytest.raises(AccountNotFound) as refused:
+        wallet.batch([movements[0], {"account": "Bob", "type": "topup", "amount": 1}])
+    assert refused.value.index == 1
+    assert (wallet.account(bob.id).balance, wallet.account(ada.id).balance) == (7, 0)
+
+
+def test_batch_tells_all_wrong_fields_at_once_with_pointers(api):
+    def errors(transactions):
+        answer = api.send("POST", "/api/transactions/batch", {"transactions": transactions}, status=422).json
+        return [(error["pointer"], error["detail"].split(",")[0]) for error in answer["errors"]]
+
+    amount = f"must be an integer from 1 to {AMOUNT_MAX}"
+    assert errors([{"type": "topup", "amount": 0}, {"type": "gift", "amount": 5, "x/y": 1}, 7,
+                   {"type": "charge", "amount": 5, "account": "acc_0000000000000000"}]) == [
+        ("#/transactions/0/amount", amount), ("#/transactions/1/type", "must be topup or charge"),
+        ("#/transactions/1/x~1y", "is not known; known are: type"),
+        ("#/transactions/2/type", "is missing; it must be topup or charge"),
+        ("#/transactions/2/amount", f"is missing; it {amount}"),
+        ("#/transactions/3/account", "is not known; known are: type")]
+    whole = [("#/transactions", "must be a list of 1 to 1000 movements")]
+    for wrong in ([], {}, None, "x", [{"type": "topup", "amount": 1}] * 1001):
+        assert errors(wrong) == whole
+    assert api.send("GET", "/api/account").json["balance"] == 0
+
+
+def test_batch_of_1000_fits_and_bodies_of_a_mebibyte_are_for_batches_only(wallet):
+    _, token = wallet.register("Ada")
+    batch = {"transactions": [{"type": "topup", "amount": 1, "description": "x" * 500, "metadata": {"n": str(number)}}
+                              for number in range(1000)]}
+    with running(wallet) as url:
+        status, _, made = send(url, "POST", "/api/transactions/batch", batch, token, Idempotency_Key="b")
+        assert (status, len(made["transactions"]), made["transactions"][-1]["balance"]) == (201, 1000, 1000)
+        status, headers, again = send(url, "POST", "/api/transactions/batch", batch, token, Idempotency_Key="b")
+        assert (status, again, headers["Idempotent-Replayed"]) == (201, made, "true")
+        for path, length, expected in (("batch", 2**20 + 1, b"413"), ("topup", 2**17, b"413"),
+                                       ("batch", 2**20, b"422")):
+            request = (f"POST /api/transactions/{path} HTTP/1.1\r\nAuthorization: Bearer {token}\r\n"
+                       "Connection: close\r\nContent-Type: application/json\r\n"
+                       f"Content-Length: {length}\r\n\r\n").encode()
+            assert raw_exchange(url, request + b"{}".ljust(length if expected == b"422" else 0))[9:12] == expected
+    assert len(wallet.transactions(wallet.authenticate(token).id, limit=100).transactions) == 100
+
+
+def test_concurrent_sends_of_one_batch_have_one_effect(concurrent_dsn):
+    with Wallet(concurrent_dsn) as wallet:
+        accounts = [wallet.register(str(number))[0].id for number in range(3)]
+        movements = [{"account": account, "type": "topup", "amount": 5} for account in accounts * 3]
+        outcomes = together(*[lambda: wallet.batch(movements, key="b"), lambda: wallet.batch(movements[::-1])] * 8)
+        assert all(isinstance(outcome, list) for outcome in outcomes), outcomes
+        assert [one for one in outcomes[::2] if one != outcomes[0]] == []
+        assert [wallet.account(account).balance for account in accounts] == [15 * 9] * 3
+        check_books(wallet)
+
+
+@pytest.mark.parametrize("operation", ["refund", "transfer", "hold", "capture", "release", "batch"])
+def test_commit_of_every_operation_that_was_cut_off_but_happened_is_answered_with_the_truth(
+        new_schema, postgres_server, operation):
+    with Wallet(new_schema(on=postgres_server)) as wallet, ThreadPoolExecutor(1) as thread:
+        ada, bob = (wallet.register(name)[0].id for name in ("Ada", "Bob"))
+        wallet.topup(ada, 100)
+        charge, hold = wallet.charge(ada, 20), wallet.hold(ada, 30)
+        call = {
+            "refund": lambda: wallet.refund(ada, charge.id), "transfer": lambda: wallet.transfer(ada, bob, 10),
+            "hold": lambda: wallet.hold(ada, 10), "capture": lambda: wallet.capture(ada, hold.id, 10),
+            "release": lambda: wallet.release(ada, hold.id),
+            "batch": lambda: wallet.batch([{"account": one, "type": "topup", "amount": 10} for one in (ada, bob, ada)]),
+        }[operation]
+        with standby_missing(postgres_server) as waiting:
+            future = thread.submit(call)
+            (backend,) = waiting()
+            postgres_server.query("SELECT pg_terminate_backend(%s)", backend)
+            done = future.result(timeout=30)
+        assert (done[0] if operation == "batch" else done).replayed
+        account = wallet.account(ada)
+        assert (account.balance, account.available, wallet.account(bob).balance) == {
+            "refund": (100, 70, 0), "transfer": (70, 40, 10), "hold": (80, 40, 0), "capture": (70, 70, 0),
+            "release": (80, 80, 0), "batch": (100, 70, 10)}[operation]
+        check_books(wallet)
+
+
+# Metadata and history ################################################################################################
+
+
+@pytest.mark.parametrize("metadata", [
+    {}, {"a": ""}, {"x" * 40: "y" * 500}, {str(number): "z" * 500 for number in range(20)}, {"ключ": "día \u2028 👩‍🚀"},
+    {"b": "1", "a": "2"}, {"=1+1": "@x"},
+])
+def test_metadata_comes_back_as_it_was_given(api, metadata):
+    shown = api.send("POST", "/api/transactions/topup", {"amount": 5, "metadata": metadata}, status=201).json
+    assert list(shown["metadata"].items()) == list(metadata.items())
+    assert api.send("GET", f"/api/transactions/{shown['id']}").json == shown
+    assert api.send("GET", "/api/transactions").json["transactions"] == [shown]
+
+
+@pytest.mark.parametrize("metadata", [
+    [], "x", 5, True, {"a": 1}, {"a": None}, {"a": {}}, {"": "x"}, {"x" * 41: ""}, {"a": "y" * 501}, {"a": "b\n"},
+    {"a\t": "b"}, {"a": "\ud800"}, {"\x00": ""}, {str(number): "" for number in range(21)},
+])
+def test_bad_metadata_is_refused_and_changes_nothing(api, metadata):
+    answer = api.send("POST", "/api/transactions/topup", {"amount": 5, "metadata": metadata}, status=422).json
+    assert [error["pointer"] for error in answer["errors"]] == ["#/metadata"]
+    assert api.send("GET", "/api/account").json["balance"] == 0
+
+
+def test_metadata_is_part_of_the_request_that_a_key_stands_for_in_any_order(wallet, ada):
+    first = wallet.topup(ada.id, 5, metadata={"a": "1", "b": "2"}, key="k")
+    assert wallet.topup(ada.id, 5, metadata={"b": "2", "a": "1"}, key="k") == first
+    for other in ({"a": "1"}, {"a": "1", "b": "3"}, {}, None):
+        with pytest.raises(IdempotencyKeyReused):
+            wallet.topup(ada.id, 5, metadata=other, key="k")
+    assert wallet.topup(ada.id, 5, key="l", metadata={}).metadata == wallet.topup(ada.id, 5, key="l").metadata == {}
+
+
+@pytest.fixture
+def dated(dsn, monkeypatch):
+    """A wallet whose account has a topup of 1 at each of ten seconds from 2001-09-09T01:46:40Z on."""
+    now_ns = 10**18
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns)
+    with Wallet(dsn) as wallet:
+        ada, token = wallet.register("Ada")
+        for _ in range(10):
+            wallet.topup(ada.id, 1)
+            now_ns += 10**9
+        yield SimpleNamespace(wallet=wallet, id=ada.id, api=Client(create_app(wallet), token))
+        check_books(wallet)
+
+
+@pytest.mark.parametrize(("query", "expected"), [
+    ("since=2001-09-09T01:46:43Z", [4, 5, 6, 7, 8, 9, 10]), ("until=2001-09-09T01:46:43Z", [1, 2, 3]),
+    ("since=2001-09-09T01:46:43Z&until=2001-09-09T01:46:45Z", [4, 5]),
+    ("since=2001-09-09T01:46:42.0000001Z", [*range(3, 11)]), ("since=2001-09-09T01:46:42.000001Z", [*range(4, 11)]),
+    ("since=2001-09-09t03:46:43%2B02:00", [*range(4, 11)]), ("since=2001-09-09T03:46:43+02:00", [*range(4, 11)]),
+    ("until=2001-09-08T20:16:43-05:30", [1, 2, 3]),
+    ("since=0001-01-01T00:00:00%2B23:59&until=9999-12-31T23:59:59.999999-23:59", [*range(1, 11)]),
+    ("since=2002-01-01T00:00:00Z", []), ("until=2001-01-01T00:00:00Z", []),
+    ("type=charge&since=2001-09-09T01:46:43Z", []),
+    ("since=2001-09-09T01:46:45Z&until=2001-09-09T01:46:43Z", []),
+])
+def test_history_of_a_time_is_half_open_and_honours_offsets(dated, query, expected):
+    pages, path = [], f"?limit=3&{query}"
+    while path:
+        page = dated.api.send("GET", f"/api/transactions{path}", status=200)
+        pages += page.json["transactions"]
+        path = page.headers["Link"].split(">")[0][1:] if "Link" in page.headers else None
+    assert [one["balance"] for one in pages] == expected[::-1]
+    statement = dated.api.send("GET", f"/api/transactions.csv?{query}", status=200)
+    assert [line["balance"] for line in csv.DictReader(io.StringIO(statement.text))] == [str(one) for one in expected]
+    feed = dated.api.send("GET", f"/api/transactions?limit=100&after=0&{query}", status=200).json
+    assert [one["balance"] for one in feed["transactions"]] == expected
+
+
+@pytest.mark.parametrize("time_", [
+    "", "2001-09-09", "2001-09-09T01:46:43", "2001-09-09T01:46Z", "2001-13-09T01:46:43Z", "2001-09-09T24:46:43Z",
+    "2001-09-09T01:46:60Z", "2001-09-09T01:46:43%2B24:00", "2001-09-09T01:46:43%2B2", "1000000000", "now",
+    "2001-09-09T01:46:43Z%0A", "%D9%A2001-09-09T01:46:43Z", "2001-09-09T01:46:43.Z", "0000-01-01T00:00:00Z",
+])
+def test_time_that_is_not_of_rfc_3339_is_refused(dated, time_):
+    for path in ("transactions?since", "transactions.csv?until", "account?at"):
+        answer = dated.api.send("GET", f"/api/{path}={time_}", status=400).json
+        assert answer["code"] == "malformed_request"
+        assert "RFC 3339" in answer["detail"]
+
+
+def test_times_in_process_are_aware_or_text(dated):
+    moment = datetime(2001, 9, 9, 1, 46, 43, tzinfo=timezone.utc)
+    for since in (moment, moment.isoformat(), moment.astimezone(timezone(timedelta(hours=-5)))):
+        assert len(dated.wallet.transactions(dated.id, since=since).transactions) == 7
+        assert dated.wallet.balance_at(dated.id, since) == 4
+    for wrong in (moment.replace(tzinfo=None), 10**9, b"2001-09-09T01:46:43Z"):
+        with pytest.raises(MalformedRequest, match="RFC 3339"):
+            dated.wallet.transactions(dated.id, since=wrong)
+    for call in (dated.wallet.transactions, dated.wallet.statement, dated.wallet.holds,
+                 lambda account_id: dated.wallet.balance_at(account_id, moment)):
+        with pytest.raises(AccountNotFound):
+            call("acc_0000000000000000")
+
+
+def test_balance_at_a_time_is_that_after_the_last_entry_until_then(dated):
+    for at, balance in (("2001-09-09T01:46:39.999999Z", 0), ("2001-09-09T01:46:40Z", 1), ("2001-09-09T01:46:42.9Z", 3),
+                        ("2001-09-09T03:46:49%2B02:00", 10), ("9999-12-31T23:59:59Z", 10), ("0001-01-01T00:00:00Z", 0)):
+        past = dated.api.send("GET", f"/api/account?at={at}", status=200).json
+        assert past == {"id": dated.id, "name": "Ada", "currency": "USD", "balance": balance, "at": unquote(at)}
+    assert dated.api.send("GET", "/api/account?at=2001-09-09T03:46:41+02:00", status=200).json["balance"] == 2
+
+
+def test_feed_gives_every_entry_once_however_it_is_polled_under_load(concurrent_dsn):
+    """Three threads write while one polls; the control asks by time, as many do, and misses some."""
+    with Wallet(concurrent_dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        done = threading.Event()
+
+        def poll():
+            seen, after = [], "0"
+            while True:
+                last_round = done.is_set()
+                page = wallet.transactions(ada.id, after=after, limit=7)
+                seen += page.transactions
+                after = page.transactions[-1].id if page.transactions else after
+                if last_round and not page.transactions:
+                    return seen
+
+        def write():
+            made = []
+            for number in range(40):
+                made.append(wallet.topup(ada.id, 1))
+                if number % 4 == 0:
+                    wallet.release(ada.id, wallet.hold(ada.id, 1).id)
+            return made
+
+        with ThreadPoolExecutor(4) as threads:
+            polled = threads.submit(poll)
+            written = [threads.submit(write) for _ in range(3)]
+            made = [one for thread in written for one in thread.result(timeout=60)]
+            done.set()
+            seen = polled.result(timeout=60)
+        assert [one.balance for one in seen] == list(range(1, 121))
+        assert sorted(seen, key=lambda one: one.balance) == sorted(made, key=lambda one: one.balance)
+
+
+def test_feed_leads_on_by_link_and_takes_no_cursor_beside_it(api):
+    ids = [api.send("POST", "/api/transactions/topup", {"amount": 5}).json["id"] for _ in range(3)]
+    page = api.send("GET", "/api/transactions?after=0&limit=2", status=200)
+    assert ([one["id"] for one in page.json["transactions"]], page.json["next_cursor"]) == (ids[:2], ids[1])
+    assert page.headers["Link"] == f'<?after={ids[1]}&limit=2>; rel="next"'
+    page = api.send("GET", f"/api/transactions?after={ids[1]}&limit=2&type=topup", status=200)
+    assert ([one["id"] for one in page.json["transactions"]], page.json["next_cursor"]) == (ids[2:], None)
+    assert api.send("GET", f"/api/transactions?after={ids[2]}").json == {"transactions": [], "next_cursor": None}
+    for bad in (f"after={ids[0]}&cursor={ids[1]}", "after=", "after=1", "after=txn_0000000000000000_1"):
+        api.send("GET", f"/api/transactions?{bad}", status=400)
+
+
+def test_history_is_found_without_passing_over_holds(file_wallet):
+    """Else whoever holds and releases often makes each page slow."""
+    accounts = [file_wallet.register(name)[0] for name in ("few", "many")]
+
+    def fill(tx):
+        row = "INSERT INTO transactions VALUES (?, ?, ?, 1, 0, NULL, NULL, 'x', ?, ?, 0)"
+        for account, count in zip(accounts, (60, 30_000), strict=True):
+            tx("UPDATE accounts SET last_sequence = ? WHERE id = ?", count, account.id)
+            for number in range(1, count + 1):
+                tx(row, account.id, number, "topup" if number < 5 else "hold", f"k{number}", "f" * 64)
+
+    file_wallet.database.write(fill)
+    steps = []
+    for account in accounts:
+        for filters in ({}, {}, {"after": "0"}, {"type": "topup"}):
+            counted = []
+            file_wallet.transactions(account.id)
+            file_wallet.database._idle_readers[0].set_progress_handler(lambda: counted.append(1), 1)  # noqa: B023
+            assert len(file_wallet.transactions(account.id, **filters).transactions) == 4
+            file_wallet.database._idle_readers[0].set_progress_handler(None, 1)
+        steps.append(len(counted))
+    assert 0 < steps[1] < steps[0] + 20, steps
+    file_wallet.database.write(lambda tx: tx("DELETE FROM transactions"))
+    file_wallet.database.write(lambda tx: tx("UPDATE accounts SET last_sequence = 0"))
+
+
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\u3000=1", "x;=1+1", "x; =1", "＝1", "－1", "＋1", "＠1", '";=1;"',
+            "=HYPERLINK(\"http://x\",\"y\")", "-2+3+cmd|' /C calc'!A0"]
+
+
+def cells(text, delimiter):
+    """Return every cell as a spreadsheet of some country would have it."""
+    return [cell for line in csv.reader(io.StringIO(text), delimiter=delimiter) for cell in line]
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_statement_has_no_cell_that_a_spreadsheet_takes_for_a_formula(wallet, formula):
+    ada, token = wallet.register(formula)
+    wallet.topup(ada.id, 5, formula, metadata={formula[:40]: formula})
+    text = Client(create_app(wallet), token).send("GET", "/api/transactions.csv", status=200).text
+    for delimiter in (",", ";"):
+        found = [cell for cell in cells(text, delimiter) if re.match(r"\s*[=+\-@＝＋－＠]", cell)]
+        assert found == []
+    (line,) = csv.DictReader(io.StringIO(text))
+    assert line["description"].replace("'", "") == formula.replace("'", "")
+
+
+def test_statement_is_the_whole_history_as_csv(wallet):
+    (ada, token), (bob, _) = wallet.register("Ada"), wallet.register("Bob")
+    wallet.topup(ada.id, 100, 'say "hi", día', metadata={"b": "ü", "a": "2"})
+    wallet.refund(ada.id, wallet.charge(ada.id, 20).id, 5)
+    wallet.transfer(ada.id, bob.id, 10)
+    wallet.capture(ada.id, wallet.hold(ada.id, 30).id, 7)
+    api = Client(create_app(wallet), token)
+    answer = api.send("GET", "/api/transactions.csv", status=200)
+    assert answer.headers["Content-Type"] == "text/csv; charset=utf-8"
+    assert answer.headers["Content-Disposition"] == 'attachment; filename="transactions.csv"'
+    assert answer.text.startswith("id,created_at,type,amount,balance,description,reference,metadata\r\n")
+    shown = api.send("GET", "/api/transactions?after=0").json["transactions"]
+    lines = list(csv.DictReader(io.StringIO(answer.text)))
+    assert lines == [{name: json.dumps(value, ensure_ascii=False) if value and name == "metadata" else str(value or "")
+                      for name, value in one.items()} for one in shown] != []
+    head = api.send("HEAD", "/api/transactions.csv", status=200)
+    assert (head.body, "Content-Length" in head.headers) == (b"", False)
+    only = api.send("GET", "/api/transactions.csv?type=refund", status=200).text
+    assert [line["type"] for line in csv.DictReader(io.StringIO(only))] == ["refund"]
+    for _ in range(wallet_module.STATEMENTS_MAX + 1):  # Each has given its place back.
+        api.send("GET", "/api/transactions.csv", status=200)
+        api.send("HEAD", "/api/transactions.csv", status=200)
+
+
+def fill_with_topups(wallet, account_id, count):
+    row = "INSERT INTO transactions VALUES (?, ?, 'topup', 1, ?, ?, NULL, NULL, ?, ?, 0)"
+    wallet.database.write(lambda tx: [
+        tx(row, account_id, n, n, f"{n:x}".zfill(500), f"k{n}", "f" * 64) for n in range(1, count + 1)])
+    sql = "UPDATE accounts SET balance = ?, last_sequence = ? WHERE id = ?"
+    wallet.database.write(lambda tx: tx(sql, count, count, account_id))
+
+
+@pytest.fixture(scope="module")
+def long_history():
+    """A wallet on a file with an account whose statement has some 18 MB."""
+    with tempfile.TemporaryDirectory() as folder, Wallet(f"sqlite:///{folder}/wallet.db") as wallet:
+        ada, token = wallet.register("Ada")
+        fill_with_topups(wallet, ada.id, 30_000)
+        yield SimpleNamespace(wallet=wallet, id=ada.id, token=token)
+
+
+def test_statement_of_any_length_takes_little_memory(wallet, ada):
+    fill_with_topups(wallet, ada.id, 6000)
+    tracemalloc.start()
+    try:
+        length = sum(map(len, wallet_module.csv_chunks(wallet.statement(ada.id))))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        assert len(b"".join(wallet_module.csv_chunks(wallet.statement(ada.id)))) == length
+        control = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_500_000 < 3_000_000 < length < control
+
+
+def test_statement_is_the_history_of_the_moment_it_was_asked_for(wallet, ada, monkeypatch):
+    monkeypatch.setattr(wallet_module, "STATEMENT_ROWS", 2)
+    for amount in range(1, 6):
+        wallet.topup(ada.id, amount)
+    entries = wallet.statement(ada.id)
+    seen = [next(entries)]
+    wallet.topup(ada.id, 6)
+    assert [one.amount for one in [*seen, *entries]] == [1, 2, 3, 4, 5]
+
+
+def get_statement(url, token, receive_buffer_bytes=4096):
+    """Ask for a statement and read nothing of it but its first bytes. Return the connection."""
+    connection = connect(url, receive_buffer_bytes)
+    connection.sendall(f"GET /api/transactions.csv HTTP/1.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+    assert connection.recv(12) == b"HTTP/1.1 200"
+    return connection
+
+
+def test_readers_of_statements_never_take_all_threads(long_history):
+    with running(long_history.wallet) as url, contextlib.ExitStack() as stack:
+        for _ in range(wallet_module.STATEMENTS_MAX):
+            stack.enter_context(get_statement(url, long_history.token))
+        status, headers, problem = send(url, "GET", "/api/transactions.csv", token=long_history.token)
+        assert (status, headers["Retry-After"], problem["code"]) == (503, "1", "unavailable")
+        assert send(url, "GET", "/api/account", token=long_history.token)[0] == 200
+        stack.close()
+        deadline = time.monotonic() + 20
+        while send(url, "GET", "/api/transactions.csv?type=charge", token=long_history.token)[0] != 200:
+            assert time.monotonic() < deadline
+
+
+def test_statement_that_breaks_off_cannot_be_taken_for_a_whole_one(long_history, monkeypatch):
+    database, calls = long_history.wallet.database, iter(range(10**6))
+    read = database.read
+
+    def fail_later(function):
+        if next(calls) == 5:
+            raise Unavailable("broken")
+        return read(function)
+
+    monkeypatch.setattr(database, "read", fail_later)
+    with running(long_history.wallet) as url:
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+        connection.request("GET", "/api/transactions.csv", headers={"Authorization": f"Bearer {long_history.token}"})
+        answer = connection.getresponse()
+        with pytest.raises(http.client.IncompleteRead):
+            answer.read()
+        connection.close()
+        assert send(url, "HEAD", "/api/transactions.csv", token=long_history.token)[0] == 200
+
+
+def test_statement_may_take_longer_than_other_answers_while_it_is_read(long_history, monkeypatch):
+    monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 2)
+    with running(long_history.wallet) as url, get_statement(url, long_history.token, None) as connection:
+        started, received = time.monotonic(), b""
+        while time.monotonic() - started < 5:
+            received += connection.recv(65536)
+            time.sleep(0.05)
+        assert not received.endswith(b"\r\n0\r\n\r\n")
+        while not received.endswith(b"\r\n0\r\n\r\n"):
+            chunk = connection.recv(2**20)
+            assert chunk
+            received += chunk
+    with running(long_history.wallet) as url, get_statement(url, long_history.token) as connection:
+        assert send_slowly_until_closed(connection)  # Who reads nothing is let go.
+
+
+# Tokens, the issuer and freezing #####################################################################################
+
+
+def test_replaced_token_is_dead_at_once_in_every_process(durable_dsn):
+    with Wallet(durable_dsn) as wallet, Wallet(durable_dsn) as other:
+        ada, old = wallet.register("Ada")
+        api, elsewhere = Client(create_app(wallet), old), Client(create_app(other), old)
+        elsewhere.send("GET", "/api/account", status=200)
+        answer = api.send("POST", "/api/account/token", status=201).json
+        new = answer.pop("token")
+        assert answer == api_json(wallet.account(ada.id))
+        assert re.fullmatch("wlt_[0-9A-Za-z]{54}", new)
+        for client in (api, elsewhere):
+            client.send("GET", "/api/account", status=401)
+            client.send("POST", "/api/account/token", status=401)
+            client.token = new
+            client.send("GET", "/api/account", status=200)
+            client.token = old
+        stored = wallet.database.read(lambda tx: tx("SELECT * FROM accounts"))
+        assert new not in repr(stored)
+
+
+def api_json(record):
+    return json.loads(json.dumps(wallet_module.to_json(record)))
+
+
+def test_of_many_who_replace_one_token_at_once_one_succeeds(concurrent_dsn):
+    with Wallet(concurrent_dsn) as wallet:
+        ada, old = wallet.register("Ada")
+        outcomes = together(*[lambda: wallet.replace_token(ada.id, old)] * 16)
+        (new,) = (outcome for outcome in outcomes if isinstance(outcome, str))
+        assert sum(isinstance(outcome, Unauthorized) for outcome in outcomes) == 15
+        assert wallet.authenticate(new) == ada
+        issued = wallet.replace_token(ada.id)  # Whoever embeds it need not know the old one.
+        assert wallet.authenticate(issued) == ada
+        with pytest.raises(Unauthorized):
+            wallet.authenticate(new)
+        with pytest.raises(AccountNotFound):
+            wallet.replace_token("acc_0000000000000000")
+
+
+def test_token_whose_replacing_was_cut_off_at_commit_is_the_one_that_is_shown(new_schema, postgres_server):
+    with Wallet(new_schema(on=postgres_server)) as wallet, ThreadPoolExecutor(1) as thread:
+        ada, old = wallet.register("Ada")
+        with standby_missing(postgres_server) as waiting:
+            future = thread.submit(wallet.replace_token, ada.id, old)
+            (backend,) = waiting()
+            postgres_server.query("SELECT pg_terminate_backend(%s)", backend)
+            waiting()  # It is being done again.
+        assert wallet.authenticate(future.result(timeout=30)) == ada
+
+
+ISSUER_TOKEN = "issuer-token-0123456789-abcdefghij"
+
+
+@pytest.fixture
+def shop(wallet):
+    """A wallet with an issuer, its client, and a client of an account that it has made and filled."""
+    app = create_app(wallet, ISSUER_TOKEN)
+    issuer = Client(app, ISSUER_TOKEN)
+    made = issuer.send("POST", "/api/register", {"name": "Ada"}, status=201).json
+    issuer.send("POST", "/api/transactions/topup", {"account": made["id"], "amount": 100}, status=201)
+    return SimpleNamespace(wallet=wallet, issuer=issuer, ada=Client(app, made["token"]), id=made["id"], app=app)
+
+
+def test_with_an_issuer_only_its_token_makes_and_fills_accounts(shop):
+    anyone = Client(shop.app)
+    assert anyone.send("POST", "/api/register", {"name": "Eve"}, status=401).headers["WWW-Authenticate"]
+    charge = shop.ada.send("POST", "/api/transactions/charge", {"amount": 30}, status=201).json["id"]
+    for path, body in (("/api/register", {"name": "Eve"}), ("/api/transactions/topup", {"amount": 5}),
+                       ("/api/transactions/topup", {"account": shop.id, "amount": 5}),
+                       (f"/api/transactions/{charge}/refund", {})):
+        assert shop.ada.send("POST", path, body, status=403).json["code"] == "forbidden"
+    batch = {"transactions": [{"type": "charge", "amount": 5}, {"type": "topup", "amount": 5}]}
+    refused = shop.ada.send("POST", "/api/transactions/batch", batch, status=403).json
+    assert (refused["code"], refused["index"]) == ("forbidden", 1)
+    del batch["transactions"][1]
+    shop.ada.send("POST", "/api/transactions/batch", batch, status=201)
+    assert shop.ada.send("GET", "/api/account").json["balance"] == 65
+    refund = shop.issuer.send("POST", f"/api/transactions/{charge}/refund", Idempotency_Key="r", status=201).json
+    assert (refund["balance"], refund["reference"]) == (95, charge)
+
+
+def test_issuer_names_the_account_and_its_keys_are_remembered(shop):
+    def topup(status, **body):
+        return shop.issuer.send("POST", "/api/transactions/topup", body, Idempotency_Key="t", status=status)
+
+    first = topup(201, account=shop.id, amount=5)
+    assert topup(201, account=shop.id, amount=5).body == first.body
+    assert topup(422, account=shop.id, amount=6).json["code"] == "idempotency_key_reused"
+    assert topup(422, amount=5).json["errors"][0]["pointer"] == "#/account"
+    assert topup(404, account="acc_0000000000000000", amount=5).json["code"] == "account_not_found"
+    bob = shop.issuer.send("POST", "/api/register", {"name": "Bob"}, status=201).json["id"]
+    movements = [{"account": account, "type": type, "amount": 5}
+                 for account in (shop.id, bob) for type in ("topup", "charge")]
+    made = shop.issuer.send("POST", "/api/transactions/batch", {"transactions": movements}, status=201).json
+    assert [one["balance"] for one in made["transactions"]] == [110, 105, 5, 0]
+    movements[2]["amount"] = 1
+    refused = shop.issuer.send("POST", "/api/transactions/batch", {"transactions": movements}, status=402).json
+    assert refused["index"] == 3
+    assert shop.issuer.send("POST", "/api/transactions/txn_0000000000000000_1/refund", status=404)
+
+
+def test_issuer_does_nothing_else(shop):
+    """The router itself says what there is."""
+    allowed = {name for name, route in ROUTES.items() if route.config.get("issuer") or route.config.get("public")}
+    assert allowed - OPEN_ROUTES == {
+        "POST /api/transactions/topup", "POST /api/transactions/batch",
+        "POST /api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>/refund"}
+    for name in ROUTES.keys() - allowed:
+        method, rule = name.split()
+        refused = shop.issuer.send(method, path_of(rule), {} if method == "POST" else None, status=403).json
+        assert refused["code"] == "forbidden"
+    for name in (*sorted(ISSUER_TOKEN), ISSUER_TOKEN[:-1], ISSUER_TOKEN + "x", ISSUER_TOKEN.upper(), ""):
+        Client(shop.app, name or "x").send("POST", "/api/register", {"name": "Eve"}, status=401)
+
+
+def test_without_an_issuer_its_token_and_an_account_in_the_body_mean_nothing(api, wallet):
+    Client(create_app(wallet), ISSUER_TOKEN).send("GET", "/api/account", status=401)
+    body = {"account": "acc_0000000000000000", "amount": 5}
+    assert api.send("POST", "/api/transactions/topup", body, status=422).json["errors"][0]["pointer"] == "#/account"
+
+
+@pytest.mark.parametrize("issuer_token", ["x" * 31, "x" * 31 + " ", "ü" * 40, "x" * 40 + "\n"])
+def test_issuer_token_that_is_weak_or_no_bearer_can_send_is_refused_and_not_shown(tmp_path, issuer_token):
+    with pytest.raises(ConfigurationError, match="at least 32 characters") as refused:
+        create_app(Wallet(), issuer_token)
+    assert issuer_token not in str(refused.value)
+    done = command("--port", "0", cwd=tmp_path, WALLET_ISSUER_TOKEN=issuer_token)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"wallet: WALLET_ISSUER_TOKEN must have at least 32 characters[^\n]*\n", done.stderr)
+    assert issuer_token.strip() not in done.stderr
+
+
+def test_service_with_an_issuer_says_so_and_never_shows_its_token(tmp_path):
+    with served(cwd=tmp_path, WALLET_ISSUER_TOKEN=ISSUER_TOKEN) as server:
+        assert server.banner.endswith("Only the issuer's token makes and fills accounts.\n")
+        assert send(server.url, "POST", "/api/register", {"name": "Eve"})[0] == 401
+        status, _, made = send(server.url, "POST", "/api/register", {"name": "Ada"}, ISSUER_TOKEN)
+        assert status == 201
+        body = {"account": made["id"], "amount": 5}
+        assert send(server.url, "POST", "/api/transactions/topup", body, ISSUER_TOKEN)[0] == 201
+        assert send(server.url, "GET", "/api/account", token=ISSUER_TOKEN)[0] == 403
+        server.send_signal(signal.SIGTERM)
+        assert ISSUER_TOKEN not in server.banner + "".join(server.communicate(timeout=30))
+    with running(issuer_token=ISSUER_TOKEN) as url:
+        assert send(url, "POST", "/api/register", {"name": "Eve"})[0] == 401
+
+
+def test_frozen_account_can_be_read_and_receives_nothing_and_spends_nothing(wallet):
+    (ada, token), (bob, _) = wallet.register("Ada"), wallet.register("Bob")
+    api = Client(create_app(wallet), token)
+    before = wallet.topup(ada.id, 100, key="before")
+    wallet.topup(bob.id, 100)
+    charge, hold = wallet.charge(ada.id, 10), wallet.hold(ada.id, 20)
+    wallet.freeze(ada.id)
+    wallet.freeze(ada.id)
+    for path, body in (("transactions/topup", {"amount": 1}), ("transactions/charge", {"amount": 1}),
+                       ("transactions/transfer", {"to": bob.id, "amount": 1}), (f"transactions/{charge.id}/refund", {}),
+                       ("holds", {"amount": 1}), (f"holds/{hold.id}/capture", {}), (f"holds/{hold.id}/release", {}),
+                       ("transactions/batch", {"transactions": [{"type": "topup", "amount": 1}]}),
+                       ("transactions/charge", {"amount": 10**6})):
+        assert api.send("POST", f"/api/{path}", body, status=403).json["code"] == "account_frozen"
+    with pytest.raises(AccountFrozen):
+        wallet.transfer(bob.id, ada.id, 5)
+    assert wallet.topup(ada.id, 100, key="before") == before  # It was done, and is no new effect.
+    shown = api.send("GET", "/api/account", status=200).json
+    assert (shown["frozen"], shown["balance"], shown["available"]) == (True, 90, 70)
+    for path in ("transactions", "transactions.csv", f"transactions/{charge.id}", "holds", f"holds/{hold.id}"):
+        api.send("GET", f"/api/{path}", status=200)
+    wallet.freeze(ada.id, False)
+    assert wallet.release(ada.id, hold.id).status == "released"
+    assert wallet.transfer(bob.id, ada.id, 5).balance == 95
+    with pytest.raises(AccountNotFound):
+        wallet.freeze("acc_0000000000000000")
+
+
+def test_commands_freeze_and_unfreeze_an_account_of_a_wallet_that_runs(durable_dsn, tmp_path):
+    with served("--dsn", durable_dsn) as server:
+        url = server.url
+        _, _, made = send(url, "POST", "/api/register", {"name": "Ada"})
+        for name, status in (("freeze", 403), ("unfreeze", 201)):
+            done = command(name, made["id"], WALLET_DSN=durable_dsn)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert done.stdout == f"{made['id']} is {'frozen' if name == 'freeze' else 'not frozen'}\n"
+            assert send(url, "POST", "/api/transactions/topup", {"amount": 5}, made["token"])[0] == status
+    unknown = command("freeze", "acc_0000000000000000", WALLET_DSN=durable_dsn)
+    assert (unknown.returncode, unknown.stderr) == (2, "wallet: There is no such account.\n")
+    (tmp_path / "empty").mkdir()
+    missing = command("freeze", made["id"], cwd=tmp_path / "empty")
+    assert missing.returncode == 2
+    assert "cannot open" in missing.stderr
+    assert list((tmp_path / "empty").iterdir()) == []
+    assert "Example: python wallet.py freeze" in command("freeze", "--help").stdout
+
+
 # Promise 4: no input crashes it ######################################################################################
 
 BAD_AMOUNTS = ["0", "-1", "1.0", "1.5", "5e0", "1e999", '"5"', "true", "false", "null", "[]", "{}", "[5]",
@@ -1149,7 +2487,7 @@ def test_all_field_errors_come_at_once_with_pointers(api):
     body = {"amonut": 5, "a/b~c d": 1, "\ud800": 2, "description": 7}
     answer = api.send("POST", "/api/transactions/topup", body, status=422)
     amount = f"must be an integer from 1 to {AMOUNT_MAX}, in minor units (1250 for 12.50 dollars)"
-    unknown = "is not known; known are: amount, description"
+    unknown = "is not known; known are: amount, description, metadata"
     assert [tuple(error.values()) for error in answer.json["errors"]] == [
         ("#/amount", f"is missing; it {amount}"), ("#/description", "must be a string"), ("#/amonut", unknown),
         ("#/a~1b~0c%20d", unknown), ("#/%3F", unknown),
@@ -1217,7 +2555,7 @@ def test_bad_query_parameter_is_refused(api, query):
     assert api.send("GET", f"/api/transactions?{query}", status=400).json["code"] == "malformed_request"
 
 
-@pytest.mark.parametrize("path", ["/api/account", "/api/transactions/topup", "/livez", "/", "/api/register"])
+@pytest.mark.parametrize("path", ["/api/transactions/topup", "/livez", "/", "/api/register"])
 def test_query_parameter_of_no_meaning_is_refused_everywhere(api, path):
     method, body = ("POST", {"amount": 5}) if "register" in path or "topup" in path else ("GET", None)
     answer = api.send(method, f"{path}?dry_run=true", body, status=400)
@@ -1506,21 +2844,32 @@ def test_only_these_routes_are_open():
     assert {name for name, route in ROUTES.items() if route.config.get("public")} == OPEN_ROUTES
 
 
-@pytest.mark.parametrize(("authorization", "error"), [
+BAD_AUTHORIZATIONS = [
     (None, False), ("", False), ("Basic QWRhOng=", False), ("Bearer", False), ("Bearer ", False), ("Bearer x", True),
     (f"Bearer {WRONG_TOKEN}", True), (WRONG_TOKEN, False), (f"Bearer {WRONG_TOKEN}, Bearer {WRONG_TOKEN}", True),
     (f"Bearer {WRONG_TOKEN} x", True), (f"Bearer: {WRONG_TOKEN}", False), ("Bearer wlt_é", True),
-])
-@pytest.mark.parametrize("name", sorted(ROUTES.keys() - OPEN_ROUTES))
-def test_every_other_route_refuses_whoever_has_no_valid_token(wallet, name, authorization, error):
+]
+
+
+def path_of(rule):
+    """Return a path that a route's rule matches."""
+    return re.sub(r"<(\w)\w*_id:[^>]*>", lambda match: ("txn_" if match[1] == "t" else "hld_") + "0" * 16 + "_1", rule)
+
+
+@pytest.mark.parametrize("issuer_token", [None, "i" * 32], ids=["open", "issuer"])
+@pytest.mark.parametrize("name", sorted(ROUTES.keys()))
+def test_every_other_route_refuses_whoever_has_no_valid_token(wallet, name, issuer_token):
     method, rule = name.split()
-    api = Client(create_app(wallet))
-    headers = {} if authorization is None else {"Authorization": authorization}
-    body = {"amount": 5} if method == "POST" else None
-    answer = api.send(method, rule.partition("<")[0] + "txn_0" * ("<" in rule), body, status=401, **headers)
-    expected = 'Bearer realm="wallet"' + ', error="invalid_token"' * error
-    assert answer.headers["WWW-Authenticate"] == expected
-    assert answer.json["code"] == "unauthorized"
+    api = Client(create_app(wallet, issuer_token))
+    for authorization, error in BAD_AUTHORIZATIONS:
+        headers = {} if authorization is None else {"Authorization": authorization}
+        answer = api.send(method, path_of(rule), {"amount": 5} if method == "POST" else None, **headers)
+        if name in OPEN_ROUTES and not (issuer_token and name == "POST /api/register"):
+            assert answer.status_int in (200, 422)
+            continue
+        assert answer.status_int == 401
+        assert answer.headers["WWW-Authenticate"] == 'Bearer realm="wallet"' + ', error="invalid_token"' * error
+        assert answer.json["code"] == "unauthorized"
 
 
 def test_scheme_is_matched_in_any_case(wallet):
@@ -1696,10 +3045,11 @@ def test_what_is_written_between_two_pages_neither_repeats_nor_hides_anything(wa
 
 def test_first_page_costs_the_same_however_long_the_history_is(file_wallet):
     short, long = (file_wallet.register(name)[0] for name in ("short", "long"))
-    row = "INSERT INTO transactions VALUES (?, ?, ?, 1, 1, NULL, ?, ?, 0)"
+    row = "INSERT INTO transactions VALUES (?, ?, ?, 1, 1, NULL, NULL, NULL, ?, ?, 0)"
 
     def fill(tx):
-        for account, count in ((short, 60), (long, 30_000)):
+        for account, count in ((short, 100), (long, 30_000)):
+            tx("UPDATE accounts SET last_sequence = ? WHERE id = ?", count, account.id)
             for number in range(1, count + 1):
                 tx(row, account.id, number, "charge" if number <= 20 else "topup", f"k{number}", "f" * 64)
 
@@ -1713,8 +3063,9 @@ def test_first_page_costs_the_same_however_long_the_history_is(file_wallet):
             file_wallet.transactions(account.id, **filters)
             file_wallet.database._idle_readers[0].set_progress_handler(None, 1)
             steps.setdefault(str(filters.keys()), []).append(len(counted))
-    assert all(0 < first < 1000 and abs(first - second) <= 2 for first, second in steps.values()), steps
+    assert all(0 < first < 4000 and abs(first - second) <= 2 for first, second in steps.values()), steps
     file_wallet.database.write(lambda tx: tx("DELETE FROM transactions"))
+    file_wallet.database.write(lambda tx: tx("UPDATE accounts SET last_sequence = 0"))
 
 
 def test_limit_and_type_are_checked_in_process_too(wallet, ada):
@@ -1770,7 +3121,7 @@ def test_file_of_another_program_is_refused_and_left_as_it_was(tmp_path):
 
 def test_database_that_cannot_be_opened_leaves_nothing_open(file_dsn, tmp_path):
     with Wallet(file_dsn) as wallet:
-        wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 2"))
+        wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 3"))
     (tmp_path / "notes.db").write_bytes(b"These are notes, and no database.\n" * 100)
     before = sorted(os.listdir("/dev/fd"))
     for one in (file_dsn, f"sqlite:///{tmp_path}/notes.db"):
@@ -1803,20 +3154,63 @@ def test_missing_schema_is_refused(monkeypatch, tmp_path):
         Wallet()
 
 
-def test_newer_or_older_schema_is_refused_and_left_as_it_is(durable_dsn, monkeypatch):
+def test_newer_schema_is_refused_and_left_as_it_is(durable_dsn):
     with Wallet(durable_dsn) as wallet:
-        ada, _ = wallet.register("Ada")
-        assert wallet.database.read(lambda tx: tx("SELECT schema_version FROM wallet")) == [(1,)]
-    monkeypatch.setattr(wallet_module, "SCHEMA_VERSION", 2)
-    with pytest.raises(ConfigurationError, match="has schema version 1, and this wallet has 2: use an older wallet"):
-        Wallet(durable_dsn)
-    monkeypatch.setattr(wallet_module, "SCHEMA_VERSION", 1)
-    with Wallet(durable_dsn) as wallet:
-        assert wallet.account(ada.id) == ada
-        wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 2"))
+        wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 3"))
+    before = contents(durable_dsn)
     done = command("--dsn", durable_dsn, "--port", "0")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "wallet: the database has schema version 2, and this wallet has 1: use a newer wallet\n"
+    assert done.stderr == "wallet: the database has schema version 3, and this wallet has 2: use a newer wallet\n"
+    assert contents(durable_dsn) == before
+
+
+SCHEMA_1 = """
+CREATE TABLE wallet (id INTEGER PRIMARY KEY CHECK (id = 1), schema_version INTEGER NOT NULL, currency TEXT NOT NULL);
+CREATE TABLE accounts (
+    id TEXT NOT NULL PRIMARY KEY, name TEXT NOT NULL, token_hash TEXT NOT NULL, balance BIGINT NOT NULL,
+    last_sequence BIGINT NOT NULL, created_at BIGINT NOT NULL);
+CREATE TABLE transactions (
+    account_id TEXT NOT NULL REFERENCES accounts (id), sequence BIGINT NOT NULL,
+    type TEXT NOT NULL CHECK (type IN ('topup', 'charge')), amount BIGINT NOT NULL, balance BIGINT NOT NULL,
+    description TEXT, idempotency_key TEXT NOT NULL, fingerprint TEXT NOT NULL, created_at BIGINT NOT NULL,
+    PRIMARY KEY (account_id, sequence), UNIQUE (account_id, idempotency_key));
+CREATE INDEX transactions_by_type ON transactions (account_id, type, sequence);
+INSERT INTO wallet VALUES (1, 1, 'JPY')"""
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_database_of_the_first_version_is_brought_to_this_one_and_keeps_all(durable_dsn, processes):
+    """As the first version made it, but for CHECKs; its keys are known, and its tokens work."""
+    token = wallet_module.make_token("acc_" + "A" * 16)
+    digest = hashlib.sha256(json.dumps(["topup", 12, "día"]).encode()).hexdigest()
+    database = wallet_module.open_database(durable_dsn, 1, True)
+    for statement in SCHEMA_1.split(";"):
+        database.write(lambda tx, sql=statement: tx(sql))
+    hashed = wallet_module.hash_token(token)
+    database.write(lambda tx: (
+        tx("INSERT INTO accounts VALUES (?, 'Ada', ?, 7, 2, 1000)", "acc_" + "A" * 16, hashed),
+        tx("INSERT INTO accounts VALUES (?, 'Bob', ?, 0, 0, 1000)", "acc_" + "B" * 16, hashed),
+        tx("INSERT INTO transactions VALUES (?, 1, 'topup', 12, 12, 'día', 'k1', ?, 2000)", "acc_" + "A" * 16, digest),
+        tx("INSERT INTO transactions VALUES (?, 2, 'charge', 5, 7, NULL, 'k2', ?, 1500)", "acc_" + "A" * 16, digest)))
+    database.close()
+    opened = together(*[lambda: command("freeze", "acc_" + "A" * 16, WALLET_DSN=durable_dsn)] * processes)
+    assert [done.returncode for done in opened] == [0] * processes, opened
+    with Wallet(durable_dsn) as wallet:
+        assert wallet.currency == "JPY"
+        wallet.freeze("acc_" + "A" * 16, False)
+        ada = wallet.authenticate(token)
+        assert (ada.name, ada.balance, ada.available, ada.frozen) == ("Ada", 7, 7, False)
+        again = wallet.topup(ada.id, 12, "día", key="k1")
+        assert (again.replayed, again.balance, again.metadata, again.reference) == (True, 12, {}, None)
+        assert wallet.refund(ada.id, f"txn_{'A' * 16}_2").balance == 12
+        assert wallet.transfer(ada.id, "acc_" + "B" * 16, 2).balance == 10
+        wallet.hold(ada.id, 10)
+        assert [one.id[-1] for one in wallet.transactions(ada.id).transactions] == ["4", "3", "2", "1"]
+        tables = {"file": "SELECT name FROM sqlite_master WHERE type = 'table'",
+                  "postgres": "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()"}
+        sql = tables["file" if durable_dsn.startswith("sqlite") else "postgres"]
+        assert {row[0] for row in wallet.database.read(lambda tx: tx(sql))} == {
+            "wallet", "accounts", "transactions", "holds"}
 
 
 def test_currency_is_fixed_when_the_database_is_made(durable_dsn):
@@ -2012,7 +3406,7 @@ def test_options_come_from_the_dsn_else_from_the_environment_else_from_here(post
     with monkeypatch.context() as patched:
         patched.setattr(wallet_module, "Wallet", refuse)
         assert wallet_module.main(["--port", "0", "--threads", "4", "--dsn", postgres_dsn]) == 2
-    assert seen == [{"currency": "", "connections": 4}]
+    assert seen == [{"currency": "", "connections": 4, "create": True}]
     monkeypatch.setenv("WALLET_DSN", postgres_dsn)
     monkeypatch.setenv("WALLET_THREADS", "5")
     with create_app().wallet as wallet:
@@ -2329,12 +3723,12 @@ def standby_missing(server):
 class BlindWallet(Wallet):
     """Runs a movement again without knowing it by its key: how money is paid out twice elsewhere."""
 
-    def _move(self, type, account_id, amount, description, key):
+    def _move(self, type, account_id, amount, description, metadata, key):
         def move(tx):
             moved = "UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1 WHERE id = ?"
             tx(moved, amount, account_id)
-            tx("INSERT INTO transactions SELECT id, last_sequence, 'topup', ?, balance, NULL, ?, token_hash, 0"
-               " FROM accounts WHERE id = ?", amount, uuid.uuid4().hex, account_id)
+            tx("INSERT INTO transactions SELECT id, last_sequence, 'topup', ?, balance, NULL, NULL, NULL, ?,"
+               " token_hash, 0 FROM accounts WHERE id = ?", amount, uuid.uuid4().hex, account_id)
 
         return self.database.write(move)
 
@@ -2692,9 +4086,9 @@ def test_every_key_begins_with_the_account_id(postgres_wallet):
         SELECT relname, attname, indisunique FROM pg_index JOIN pg_class ON pg_class.oid = indrelid
         JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
         WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema()) ORDER BY 1, 2, 3"""))
-    account_id = {"accounts": "id", "transactions": "account_id"}
+    account_id = {"accounts": "id", "transactions": "account_id", "holds": "account_id"}
     assert [(table, column) for table, column, _ in keys if table in account_id] == [
-        ("accounts", "id"), *[("transactions", "account_id")] * 3]
+        ("accounts", "id"), *[("holds", "account_id")] * 2, *[("transactions", "account_id")] * 4]
     assert {table for table, _, _ in keys} - account_id.keys() == {"wallet"}  # It has one row.
     assert postgres_wallet.database.read(lambda tx: tx("SELECT id FROM wallet")) == [(1,)]
 
@@ -2743,7 +4137,7 @@ def full_dsn(durable_dsn):
                 wallet.charge(account.id, amount)
 
         wallet.database.write(lambda tx: tx("DELETE FROM transactions WHERE account_id = ?", account.id))
-        row = "INSERT INTO transactions VALUES (?, ?, 'topup', 1, ?, NULL, ?, ?, 0)"
+        row = "INSERT INTO transactions VALUES (?, ?, 'topup', 1, ?, NULL, NULL, NULL, ?, ?, 0)"
         wallet.database.write(lambda tx: [tx(row, account.id, n, n, f"k{n}", "f" * 64) for n in range(1, 1300)])
         wallet.database.write(lambda tx: tx("UPDATE accounts SET balance = 1299, last_sequence = 1299 WHERE id = ?",
                                             account.id))
@@ -2752,9 +4146,10 @@ def full_dsn(durable_dsn):
 
 
 def contents(dsn):
-    with Wallet(dsn, create=False) as wallet:
-        return [sorted(wallet.database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")), key=repr)
-                for table in ("wallet", "accounts", "transactions")]
+    database = wallet_module.open_database(dsn, 1, False)
+    with contextlib.closing(database):
+        return [sorted(database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")), key=repr)
+                for table in ("wallet", "accounts", "transactions", "holds")]
 
 
 @pytest.mark.parametrize("kind", ["file", "postgres"])
@@ -2765,11 +4160,11 @@ def test_copy_moves_all_to_another_database_and_tokens_keep_working(full_dsn, ki
         topup = wallet.topup(ada.id, 5, key="k")
     done = command("copy", "--from", full_dsn, "--to", target)
     assert done.returncode == 0, done.stderr
-    accounts, transactions = (len(rows) for rows in contents(full_dsn)[1:])
+    accounts, transactions, holds = (len(rows) for rows in contents(full_dsn)[1:])
     assert accounts == 41
     *progress, last, verified = done.stderr.splitlines()
-    assert last == f"copied {accounts:,} accounts and {transactions:,} transactions"
-    assert "copied 41 accounts and 500 transactions" in progress
+    assert last == f"copied {accounts:,} accounts and {transactions:,} transactions and {holds:,} holds"
+    assert "copied 41 accounts and 500 transactions and 0 holds" in progress
     assert re.fullmatch(r"verified: \S+ has every row of \S+", verified)
     assert contents(target) == contents(full_dsn)
     with Wallet(target) as wallet:
@@ -2828,7 +4223,7 @@ def test_interrupted_copy_says_so_and_leaves_the_target_empty(full_dsn, postgres
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, "copy", "--from", full_dsn, "--to", postgres_dsn],
                           capture_output=True, text=True, env=environment(), timeout=60)
     assert (done.returncode, done.stderr) == (130, "wallet: interrupted\n")
-    assert contents(postgres_dsn)[1:] == [[], []]
+    assert contents(postgres_dsn)[1:] == [[], [], []]
 
 
 def test_copy_whose_commit_was_cut_off_but_happened_is_no_failure(file_dsn, new_schema, postgres_server):
@@ -2872,7 +4267,7 @@ def test_copy_that_the_source_was_changed_under_is_undone(full_dsn, postgres_dsn
 
         with pytest.raises(ConfigurationError, match="the wallet was changed while it was copied: stop it first"):
             source.copy_to(target, report)
-        assert contents(postgres_dsn)[1:] == [[], []]
+        assert contents(postgres_dsn)[1:] == [[], [], []]
 
 
 def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
@@ -2893,7 +4288,7 @@ def test_copy_of_books_that_are_wrong_is_refused_and_names_the_account(full_dsn,
         source.database.write(lambda tx: tx(damage))
         with pytest.raises(ConfigurationError, match=r"the balance of acc_\w{16} is not the sum of its transactions"):
             source.copy_to(target)
-        assert contents(postgres_dsn)[1:] == [[], []]
+        assert contents(postgres_dsn)[1:] == [[], [], []]
 
 
 # Settings and the command line #######################################################################################
@@ -2949,7 +4344,7 @@ def test_command_line_comes_before_the_environment(monkeypatch):
     assert wallet_module.load_settings(["--threads", "4"])["threads"] == 4
     assert wallet_module.load_settings() == {
         "dsn": "sqlite:///wallet.db", "host": "127.0.0.1", "port": 4000, "threads": 3, "currency": "",
-        "log-level": "info", "command": None,
+        "issuer-token": "", "log-level": "info", "command": None,
     }
 
 
@@ -3266,7 +4661,7 @@ def test_examples_in_the_documents_are_real():
 
 def test_contract_opens_the_routes_that_are_open():
     declared = {f"{method.upper()} {path}" for path, item in CONTRACT["paths"].items()
-                for method, operation in item.items() if operation.get("security") == []}
+                for method, operation in item.items() if operation.get("security") in ([], [{}, {"token": []}])}
     assert declared == OPEN_ROUTES
 
 
@@ -3345,20 +4740,25 @@ def test_file_that_was_not_installed_is_not_found(api, monkeypatch, tmp_path):
 
 SCHEMATHESIS = """
 [[operations]]
-include-path = "/api/transactions/topup"
-checks.positive_data_acceptance.expected-statuses = [201, 422]
-[[operations]]
-include-path = "/api/transactions/charge"
-checks.positive_data_acceptance.expected-statuses = [201, 402, 422]
-[[operations]]
-include-path = "/api/transactions"
-checks.positive_data_acceptance.expected-statuses = [200, 400]
+include-path = "/api/account/token"
+enabled = false
 """
+REFUSED = {  # Though valid by its form, for the money, the account, the state or an earlier request.
+    "/api/transactions/topup": [201, 422], "/api/transactions/charge": [201, 402, 422],
+    "/api/transactions/transfer": [201, 402, 404, 422], "/api/transactions/batch": [201, 402, 422],
+    "/api/transactions/{id}/refund": [201, 404, 422], "/api/transactions": [200, 400],
+    "/api/holds": [200, 201, 400, 402, 422], "/api/holds/{id}/capture": [201, 404, 409, 422],
+    "/api/holds/{id}/release": [201, 404, 409, 422],
+}
+SCHEMATHESIS += "".join(f"""
+[[operations]]
+include-path = "{path}"
+checks.positive_data_acceptance.expected-statuses = {statuses}
+""" for path, statuses in REFUSED.items())
 
 
 def test_service_keeps_to_its_contract_whatever_schemathesis_sends(tmp_path):
-    # What it may be refused for, though valid by its form: the balance's cap, its shortness, a key used before,
-    # and a cursor of another account.
+    # Replacing the token would end the rest: other tests do that.
     (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
     strict = yaml.safe_load((HERE / "openapi.yaml").read_text())
     for item in strict["paths"].values():

@@ -43,7 +43,10 @@ The sections, in the order in which a reader needs them:
 from __future__ import annotations
 
 import argparse
+import copy
+import csv
 import hashlib
+import io
 import json
 import logging
 import os
@@ -59,12 +62,14 @@ import threading
 import time
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from http.client import responses as REASONS
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
@@ -93,15 +98,22 @@ AMOUNT_MAX = 2**53 - 1  # Minor units, for an amount and for a balance: the larg
 SEQUENCE_MAX = 2**63 - 1  # What a BIGINT holds: no account gets there.
 NAME_CHARACTERS_MAX = 100  # A line on a screen.
 DESCRIPTION_CHARACTERS_MAX = 500  # A few lines on a statement.
+METADATA_ENTRIES_MAX, METADATA_NAME_CHARACTERS_MAX, METADATA_VALUE_CHARACTERS_MAX = 20, 40, 500  # Ids of your own.
 KEY_CHARACTERS_MAX = 255  # As clients of other payment services expect.
-PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 100  # Transactions: a page stays under 100 KiB.
+PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 100  # A page stays under 100 KiB, metadata aside.
+BATCH_MAX = 1000  # Movements: what others wait for is written within a tenth of a second.
+HOLD_DEFAULT_S, HOLD_MAX_S = 7 * 24 * 3600, 30 * 24 * 3600  # As card networks have it.
+STATEMENTS_MAX = 2  # Sent at once: each takes a thread for as long as its reader takes to read it.
+STATEMENT_ROWS = 500  # Read at once: all that is ever in memory of a statement.
+ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
 FIELD_ERRORS_MAX = 20  # Far more than a request has fields: keeps the answer to a hostile body short.
 
-BODY_BYTES_MAX = 64 * 1024  # Far more than the largest valid body, even with every character escaped.
+BODY_BYTES_MAX = 64 * 1024  # More than any valid body, unless most of it is escaped.
+BATCH_BODY_BYTES_MAX = 1024 * 1024  # A kilobyte for each movement of a batch.
 HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
 CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files to a process.
 REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last: slow senders must not use up the connections.
-ANSWER_TIMEOUT_S = 30  # From an answer's first byte that waits to its last taken: nor must slow readers.
+ANSWER_TIMEOUT_S = 30  # For an answer to be taken, or UNREAD_BYTES_MAX of a longer one: nor must slow readers.
 UNREAD_BYTES_MAX = 256 * 1024  # Of a client with more answers than this waiting, no further request is served.
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
@@ -124,7 +136,7 @@ COPY_TIMEOUT_S = 24 * 3600  # For all of a wallet, in one transaction.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
 SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Setting(NamedTuple):
@@ -161,6 +173,8 @@ SETTINGS = (
     Setting("threads", "8", "how many requests are worked on at once, and how many connections to Postgres are kept",
             range(1, 65)),
     Setting("currency", "", "three capital letters, fixed when the database is made; USD if not given then"),
+    Setting("issuer-token", "",
+            "at least 32 characters: only who sends them makes accounts and tops them up, else everyone does"),
     Setting("log-level", "info", "how much to log; info is a line per request", ("debug", "info", "warning", "error")),
 )
 
@@ -186,6 +200,10 @@ def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
                             default=os.environ.get(setting.variable, setting.default),
                             help=f"{setting.meaning} [{setting.variable}={setting.default}]")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands, instead of serving")
+    for name, meaning in (("freeze", "let an account receive nothing and spend nothing"), ("unfreeze", "undo freeze")):
+        command = commands.add_parser(name, help=meaning, allow_abbrev=False,
+                                      epilog=f"Example: python wallet.py {name} acc_4fKq0ZbT9xWm2Lr7")
+        command.add_argument("account", metavar="ACCOUNT", help="the id of the account")
     copy = commands.add_parser("copy", help="copy a stopped wallet to another database, and verify it",
                                epilog="Example: python wallet.py copy --from sqlite:///wallet.db --to postgresql://db/wallet",
                                allow_abbrev=False)
@@ -213,8 +231,14 @@ class WalletError(Exception):
     def __init__(self, detail: str = "", *, headers: Mapping[str, str] | None = None, **members: Any) -> None:
         super().__init__(detail or self.advice or self.title)
         self.headers = self.headers if headers is None else headers
-        self.members = members
-        self.__dict__.update(members)
+        self.members: dict[str, Any] = {}
+        self.add(**members)
+
+    def add(self, **members: Any) -> WalletError:
+        """Tell more of what is known."""
+        self.members |= members
+        self.__dict__ |= members
+        return self
 
 
 class MalformedRequest(WalletError, status=400, code="malformed_request", title="The request is malformed."):
@@ -226,22 +250,42 @@ class Unauthorized(WalletError, status=401, code="unauthorized", title="A valid 
     advice = "Send the header 'Authorization: Bearer wlt_...', with the token that registering showed."
     headers = {"WWW-Authenticate": 'Bearer realm="wallet"'}
 
+INVALID_TOKEN = {"WWW-Authenticate": 'Bearer realm="wallet", error="invalid_token"'}
+
+
 class InsufficientFunds(WalletError, status=402, code="insufficient_funds", title="The balance is too low."):
-    """The charge is refused, and nothing changed. Both amounts are in minor units."""
+    """Less is available than this needs, and nothing changed. All amounts are in minor units."""
 
     balance: int
+    available: int
     required: int
 
+class Forbidden(WalletError, status=403, code="forbidden", title="This token does not allow that."):
+    """Where there is an issuer, only its token makes and fills accounts, and it does nothing else."""
+
+class AccountFrozen(WalletError, status=403, code="account_frozen", title="The account is frozen."):
+    """It can be read, and receives nothing and spends nothing."""
+
+    advice = "The account is frozen. Whoever runs the wallet can unfreeze it."
+
 class NotFound(WalletError, status=404, code="not_found", title="There is nothing here."):
-    """There is no such route, account or transaction, or it is not this account's."""
+    """There is no such route, transaction or hold, or it is not this account's."""
+
+class AccountNotFound(NotFound, status=404, code="account_not_found", title="There is no such account."):
+    """No account has this id."""
 
 class MethodNotAllowed(WalletError, status=405, code="method_not_allowed", title="Another method is needed."):
     """The route exists, for the methods that `Allow` names."""
 
-class BodyTooLarge(WalletError, status=413, code="body_too_large", title="The body is too large."):
-    """It has more than BODY_BYTES_MAX bytes."""
+class HoldNotActive(WalletError, status=409, code="hold_not_active", title="The hold is not active."):
+    """It was captured or released, or it has expired. `hold_status` says which."""
 
-    advice = f"A body may have at most {BODY_BYTES_MAX} bytes."
+    hold_status: str
+
+class BodyTooLarge(WalletError, status=413, code="body_too_large", title="The body is too large."):
+    """It has more than BODY_BYTES_MAX bytes, or BATCH_BODY_BYTES_MAX for a batch."""
+
+    advice = f"A body may have at most {BODY_BYTES_MAX} bytes, and that of a batch {BATCH_BODY_BYTES_MAX}."
 
 class UnsupportedMediaType(WalletError, status=415, code="unsupported_media_type", title="The body must be JSON."):
     """The body does not come with `Content-Type: application/json`."""
@@ -257,6 +301,14 @@ class BalanceLimitExceeded(WalletError, status=422, code="balance_limit_exceeded
     """It would be above AMOUNT_MAX. `balance` is what it is, in minor units."""
 
     balance: int
+
+class NotRefundable(WalletError, status=422, code="not_refundable", title="This cannot be refunded."):
+    """Only a charge can be, and this transaction is none."""
+
+class RefundExceedsCharge(WalletError, status=422, code="refund_exceeds_charge", title="The refund is too high."):
+    """All refunds of a charge together would exceed it. `refundable` is what is left, in minor units."""
+
+    refundable: int
 
 class IdempotencyKeyReused(WalletError, status=422, code="idempotency_key_reused", title="The key was used before."):
     """It was sent with another request."""
@@ -289,19 +341,22 @@ class ConfigurationError(WalletError, status=500, code="configuration", title="T
 
 # Values ###############################################################################################
 
-SIGN_BY_TYPE = {"topup": +1, "charge": -1}  # The types of a transaction, and what each does to the balance.
+# The types of a transaction, and what each does to the balance.
+SIGN_BY_TYPE = {"topup": +1, "charge": -1, "refund": +1, "transfer_in": +1, "transfer_out": -1}
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 @dataclass(frozen=True)
 class Account:
-    """An account as it stands. `balance` is in minor units of `currency`."""
+    """An account as it stands, in minor units of `currency`. `available` is the balance without what is held."""
 
     id: str
     name: str
     currency: str
     balance: int
+    available: int
+    frozen: bool
     created_at: datetime
 
 
@@ -309,7 +364,9 @@ class Account:
 class Transaction:
     """One movement of money. `amount` is positive, and `balance` is the account's after it.
 
-    `replayed` is True when its idempotency key had its effect before: this is that answer again.
+    `reference` is the id of the charge that a refund gives back, of the hold that a charge captures, or of
+    the other account of a transfer. `replayed` is True when its idempotency key had its effect before: this
+    is that answer again.
     """
 
     id: str
@@ -317,15 +374,62 @@ class Transaction:
     amount: int
     balance: int
     description: str | None
+    metadata: dict[str, str] = field(hash=False)
+    reference: str | None
+    created_at: datetime
+    replayed: bool = field(default=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Money set aside. `status` is active, captured, released or expired; `captured` is what was charged of it."""
+
+    id: str
+    amount: int
+    status: str
+    captured: int
+    expires_at: datetime
+    description: str | None
+    metadata: dict[str, str] = field(hash=False)
     created_at: datetime
     replayed: bool = field(default=False, compare=False)
 
 
 class Page(NamedTuple):
-    """A part of an account's history, newest first, and the cursor of the next part, if there is one."""
+    """A part of an account's history, and the cursor of the next part, if there is one."""
 
     transactions: list[Transaction]
     next_cursor: str | None
+
+
+class HoldPage(NamedTuple):
+    """A part of an account's holds, newest first, and the cursor of the next part, if there is one."""
+
+    holds: list[Hold]
+    next_cursor: str | None
+
+
+class Stamp(NamedTuple):
+    """What gives a request its effect once: its idempotency key, and a digest of all that it asks for."""
+
+    key: str
+    fingerprint: str
+
+    def derive(self, account_id: str, index: int) -> Stamp:
+        """Return the stamp of another entry of the same request. No client can send its key, which is not ASCII."""
+        return Stamp("§" + hashlib.sha256(f"{account_id} {index} {self.key}".encode()).hexdigest(), self.fingerprint)
+
+
+class Entry(NamedTuple):
+    """What is to be written into an account's history. `held` is how it changes what is held, in minor units."""
+
+    account_id: str
+    type: str
+    amount: int
+    description: str | None = None
+    metadata: Mapping[str, str] = {}
+    reference: str | None = None
+    held: int = 0
 
 
 def random_base62(length: int) -> str:
@@ -350,31 +454,107 @@ def hash_token(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def make_transaction_id(account_id: str, sequence: int) -> str:
-    """Return the id of an account's n-th transaction: unique, and found by the primary key."""
-    return f"txn_{account_id.removeprefix('acc_')}_{sequence}"
+def make_entry_id(kind: str, account_id: str, sequence: int) -> str:
+    """Return the id of an account's n-th entry, a transaction or a hold: unique, and found by the primary key."""
+    return f"{kind}_{account_id.removeprefix('acc_')}_{sequence}"
+
+
+def as_us(moment: datetime) -> int:
+    """Return a time as the tables have it, in microseconds since 1970."""
+    return (moment - EPOCH) // timedelta(microseconds=1)
+
+
+def as_time(time_us: int) -> datetime:
+    """Return a time of the tables, in UTC."""
+    return EPOCH + timedelta(microseconds=time_us)
+
+
+def as_transaction(account_id: str, row: Row, replayed: bool = False) -> Transaction:
+    """Return the transaction that a row of TRANSACTION_COLUMNS is."""
+    sequence, type, amount, balance, description, metadata, reference, created_at_us = row
+    return Transaction(make_entry_id("txn", account_id, sequence), type, amount, balance, description,
+                       json.loads(metadata or "{}"), reference, as_time(created_at_us), replayed)
 
 
 def parse_account_id(value: object) -> str:
-    """Return a well-formed account id. Raises NotFound."""
+    """Return a well-formed account id. Raises AccountNotFound."""
     if isinstance(value, str) and re.fullmatch("acc_[0-9A-Za-z]{16}", value):
         return value
-    raise NotFound("There is no such account.")
+    raise AccountNotFound()
 
 
-def parse_transaction_id(account_id: str, value: object) -> int:
-    """Return the sequence number in a transaction id. Raises NotFound if it is not this account's."""
-    match = re.fullmatch("(txn_[0-9A-Za-z]{16}_)([1-9][0-9]{0,17})", value) if isinstance(value, str) else None
-    if match and match[1] == make_transaction_id(account_id, 0)[:-1]:
+def parse_entry_id(kind: str, account_id: str, value: object) -> int:
+    """Return the sequence number in the id of a transaction or hold. Raises NotFound if it is not this account's."""
+    match = re.fullmatch("([a-z]{3}_[0-9A-Za-z]{16}_)([1-9][0-9]{0,17})", value) if isinstance(value, str) else None
+    if match and match[1] == make_entry_id(kind, account_id, 0)[:-1]:
         return int(match[2])
-    raise NotFound("This account has no such transaction.")
+    raise NotFound("This account has no such transaction or hold.")
 
 
-def parse_amount(value: object) -> int:
-    """Return an amount in minor units. Raises ValueError: True, 1.0 and "5" are no integers here."""
-    if type(value) is int and 1 <= value <= AMOUNT_MAX:
+def parse_cursor(kind: str, account_id: str, value: str) -> int:
+    """Return the sequence number at which a page begins. Raises MalformedRequest."""
+    try:
+        return parse_entry_id(kind, account_id, value)
+    except NotFound:
+        raise MalformedRequest("cursor and after must be ids that an earlier page of this account had.") from None
+
+
+def parse_time(value: str | datetime) -> int:
+    """Return a time, of RFC 3339 or aware, in microseconds since 1970. Raises MalformedRequest."""
+    pattern = r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?([Zz]|[-+ ]\d\d:\d\d)"
+    with suppress(ValueError, TypeError, AttributeError):
+        if isinstance(value, datetime):
+            return as_us(value)
+        date, clock, fraction, zone = re.fullmatch(pattern, value, re.ASCII).groups("")  # type: ignore[union-attr]
+        zone = "+00:00" if zone in "Zz" else zone.replace(" ", "+")  # In a query, a bare plus means a space.
+        return as_us(datetime.fromisoformat(f"{date}T{clock}.{fraction[:6]:0<6}{zone}"))
+    raise MalformedRequest("A time must be as in RFC 3339: 2026-11-22T09:30:00Z, or with an offset for the Z.")
+
+
+def parse_key(value: object) -> str:
+    """Return an idempotency key. Raises MalformedRequest, since it travels in a header."""
+    if isinstance(value, str) and re.fullmatch(f"[ -~]{{1,{KEY_CHARACTERS_MAX}}}", value):
         return value
-    raise ValueError(f"must be an integer from 1 to {AMOUNT_MAX}, in minor units (1250 for 12.50 dollars)")
+    raise MalformedRequest(f"Idempotency-Key must be 1 to {KEY_CHARACTERS_MAX} printable ASCII characters.")
+
+
+def parse_limit(value: object) -> int:
+    """Return the number of entries to a page. Raises MalformedRequest."""
+    if re.fullmatch("[0-9]{1,3}", str(value)) and 1 <= int(str(value)) <= PAGE_LIMIT_MAX:
+        return int(str(value))
+    raise MalformedRequest(f"limit must be an integer from 1 to {PAGE_LIMIT_MAX}.")
+
+
+# A rule takes the value of a field, None where it is missing, and returns it parsed or raises ValueError.
+Rule = Callable[[Any], Any]
+Rules = Mapping[str, Rule]
+
+
+def optional(rule: Rule, default: object = None) -> Rule:
+    """Return a rule for a field that may be missing or null."""
+    return lambda value: default if value is None else rule(value)
+
+
+def integer(maximum: int, unit: str) -> Rule:
+    """Return the rule for an integer from 1: True, 1.0 and "5" are none."""
+
+    def parse(value: object) -> int:
+        if type(value) is int and 1 <= value <= maximum:
+            return value
+        raise ValueError(f"must be an integer from 1 to {maximum}, in {unit}")
+
+    return parse
+
+
+def text(maximum: int, minimum: int = 0) -> Rule:
+    """Return the rule for a line of so many characters."""
+
+    def parse(value: object) -> str:
+        if not minimum <= len(parse_text(value)) <= maximum:
+            raise ValueError(f"must have {f'{minimum} to' if minimum else 'at most'} {maximum} characters")
+        return str(value)
+
+    return parse
 
 
 def parse_text(value: object) -> str:
@@ -386,66 +566,122 @@ def parse_text(value: object) -> str:
     return value
 
 
-def parse_name(value: object) -> str:
+def parse_name(value: object) -> object:
     """Return a name without the white space around it. Raises ValueError."""
-    name = parse_text(value).strip()
-    if not 1 <= len(name) <= NAME_CHARACTERS_MAX:
-        raise ValueError(f"must have 1 to {NAME_CHARACTERS_MAX} characters, without the white space around them")
-    return name
+    return text(NAME_CHARACTERS_MAX, 1)(parse_text(value).strip())
 
 
-def parse_description(value: object) -> str | None:
-    """Return a description as it was given, None for none. Raises ValueError."""
-    if value is not None and len(parse_text(value)) > DESCRIPTION_CHARACTERS_MAX:
-        raise ValueError(f"must have at most {DESCRIPTION_CHARACTERS_MAX} characters")
-    return None if value is None else parse_text(value)
+def parse_metadata(value: object) -> dict[str, str]:
+    """Return metadata as it was given. Raises ValueError."""
+    if not isinstance(value, dict) or len(value) > METADATA_ENTRIES_MAX:
+        raise ValueError(f"must be an object of at most {METADATA_ENTRIES_MAX} strings")
+    parse_key, parse_value = text(METADATA_NAME_CHARACTERS_MAX, 1), text(METADATA_VALUE_CHARACTERS_MAX)
+    try:
+        return {parse_key(name): parse_value(one) for name, one in value.items()}
+    except ValueError as error:
+        raise ValueError(f"has a name or a value that {error}") from None
 
 
-def parse_key(value: object) -> str:
-    """Return an idempotency key. Raises MalformedRequest, since it travels in a header."""
-    if isinstance(value, str) and re.fullmatch(f"[ -~]{{1,{KEY_CHARACTERS_MAX}}}", value):
-        return value
-    raise MalformedRequest(f"Idempotency-Key must be 1 to {KEY_CHARACTERS_MAX} printable ASCII characters.")
+def parse_account(value: object) -> str:
+    """Return an account id. Raises ValueError, and AccountNotFound for a string that no id looks like."""
+    if not isinstance(value, str):
+        raise ValueError("must be the id of an account")
+    return parse_account_id(value)
 
 
-def parse_limit(value: object) -> int:
-    """Return the number of transactions to a page. Raises MalformedRequest."""
-    if re.fullmatch("[0-9]{1,3}", str(value)) and 1 <= int(str(value)) <= PAGE_LIMIT_MAX:
-        return int(str(value))
-    raise MalformedRequest(f"limit must be an integer from 1 to {PAGE_LIMIT_MAX}.")
+def parse_batch_type(value: object) -> object:
+    """Return the type of a movement in a batch. Raises ValueError."""
+    if value not in ("topup", "charge"):
+        raise ValueError("must be topup or charge")
+    return value
 
 
-Rules = Mapping[str, Callable[[object], Any]]
+parse_amount = integer(AMOUNT_MAX, "minor units (1250 for 12.50 dollars)")
+NAME: Rules = {"name": parse_name}
+TEXTS: Rules = {"description": optional(text(DESCRIPTION_CHARACTERS_MAX)), "metadata": optional(parse_metadata, {})}
+MOVEMENT: Rules = {"amount": parse_amount, **TEXTS}
+PART: Rules = {"amount": optional(parse_amount), **TEXTS}  # Without an amount, all that there is.
+TRANSFER: Rules = {"to": parse_account, **MOVEMENT}
+HOLD: Rules = {**MOVEMENT, "expires_in_s": optional(integer(HOLD_MAX_S, "seconds"), HOLD_DEFAULT_S)}
+TOPUP_BY_ISSUER: Rules = {"account": parse_account, **MOVEMENT}
+TRANSACTIONS: Rules = {"transactions": lambda values: values}  # See parse_batch.
+BATCH_OF_ONE_ACCOUNT: Rules = {"type": parse_batch_type, **MOVEMENT}
+BATCH: Rules = {"account": parse_account, **BATCH_OF_ONE_ACCOUNT}
 
 
 def parse_fields(rules: Rules, values: Mapping[str, object]) -> dict[str, Any]:
     """Return each field of `rules`, parsed. Raises ValidationFailed, with all errors at once."""
     fields, errors = {}, []
-    for name, parse in rules.items():
+    for name, rule in rules.items():
         try:
-            fields[name] = parse(values.get(name))
+            fields[name] = rule(values.get(name))
         except ValueError as error:
-            errors.append((name, str(error) if name in values else f"is missing; it {error}"))
-    errors += [(name, f"is not known; known are: {', '.join(rules)}") for name in values if name not in rules]
-    if errors:
-        listed = [{"pointer": json_pointer(name), "detail": text} for name, text in errors[:FIELD_ERRORS_MAX]]
-        detail = "; ".join(f"{error['pointer']} {error['detail']}" for error in listed[:3])
-        raise ValidationFailed(f"{detail}.", errors=listed)
+            errors.append((json_pointer(name), str(error) if name in values else f"is missing; it {error}"))
+    known = f"is not known; known are: {', '.join(rules) or 'none'}"
+    errors += [(json_pointer(name), known) for name in values if name not in rules]
+    refuse_fields(errors)
     return fields
 
 
-parse_registration = partial(parse_fields, {"name": parse_name})
-parse_movement = partial(parse_fields, {"amount": parse_amount, "description": parse_description})
+def parse_request(rules: Rules, key: str | None, *request: object, **values: object) -> tuple[dict[str, Any], Stamp]:
+    """Return the fields of a request, parsed, and its stamp, with a key of its own if it came with none.
+
+    Raises ValidationFailed, MalformedRequest (for the key).
+    """
+    fields = parse_fields(rules, values)
+    return fields, make_stamp(key, *request, *fields.values())
 
 
-def json_pointer(name: str) -> str:
+def make_stamp(key: str | None, *request: object) -> Stamp:
+    """Return the stamp of a request, with a key of its own if it came with none. Raises MalformedRequest."""
+    key = secrets.token_urlsafe(16) if key is None else parse_key(key)
+    document = json.dumps([part for part in request if part != {}], sort_keys=True)
+    return Stamp(key, hashlib.sha256(document.encode()).hexdigest())
+
+
+def parse_batch(values: object, account_id: str | None) -> list[Entry]:
+    """Return the movements of a batch, of one account or each of its own. Raises what `parse_fields` does."""
+    entries, errors = [], []
+    if not isinstance(values, list) or not 1 <= len(values) <= BATCH_MAX:
+        errors, values = [("#/transactions", f"must be a list of 1 to {BATCH_MAX} movements")], []
+    for index, value in enumerate(values):
+        try:
+            rules = BATCH_OF_ONE_ACCOUNT if account_id else BATCH
+            fields = parse_fields(rules, value if isinstance(value, dict) else {})
+            entries.append(Entry(fields.pop("account", account_id), **fields))
+        except ValidationFailed as error:
+            errors += [(f"#/transactions/{index}{one['pointer'][1:]}", one["detail"]) for one in error.errors]
+        except AccountNotFound as error:
+            raise error.add(index=index) from None
+    refuse_fields(errors)
+    return entries
+
+
+def refuse_fields(errors: Sequence[tuple[str, str]]) -> None:
+    """Raise ValidationFailed if there are errors, each the pointer of a field and what it must be."""
+    listed = [{"pointer": pointer, "detail": detail} for pointer, detail in errors[:FIELD_ERRORS_MAX]]
+    if listed:
+        raise ValidationFailed("; ".join(" ".join(one.values()) for one in listed[:3]) + ".", errors=listed)
+
+
+def json_pointer(name: object) -> str:
     """Return the pointer to a field, as a URI fragment (RFC 6901, section 6)."""
-    return "#/" + quote(name[:100].replace("~", "~0").replace("/", "~1"), errors="replace")
+    return "#/" + quote(str(name)[:100].replace("~", "~0").replace("/", "~1"), errors="replace")
 
 
 # Wallet ###############################################################################################
 
-TRANSACTION_COLUMNS = "sequence, type, amount, balance, description, created_at"
+TRANSACTION_COLUMNS = "sequence, type, amount, balance, description, metadata, reference, created_at"
+CLOCK = "CASE WHEN updated_at < ? THEN ? ELSE updated_at END"  # It takes the time twice, and never goes back.
+ACCOUNT_COLUMNS = f"""id, name, balance, balance - held + (
+    SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
+    WHERE account_id = accounts.id AND status = 'active' AND expires_at <= {CLOCK}), frozen, created_at"""
+HOLDS = f"""
+    SELECT h.sequence, h.amount, CASE WHEN status = 'active' AND expires_at <= {CLOCK} THEN 'expired' ELSE status END,
+        captured, expires_at, description, metadata, t.created_at
+    FROM holds h JOIN accounts ON id = h.account_id
+        JOIN transactions t ON t.account_id = h.account_id AND t.sequence = h.sequence
+    WHERE h.account_id = ? AND h.sequence BETWEEN ? AND ? ORDER BY h.sequence DESC LIMIT ?"""
 
 
 class Wallet:
@@ -486,136 +722,386 @@ class Wallet:
 
         Raises ValidationFailed.
         """
-        name = parse_registration({"name": name})["name"]
+        name = parse_fields(NAME, {"name": name})["name"]
         account_id = "acc_" + random_base62(16)
         token, now_us = make_token(account_id), time.time_ns() // 1000
         # Where it was not known whether the first try was kept, there may be one: no id is made twice.
-        sql = "INSERT INTO accounts VALUES (?, ?, ?, 0, 0, ?) ON CONFLICT (id) DO NOTHING"
-        self.database.write(lambda tx: tx(sql, account_id, name, hash_token(token), now_us))
-        return self._as_account((account_id, name, 0, now_us)), token
+        sql = "INSERT INTO accounts VALUES (?, ?, ?, 0, 0, 0, 0, ?, ?) ON CONFLICT (id) DO NOTHING"
+        self.database.write(lambda tx: tx(sql, account_id, name, hash_token(token), now_us, now_us))
+        return self._as_account((account_id, name, 0, 0, 0, now_us)), token
 
     def authenticate(self, token: str) -> Account:
         """Return the account that a token opens. Raises Unauthorized."""
-        refusal = Unauthorized(headers={"WWW-Authenticate": 'Bearer realm="wallet", error="invalid_token"'})
+        refusal = Unauthorized(headers=INVALID_TOKEN)
         if not re.fullmatch("wlt_[0-9A-Za-z]{54}", str(token)) or checksum(token[:-6]) != token[-6:]:
             raise refusal
-        sql = "SELECT id, name, balance, created_at, token_hash FROM accounts WHERE id = ?"
-        rows = self.database.read(lambda tx: tx(sql, "acc_" + token[4:20]))
-        if not secrets.compare_digest(rows[0][4] if rows else "", hash_token(token)):
+        sql, now_us = f"SELECT token_hash, {ACCOUNT_COLUMNS} FROM accounts WHERE id = ?", time.time_ns() // 1000
+        rows = self.database.read(lambda tx: tx(sql, now_us, now_us, "acc_" + token[4:20]))
+        if not secrets.compare_digest(rows[0][0] if rows else "", hash_token(token)):
             raise refusal
-        return self._as_account(rows[0][:4])
+        return self._as_account(rows[0][1:])
+
+    def replace_token(self, account_id: str, token: str | None = None) -> str:
+        """Return a new token of an account; the old one is dead from then on.
+
+        With `token`, only while that is the one: of two who replace it at once, one succeeds. Raises
+        Unauthorized, AccountNotFound.
+        """
+        new_token = make_token(parse_account_id(account_id))
+        new_hash = hash_token(new_token)
+        # The new one may be there already, if a COMMIT was not answered.
+        condition, hashes = (" AND token_hash IN (?, ?)", [hash_token(token), new_hash]) if token else ("", [])
+        sql = f"UPDATE accounts SET token_hash = ? WHERE id = ?{condition} RETURNING id"
+        if not self.database.write(lambda tx: tx(sql, new_hash, account_id, *hashes)):
+            raise Unauthorized(headers=INVALID_TOKEN) if token else AccountNotFound()
+        return new_token
 
     def account(self, account_id: str) -> Account:
-        """Return an account as it stands. Raises NotFound."""
+        """Return an account as it stands. Raises AccountNotFound."""
         return self.database.read(lambda tx: self._account(tx, parse_account_id(account_id)))
 
+    def freeze(self, account_id: str, frozen: bool = True) -> None:
+        """Let an account receive nothing and spend nothing, or with False let it again. Raises AccountNotFound."""
+        sql = "UPDATE accounts SET frozen = ? WHERE id = ? RETURNING id"
+        if not self.database.write(lambda tx: tx(sql, int(frozen), parse_account_id(account_id))):
+            raise AccountNotFound()
+
     def topup(self, account_id: str, amount: int, description: str | None = None, *,
-              key: str | None = None) -> Transaction:
-        """Add to the balance, at most once per key. Raises BalanceLimitExceeded, and what `_move` does."""
-        return self._move("topup", account_id, amount, description, key)
+              metadata: dict[str, str] | None = None, key: str | None = None) -> Transaction:
+        """Add to the balance, at most once per key. Raises BalanceLimitExceeded, and what `_post` does."""
+        return self._move("topup", account_id, amount, description, metadata, key)
 
     def charge(self, account_id: str, amount: int, description: str | None = None, *,
-               key: str | None = None) -> Transaction:
-        """Take from the balance, at most once per key. Raises InsufficientFunds, and what `_move` does."""
-        return self._move("charge", account_id, amount, description, key)
+               metadata: dict[str, str] | None = None, key: str | None = None) -> Transaction:
+        """Take from what is available, at most once per key. Raises InsufficientFunds, and what `_post` does."""
+        return self._move("charge", account_id, amount, description, metadata, key)
+
+    def _move(self, type: str, account_id: str, amount: int, description: str | None,
+              metadata: Mapping[str, str] | None, key: str | None) -> Transaction:
+        fields, stamp = parse_request(MOVEMENT, key, type, amount=amount, description=description, metadata=metadata)
+        entry = Entry(parse_account_id(account_id), type, **fields)
+        return self.database.write(lambda tx: self._post(tx, entry, stamp))
+
+    def batch(self, transactions: Sequence[Mapping[str, object]], *, account_id: str | None = None,
+              may_topup: bool = True, key: str | None = None) -> list[Transaction]:
+        """Make up to BATCH_MAX topups and charges, in order, all or none, at most once per key.
+
+        Each is a dict with the `type`, `amount`, `description` and `metadata` of a movement, and the id of its
+        `account`, unless `account_id` is given for all. What one of them raises has its `index`.
+        """
+        entries = parse_batch(transactions, account_id)
+        stamp = make_stamp(key, "batch", *entries)
+        stamps = [stamp.derive(entry.account_id, index) for index, entry in enumerate(entries)]
+        firsts = {entry.account_id: index for index, entry in reversed([*enumerate(entries)])}
+        for index in firsts.values():  # So that in each account the key is taken.
+            stamps[index] = stamp
+
+        def batch(tx: Execute) -> list[Transaction]:
+            if len(firsts) > 1:
+                self._begin(tx, stamp, *firsts)
+            made: list[Transaction] = []
+            try:
+                for entry, own_stamp in zip(entries, stamps, strict=True):
+                    if entry.type == "topup" and not may_topup:
+                        raise Forbidden("This wallet has an issuer, and a topup needs its token.")
+                    made.append(self._post(tx, entry, own_stamp))
+            except WalletError as error:
+                raise error.add(index=len(made)) from None
+            return made
+
+        return self.database.write(batch)
+
+    def refund(self, account_id: str, transaction_id: str, amount: int | None = None, description: str | None = None, *,
+               metadata: dict[str, str] | None = None, key: str | None = None) -> Transaction:
+        """Give back a charge, or all that is left of it, at most once per key.
+
+        Raises NotFound, NotRefundable, RefundExceedsCharge, and what `topup` does.
+        """
+        fields, stamp = parse_request(PART, key, "refund", transaction_id, amount=amount, description=description,
+                                      metadata=metadata)
+        refunded = """SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM transactions
+                      WHERE account_id = ? AND type = 'refund' AND reference = ?"""
+
+        def refund(tx: Execute) -> Transaction:
+            charge = self._transaction(tx, account_id, transaction_id)
+            if charge.type != "charge":
+                raise NotRefundable(f"This is a {charge.type}, and only a charge can be refunded.")
+            refundable = charge.amount - tx(refunded, account_id, transaction_id)[0][0]
+            fields["amount"] = amount or refundable
+            if not 0 < fields["amount"] <= refundable:
+                detail = f"Of this charge, {refundable} can still be refunded."
+                raise RefundExceedsCharge(detail, refundable=refundable)
+            return self._post(tx, Entry(account_id, "refund", **fields, reference=transaction_id), stamp)
+
+        return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or refund(tx))
+
+    def transfer(self, account_id: str, to: str, amount: int, description: str | None = None, *,
+                 metadata: dict[str, str] | None = None, key: str | None = None) -> Transaction:
+        """Move money to another account, at most once per key; return what is written in this one.
+
+        Raises AccountNotFound, ValidationFailed, and what `charge` and `topup` do.
+        """
+        fields, stamp = parse_request(TRANSFER, key, "transfer", to=to, amount=amount, description=description,
+                                      metadata=metadata)
+        if fields.pop("to") == account_id:
+            refuse_fields([("#/to", "must be another account")])
+
+        def transfer(tx: Execute) -> Transaction:
+            sent = self._post(tx, Entry(account_id, "transfer_out", **fields, reference=to), stamp)
+            self._post(tx, Entry(to, "transfer_in", **fields, reference=account_id), stamp.derive(account_id, 1))
+            return sent
+
+        return self.database.write(lambda tx: self._begin(tx, stamp, account_id, to) or transfer(tx))
+
+    def hold(self, account_id: str, amount: int, description: str | None = None, *, expires_in_s: int | None = None,
+             metadata: dict[str, str] | None = None, key: str | None = None) -> Hold:
+        """Set money aside until it is captured or released, or expires. Raises what `charge` does."""
+        fields, stamp = parse_request(HOLD, key, "hold", amount=amount, description=description, metadata=metadata,
+                                      expires_in_s=expires_in_s)
+        duration = timedelta(seconds=fields.pop("expires_in_s"))
+
+        def hold(tx: Execute) -> Hold:
+            made = self._begin(tx, stamp, account_id)
+            if not made:
+                self._end_expired(tx, account_id)
+                made = self._post(tx, Entry(account_id, "hold", **fields, held=amount), stamp)
+                tx("INSERT INTO holds VALUES (?, ?, ?, ?, 'active', 0)", account_id,
+                   parse_entry_id("txn", account_id, made.id), amount, as_us(made.created_at + duration))
+            # If it has ended since, this is the first answer all the same.
+            kept = self._hold(tx, account_id, "hld" + made.id.removeprefix("txn"))
+            return replace(kept, status="active", captured=0, replayed=made.replayed)
+
+        return self.database.write(hold)
+
+    def capture(self, account_id: str, hold_id: str, amount: int | None = None, description: str | None = None, *,
+                metadata: dict[str, str] | None = None, key: str | None = None) -> Transaction:
+        """Charge a hold, or a part of it, and release the rest, at most once per key.
+
+        Where no description or metadata is given, it is that of the hold. Raises NotFound, HoldNotActive,
+        ValidationFailed, and what `_post` does.
+        """
+        fields, stamp = parse_request(PART, key, "capture", hold_id, amount=amount, description=description,
+                                      metadata=metadata)
+
+        def capture(tx: Execute) -> Transaction:
+            hold = self._end_hold(tx, account_id, hold_id, "captured", amount)
+            given = {name: value or getattr(hold, name) for name, value in fields.items()}
+            return self._post(tx, Entry(account_id, "charge", **given, reference=hold_id, held=-hold.amount), stamp)
+
+        return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or capture(tx))
+
+    def release(self, account_id: str, hold_id: str, *, key: str | None = None) -> Hold:
+        """Make what is held available again, at most once per key. Raises NotFound, HoldNotActive."""
+        stamp = make_stamp(key, "release", hold_id)
+
+        def release(tx: Execute) -> Hold:
+            if not (earlier := self._begin(tx, stamp, account_id)):
+                held = self._end_hold(tx, account_id, hold_id, "released", 0).amount
+                self._post(tx, Entry(account_id, "release", held, reference=hold_id, held=-held), stamp)
+            return replace(self._hold(tx, account_id, hold_id), replayed=bool(earlier))
+
+        return self.database.write(release)
+
+    def get_hold(self, account_id: str, hold_id: str) -> Hold:
+        """Return one hold of this account. Raises NotFound."""
+        return self.database.read(lambda tx: self._hold(tx, account_id, hold_id))
+
+    def holds(self, account_id: str, *, limit: int = PAGE_LIMIT_DEFAULT, cursor: str | None = None) -> HoldPage:
+        """Return a page of holds, newest first. Raises AccountNotFound, MalformedRequest."""
+        account_id, limit = self.account(account_id).id, parse_limit(limit)
+        last = SEQUENCE_MAX if cursor is None else parse_cursor("hld", account_id, cursor) - 1
+        found = self.database.read(lambda tx: self._read_holds(tx, account_id, 1, last, limit + 1))
+        return HoldPage(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
     def transaction(self, account_id: str, transaction_id: str) -> Transaction:
         """Return one transaction of this account. Raises NotFound."""
-        sequence = parse_transaction_id(account_id, transaction_id)
-        sql = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ? AND sequence = ?"
-        rows = self.database.read(lambda tx: tx(sql, account_id, sequence))
-        if not rows:
-            raise NotFound("This account has no such transaction.")
-        return self._as_transaction(account_id, rows[0])
+        return self.database.read(lambda tx: self._transaction(tx, account_id, transaction_id))
 
     def transactions(self, account_id: str, *, limit: int = PAGE_LIMIT_DEFAULT, cursor: str | None = None,
-                     type: str | None = None) -> Page:
-        """Return a page of history, newest first, of one type if asked. Raises NotFound, MalformedRequest.
+                     after: str | None = None, **filters: Any) -> Page:
+        """Return a page of history: newest first, or oldest first from behind the id `after`, from "0" all of it.
 
-        A page begins below the sequence number that its cursor names. So each page costs the same,
-        however long the history is, and what is written between two pages moves nothing.
+        Filters are `type`, `since` and `until` (RFC 3339 or aware; from since on, before until). A page begins
+        at a sequence number. So each costs the same, however long the history is, and what is written
+        between two moves nothing. These numbers become visible in order, so whoever asks on and on with
+        the last id as `after` misses nothing and gets nothing twice. Raises AccountNotFound, MalformedRequest.
         """
-        if type is not None and type not in SIGN_BY_TYPE:
-            raise MalformedRequest(f"type must be one of: {', '.join(SIGN_BY_TYPE)}.")
-        account_id, limit, before = parse_account_id(account_id), parse_limit(limit), SEQUENCE_MAX
-        if cursor is not None:
-            try:
-                before = parse_transaction_id(account_id, cursor)
-            except NotFound:
-                raise MalformedRequest("cursor must be a next_cursor of this account's history.") from None
-        of_type, types = ("", []) if type is None else ("AND type = ?", [type])
-        sql = f"""SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ? AND sequence < ? {of_type}
-                  ORDER BY sequence DESC LIMIT ?"""
-        rows = self.database.read(lambda tx: tx(sql, account_id, before, *types, limit + 1))
-        if not rows:
-            self.account(account_id)  # An empty history is no error, but an unknown account is.
-        page = [self._as_transaction(account_id, row) for row in rows[:limit]]
-        return Page(page, page[-1].id if len(rows) > limit else None)
+        limit, newest_first = parse_limit(limit), after is None
+        if cursor is not None and after is not None:
+            raise MalformedRequest("Send cursor or after, but not both.")
+        below = None if cursor is None else parse_cursor("txn", account_id, cursor)
+        above = 0 if after in (None, "0") else parse_cursor("txn", account_id, str(after))
+        entries = self._entries(account_id, limit + 1, above=above, below=below, newest_first=newest_first, **filters)
+        found = list(islice(entries, limit + 1))
+        return Page(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
-    def _move(self, type: str, account_id: str, amount: int, description: str | None,
-              key: str | None) -> Transaction:
-        """Change the balance and write down why, in one transaction.
+    def statement(self, account_id: str, **filters: Any) -> Iterator[Transaction]:
+        """Return the history as it is now, oldest first, little of it in memory at a time (see `transactions`)."""
+        return self._entries(account_id, STATEMENT_ROWS, **filters)
 
-        One UPDATE looks the key up, checks both bounds and takes the next sequence number, so that
-        nothing comes between. It finds no row where the key was used, or the balance does not do.
-        Raises NotFound, ValidationFailed, MalformedRequest (for the key), IdempotencyKeyReused,
-        OutcomeUnknown.
+    def balance_at(self, account_id: str, at: str | datetime) -> int:
+        """Return what the balance was at a time (RFC 3339 or aware). Raises AccountNotFound, MalformedRequest."""
+        at_us = parse_time(at)
+        sql = "SELECT balance FROM transactions WHERE account_id = ? AND sequence = ?"
+        rows = self.database.read(lambda tx: tx(sql, account_id, self._count_before(tx, account_id, at_us + 1)))
+        return int(rows[0][0]) if rows else 0
+
+    def _post(self, tx: Execute, entry: Entry, stamp: Stamp) -> Transaction:
+        """Change the balance and what is held, and write down why, at most once for a stamp.
+
+        One UPDATE looks the key up, checks all bounds and takes the next sequence number, so that nothing
+        comes between. It finds no row where the key was used, or the money does not do. Raises
+        AccountNotFound, AccountFrozen, BalanceLimitExceeded, InsufficientFunds, IdempotencyKeyReused.
         """
-        account_id = parse_account_id(account_id)
-        amount, description = parse_movement({"amount": amount, "description": description}).values()
-        key = secrets.token_urlsafe(16) if key is None else parse_key(key)
-        fingerprint = hashlib.sha256(json.dumps([type, amount, description]).encode()).hexdigest()
-        change = SIGN_BY_TYPE[type] * amount
+        account_id, now_us = entry.account_id, time.time_ns() // 1000
+        change = SIGN_BY_TYPE.get(entry.type, 0) * entry.amount
+        update = partial(
+            tx, f"""UPDATE accounts SET balance = balance + ?, held = held + ?, last_sequence = last_sequence + 1,
+                        updated_at = {CLOCK}
+                    WHERE id = ? AND frozen = 0 AND balance + ? <= ? AND held + ? BETWEEN 0 AND balance + ?
+                        AND NOT EXISTS (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
+                    RETURNING last_sequence, balance, updated_at""",
+            change, entry.held, now_us, now_us, account_id, change, AMOUNT_MAX, entry.held, change,
+            account_id, stamp.key)
+        if not (posted := update()):
+            if earlier := self._begin(tx, stamp, account_id):
+                return earlier
+            self._end_expired(tx, account_id)
+            self._refuse(tx, entry, change)
+            posted = update()
+        ((sequence, balance, created_at_us),) = posted
+        metadata = json.dumps(entry.metadata, ensure_ascii=False) if entry.metadata else None
+        row = (sequence, entry.type, entry.amount, balance, entry.description, metadata, entry.reference, created_at_us)
+        tx(f"""INSERT INTO transactions (account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS})
+               VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""", account_id, *stamp, *row)
+        return as_transaction(account_id, row)
 
-        def move(tx: Execute) -> Transaction:
-            while not (moved := tx(
-                    """UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1
-                       WHERE id = ? AND balance + ? BETWEEN 0 AND ? AND NOT EXISTS
-                           (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
-                       RETURNING last_sequence, balance""",
-                    change, account_id, change, AMOUNT_MAX, account_id, key)):
-                if replay := self._replay_or_refuse(tx, account_id, key, fingerprint, change):
-                    return replay
-            sequence, balance = moved[0]
-            row = (sequence, type, amount, balance, description, time.time_ns() // 1000)
-            tx(f"""INSERT INTO transactions (account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS})
-                   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""", account_id, key, fingerprint, *row)
-            return self._as_transaction(account_id, row)
+    def _refuse(self, tx: Execute, entry: Entry, change: int) -> None:
+        """Say why the money cannot move, unless it can now. The account is locked, and no hold in it is over."""
+        account, needed = self._account(tx, entry.account_id), entry.held - change
+        if account.frozen:
+            raise AccountFrozen()
+        if account.balance + change > AMOUNT_MAX:
+            if entry.type == "transfer_in":  # The balance of the other account is nobody else's to know.
+                raise BalanceLimitExceeded("The balance of the other account would be too high.")
+            detail = f"The balance is {account.balance}, and may be {AMOUNT_MAX} at most."
+            raise BalanceLimitExceeded(detail, balance=account.balance)
+        if account.available < needed:
+            available = f", {account.available} of it available" if account.available < account.balance else ""
+            raise InsufficientFunds(f"The balance is {account.balance}{available}, and this needs {needed}.",
+                                    balance=account.balance, available=account.available, required=needed)
 
-        return self.database.write(move)
+    def _begin(self, tx: Execute, stamp: Stamp, account_id: str, *others: str) -> Transaction | None:
+        """Return what the key did in the first account; else lock all, and look again. Raises IdempotencyKeyReused."""
+        if earlier := self._find_earlier(tx, stamp, account_id):
+            return earlier
+        now_us = time.time_ns() // 1000
+        for locked in sorted({account_id, *others}):  # In one order everywhere, so that no two wait for each other.
+            tx(f"UPDATE accounts SET updated_at = {CLOCK} WHERE id = ?", now_us, now_us, parse_account_id(locked))
+        return self._find_earlier(tx, stamp, account_id)
 
-    def _replay_or_refuse(self, tx: Execute, account_id: str, key: str, fingerprint: str,
-                          change: int) -> Transaction | None:
-        """Return what the key did before, or say why the money cannot move; None if by now it can."""
-        earlier = tx(f"""SELECT {TRANSACTION_COLUMNS}, fingerprint FROM transactions
-                         WHERE account_id = ? AND idempotency_key = ?""", account_id, key)
-        if earlier and earlier[0][-1] != fingerprint:
+    def _find_earlier(self, tx: Execute, stamp: Stamp, account_id: str) -> Transaction | None:
+        earlier = tx(f"""SELECT fingerprint, {TRANSACTION_COLUMNS} FROM transactions
+                         WHERE account_id = ? AND idempotency_key = ?""", account_id, stamp.key)
+        if earlier and earlier[0][0] != stamp.fingerprint:
             raise IdempotencyKeyReused()
-        if earlier:
-            return self._as_transaction(account_id, earlier[0][:-1], replayed=True)
-        balance = self._account(tx, account_id).balance
-        if 0 <= balance + change <= AMOUNT_MAX:
-            return None
-        if change > 0:
-            raise BalanceLimitExceeded(f"The balance is {balance}, and may be {AMOUNT_MAX} at most.", balance=balance)
-        detail = f"The balance is {balance}, and this needs {-change}."
-        raise InsufficientFunds(detail, balance=balance, required=-change)
+        return as_transaction(account_id, earlier[0][1:], replayed=True) if earlier else None
+
+    def _end_expired(self, tx: Execute, account_id: str) -> None:
+        """Stop counting the holds that have expired. The account is locked."""
+        ended = tx("""UPDATE holds SET status = 'expired' WHERE account_id = ? AND status = 'active'
+                      AND expires_at <= (SELECT updated_at FROM accounts WHERE id = ?) RETURNING amount""",
+                   account_id, account_id)
+        if ended:
+            tx("UPDATE accounts SET held = held - ? WHERE id = ?", sum(amount for amount, in ended), account_id)
+
+    def _end_hold(self, tx: Execute, account_id: str, hold_id: str, status: str, captured: int | None) -> Hold:
+        """Give an active hold its last status; None captures all of it. The account is locked."""
+        hold = self._hold(tx, account_id, hold_id)
+        if hold.status != "active":
+            raise HoldNotActive(f"This hold is {hold.status}.", hold_status=hold.status)
+        if captured is None:
+            captured = hold.amount
+        if captured > hold.amount:
+            refuse_fields([("#/amount", f"must be at most {hold.amount}, which is what is held")])
+        tx("UPDATE holds SET status = ?, captured = ? WHERE account_id = ? AND sequence = ?", status, captured,
+           account_id, parse_entry_id("hld", account_id, hold_id))
+        return hold
 
     def _account(self, tx: Execute, account_id: str) -> Account:
-        rows = tx("SELECT id, name, balance, created_at FROM accounts WHERE id = ?", account_id)
+        now_us = time.time_ns() // 1000
+        rows = tx(f"SELECT {ACCOUNT_COLUMNS} FROM accounts WHERE id = ?", now_us, now_us, account_id)
         if not rows:
-            raise NotFound("There is no such account.")
+            raise AccountNotFound()
         return self._as_account(rows[0])
 
     def _as_account(self, row: Row) -> Account:
-        account_id, name, balance, created_at_us = row
-        return Account(account_id, name, self.currency, balance, EPOCH + timedelta(microseconds=created_at_us))
+        account_id, name, balance, available, frozen, created_at_us = row
+        return Account(account_id, name, self.currency, balance, available, bool(frozen), as_time(created_at_us))
 
-    def _as_transaction(self, account_id: str, row: Row, replayed: bool = False) -> Transaction:
-        sequence, type, amount, balance, description, created_at_us = row
-        created_at = EPOCH + timedelta(microseconds=created_at_us)
-        transaction_id = make_transaction_id(account_id, sequence)
-        return Transaction(transaction_id, type, amount, balance, description, created_at, replayed)
+    def _transaction(self, tx: Execute, account_id: str, transaction_id: str) -> Transaction:
+        sequence = parse_entry_id("txn", account_id, transaction_id)
+        rows = tx(f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ? AND sequence = ?",
+                  account_id, sequence)
+        if not rows or rows[0][1] not in SIGN_BY_TYPE:
+            raise NotFound("This account has no such transaction.")
+        return as_transaction(account_id, rows[0])
+
+    def _hold(self, tx: Execute, account_id: str, hold_id: str) -> Hold:
+        sequence = parse_entry_id("hld", account_id, hold_id)
+        for found in self._read_holds(tx, account_id, sequence, sequence, 1):
+            return found
+        raise NotFound("This account has no such hold.")
+
+    def _read_holds(self, tx: Execute, account_id: str, first: int, last: int, limit: int) -> list[Hold]:
+        now_us = time.time_ns() // 1000
+        return [Hold(make_entry_id("hld", account_id, sequence), amount, status, captured, as_time(expires_at_us),
+                     description, json.loads(metadata or "{}"), as_time(created_at_us))
+                for sequence, amount, status, captured, expires_at_us, description, metadata, created_at_us
+                in tx(HOLDS, now_us, now_us, account_id, first, last, limit)]
+
+    def _entries(self, account_id: str, rows_max: int, *, above: int = 0, below: int | None = None,
+                 newest_first: bool = False, type: str | None = None, since: str | datetime | None = None,
+                 until: str | datetime | None = None) -> Iterator[Transaction]:
+        """Return what lets all filters through, read as it is asked for, so many rows at a time."""
+        if type is not None and type not in SIGN_BY_TYPE:
+            raise MalformedRequest(f"type must be one of: {', '.join(SIGN_BY_TYPE)}.")
+        types, order = [type] if type else list(SIGN_BY_TYPE), "DESC" if newest_first else "ASC"
+        since_us, until_us = (None if time is None else parse_time(time) for time in (since, until))
+        first, end = self.database.read(lambda tx: (
+            0 if since_us is None else self._count_before(tx, account_id, since_us),
+            self._count_before(tx, account_id, until_us) + 1))
+        # Each type is found by its index, so that no entries of others, such as holds, are passed over.
+        sql = " UNION ALL ".join(
+            f"""SELECT * FROM (SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ? AND type = ?
+                AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?) AS {one}""" for one in types)
+
+        sql += f" ORDER BY sequence {order} LIMIT ?"
+
+        def read(above: int, below: int) -> list[Row]:
+            parameters = [value for one in types for value in (account_id, one, above, below, rows_max)]
+            return self.database.read(lambda tx: tx(sql, *parameters, rows_max))
+
+        def entries(above: int, below: int) -> Iterator[Transaction]:
+            while True:
+                rows = read(above, below)
+                yield from (as_transaction(account_id, row) for row in rows)
+                if len(rows) < rows_max:
+                    return
+                above, below = (above, rows[-1][0]) if newest_first else (rows[-1][0], below)
+
+        return entries(max(above, first), end if below is None else min(below, end))
+
+    def _count_before(self, tx: Execute, account_id: str, time_us: int | None) -> int:
+        """Return how many entries an account had before a time, or has now. Raises AccountNotFound."""
+        rows = tx("SELECT last_sequence FROM accounts WHERE id = ?", parse_account_id(account_id))
+        if not rows:
+            raise AccountNotFound()
+        entries = range(1, rows[0][0] + 1)
+        sql = "SELECT created_at FROM transactions WHERE account_id = ? AND sequence = ?"
+        # Times never go back within an account, so that few entries need to be looked at.
+        return len(entries) if time_us is None else bisect_left(
+            entries, time_us, key=lambda sequence: int(tx(sql, account_id, sequence)[0][0]))
 
     def copy_to(self, target: Wallet, report: Callable[[dict[str, int]], None] = lambda copied: None) -> None:
         """Copy everything to an empty wallet, the currency too, in one transaction, and compare it all at the end.
@@ -672,12 +1158,13 @@ class Wallet:
                 if read("1", table) is not None and read(column, table) is None:
                     raise ConfigurationError(f"the table {table} in {self.database.location} is another program's:"
                                              " name another database, or another schema as the search_path")
-            schema = Path(__file__).with_name("schema.sql").read_text().rstrip("; \n").split(";")
-            for statement in schema:
+            for statement in read_schema():
                 make(statement)
             make(f"INSERT INTO wallet VALUES (1, {SCHEMA_VERSION}, '{currency or 'USD'}') ON CONFLICT (id) DO NOTHING")
             rows = self.database.read(lambda tx: tx("SELECT schema_version, currency FROM wallet"))
         ((version, kept),) = rows
+        while version in MIGRATIONS:
+            version = self.database.write(migrate, COPY_TIMEOUT_S)
         if version != SCHEMA_VERSION:
             raise ConfigurationError(f"the database has schema version {version}, and this wallet has {SCHEMA_VERSION}:"
                                      f" use {'a newer' if version > SCHEMA_VERSION else 'an older'} wallet")
@@ -686,12 +1173,46 @@ class Wallet:
         return str(kept)
 
 
-KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence")}  # They come first in their tables.
-SIGN = "CASE type " + " ".join(f"WHEN '{type}' THEN {sign}" for type, sign in SIGN_BY_TYPE.items()) + " END"
+# They come first in their tables.
+KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"), "holds": ("account_id", "sequence")}
+SIGN = "CASE type " + " ".join(f"WHEN '{type}' THEN {sign}" for type, sign in SIGN_BY_TYPE.items()) + " ELSE 0 END"
 WRONG_BALANCES = f"""
     SELECT id FROM accounts LEFT JOIN (SELECT account_id, count(*) AS entries, sum({SIGN} * amount) AS total
-                                       FROM transactions GROUP BY account_id) AS book ON account_id = id
-    WHERE balance <> coalesce(total, 0) OR last_sequence <> coalesce(entries, 0) ORDER BY id LIMIT 1"""
+                                       FROM transactions GROUP BY account_id) AS book ON book.account_id = id
+        LEFT JOIN (SELECT account_id, sum(amount) AS active FROM holds WHERE status = 'active' GROUP BY account_id)
+            AS kept ON kept.account_id = id
+    WHERE balance <> coalesce(total, 0) OR last_sequence <> coalesce(entries, 0) OR held <> coalesce(active, 0)
+    ORDER BY id LIMIT 1"""
+# What makes the tables of an older version those of the next, before and after these are made anew.
+MIGRATIONS = {1: ((
+    "DROP INDEX transactions_by_type",
+    "ALTER TABLE transactions RENAME TO transactions_1",
+    "ALTER TABLE accounts RENAME TO accounts_1",
+), (
+    """INSERT INTO accounts SELECT id, name, token_hash, balance, 0, last_sequence, 0, created_at, coalesce(
+           (SELECT max(created_at) FROM transactions_1 WHERE account_id = id), created_at) FROM accounts_1""",
+    """INSERT INTO transactions SELECT account_id, sequence, type, amount, balance, description, NULL, NULL,
+           idempotency_key, fingerprint, created_at FROM transactions_1""",
+    "DROP TABLE transactions_1",
+    "DROP TABLE accounts_1",
+))}
+
+
+def read_schema() -> list[str]:
+    """Return the statements that make the tables, where they are not there."""
+    return Path(__file__).with_name("schema.sql").read_text().rstrip("; \n").split(";")
+
+
+def migrate(tx: Execute) -> int:
+    """Make the tables those of the next version, unless another process has; return the version that they are of."""
+    ((version,),) = tx("UPDATE wallet SET schema_version = schema_version RETURNING schema_version")
+    if version not in MIGRATIONS:
+        return int(version)
+    before, after = MIGRATIONS[version]
+    for statement in (*before, *read_schema(), *after):
+        tx(statement)
+    tx("UPDATE wallet SET schema_version = ?", version + 1)
+    return int(version) + 1
 
 
 def read_table(tx: Execute, table: str) -> Iterator[list[Row]]:
@@ -1132,94 +1653,187 @@ def _execute_on_postgres(connection: Any, sql: str, *parameters: str | int | Non
 
 # HTTP #################################################################################################
 
-# Of Bottle only the router is used: answers and errors are made in App, in one place. A route needs a bearer
-# token unless it is `public`. Its handler gets the wallet, and by name all that the route takes, parsed.
+# Of Bottle only the router is used: answers and errors are made in App, in one place. A route needs an account's
+# token unless it is `public`; where there is an issuer, `issuer` says whether its token is needed instead, or
+# does too. Its handler gets the wallet, the account that calls (None for the issuer), and by name what it takes.
 _routes = Bottle()
 
 
 class Response(NamedTuple):
-    """What a route returns. A dict is sent as JSON."""
+    """What a route returns. A dict is sent as JSON, and an iterator as it comes."""
 
     status: int
-    body: dict[str, Any] | bytes
+    body: dict[str, Any] | bytes | Iterator[bytes]
     headers: Mapping[str, str] = {}
 
 
-@_routes.post("/api/register", public=True, body=parse_registration)
-def post_register(wallet: Wallet, name: str) -> Response:
+def fields(rules: Rules) -> Callable[..., dict[str, Any]]:
+    """Return what parses a body by these rules. (Bottle would take a plain dict apart.)"""
+    return partial(parse_fields, rules)
+
+
+@_routes.post("/api/register", body=fields(NAME), issuer="instead", public=True)
+def post_register(wallet: Wallet, caller: None, name: str) -> Response:
     """Make an account. No other answer ever shows its token."""
     account, token = wallet.register(name)
     return Response(201, {**to_json(account), "token": token})
 
 
-@_routes.get("/api/account")
-def get_account(wallet: Wallet, account: Account) -> Response:
-    """Show the account, as authentication has just read it."""
-    return Response(200, to_json(account))
+@_routes.get("/api/account", query=("at",))
+def get_account(wallet: Wallet, caller: Account, at: str | None = None) -> Response:
+    """Show the account, as authentication has just read it, or what its balance was at a time."""
+    if at is None:
+        return Response(200, to_json(caller))
+    then = {"balance": wallet.balance_at(caller.id, at), "at": at}
+    return Response(200, {"id": caller.id, "name": caller.name, "currency": caller.currency, **then})
 
 
-@_routes.post("/api/transactions/topup", body=parse_movement, key=True)
-def post_topup(wallet: Wallet, account: Account, **movement: Any) -> Response:
-    """Add to the balance."""
-    return movement_response(wallet.topup(account.id, **movement))
+@_routes.post("/api/account/token", body=fields({}), body_optional=True, token=True)
+def post_token(wallet: Wallet, caller: Account, token: str) -> Response:
+    """Replace the token. No other answer ever shows the new one."""
+    return Response(201, {**to_json(caller), "token": wallet.replace_token(caller.id, token)})
 
 
-@_routes.post("/api/transactions/charge", body=parse_movement, key=True)
-def post_charge(wallet: Wallet, account: Account, **movement: Any) -> Response:
-    """Take from the balance, or answer 402 and change nothing."""
-    return movement_response(wallet.charge(account.id, **movement))
+def post(path: str, method: str, rules: Rules, **takes: Any) -> None:
+    """Route a request that has its effect once per key to a method of the wallet, and answer with what that made."""
+
+    def handle(wallet: Wallet, caller: Account | None, account: str = "", **arguments: Any) -> Response:
+        # The issuer names the account, or the charge that is refunded does.
+        account_id = caller.id if caller else account or f"acc_{arguments.get('transaction_id', '')[4:20]}"
+        made = getattr(wallet, method)(account_id, **arguments)
+        return created(to_json(made), made)
+
+    _routes.post(path, body=fields(rules), key=True, **takes)(handle)
 
 
-@_routes.get("/api/transactions", query=("limit", "cursor", "type"))
-def get_transactions(wallet: Wallet, account: Account, **query: Any) -> Response:
-    """List the history, newest first, with a link to the next page (RFC 8288)."""
-    transactions, cursor = wallet.transactions(account.id, **query)
-    link = {"Link": f'<?{urlencode({**query, "cursor": cursor})}>; rel="next"'} if cursor else {}
-    return Response(200, {"transactions": [to_json(one) for one in transactions], "next_cursor": cursor}, link)
+TRANSACTION_PATH = "/api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>"
+HOLD_PATH = "/api/holds/<hold_id:re:hld_[0-9A-Za-z]{16}_[0-9]+>"
+post("/api/transactions/topup", "topup", MOVEMENT, issuer="instead", issuer_body=fields(TOPUP_BY_ISSUER))
+post("/api/transactions/charge", "charge", MOVEMENT)
+post("/api/transactions/transfer", "transfer", TRANSFER)
+post(f"{TRANSACTION_PATH}/refund", "refund", PART, body_optional=True, issuer="instead")
+post("/api/holds", "hold", HOLD)
+post(f"{HOLD_PATH}/capture", "capture", PART, body_optional=True)
+post(f"{HOLD_PATH}/release", "release", {}, body_optional=True)
 
 
-@_routes.get("/api/transactions/<transaction_id:re:txn_[0-9A-Za-z_]+\\Z>")
-def get_transaction(wallet: Wallet, account: Account, transaction_id: str) -> Response:
+@_routes.post("/api/transactions/batch", body=fields(TRANSACTIONS), key=True, issuer="too",
+              body_bytes_max=BATCH_BODY_BYTES_MAX)
+def post_batch(wallet: Wallet, caller: Account | None, **batch: Any) -> Response:
+    """Make many movements, or answer which of them is refused and change nothing."""
+    made = wallet.batch(account_id=caller.id if caller else None, **batch)
+    return created({"transactions": [to_json(one) for one in made]}, made[0])
+
+
+@_routes.get("/api/transactions", query=("limit", "cursor", "after", "type", "since", "until"))
+def get_transactions(wallet: Wallet, caller: Account, **query: Any) -> Response:
+    """List the history, newest first, or as a feed."""
+    transactions, cursor = wallet.transactions(caller.id, **query)
+    return page("transactions", transactions, cursor, query, "after" if "after" in query else "cursor")
+
+
+@_routes.get("/api/transactions.csv", query=("type", "since", "until"))
+def get_statement(wallet: Wallet, caller: Account, **filters: Any) -> Response:
+    """Stream the history, oldest first, for a spreadsheet."""
+    chunks = csv_chunks(wallet.statement(caller.id, **filters))
+    next(chunks)
+    return Response(200, chunks, {"Content-Type": "text/csv; charset=utf-8",
+                                  "Content-Disposition": 'attachment; filename="transactions.csv"'})
+
+
+@_routes.get(TRANSACTION_PATH)
+def get_transaction(wallet: Wallet, caller: Account, transaction_id: str) -> Response:
     """Show one transaction."""
-    return Response(200, to_json(wallet.transaction(account.id, transaction_id)))
+    return Response(200, to_json(wallet.transaction(caller.id, transaction_id)))
+
+
+@_routes.get("/api/holds", query=("limit", "cursor"))
+def get_holds(wallet: Wallet, caller: Account, **query: Any) -> Response:
+    """List the holds, newest first."""
+    holds, cursor = wallet.holds(caller.id, **query)
+    return page("holds", holds, cursor, query)
+
+
+@_routes.get(HOLD_PATH)
+def get_hold(wallet: Wallet, caller: Account, hold_id: str) -> Response:
+    """Show one hold."""
+    return Response(200, to_json(wallet.get_hold(caller.id, hold_id)))
 
 
 @_routes.get("/livez", public=True)
-def get_livez(wallet: Wallet) -> Response:
+def get_livez(wallet: Wallet, caller: None) -> Response:
     """Say that the process answers."""
     return Response(200, {"status": "ok"})
 
 
 @_routes.get("/readyz", public=True)
-def get_readyz(wallet: Wallet) -> Response:
+def get_readyz(wallet: Wallet, caller: None) -> Response:
     """Say that the database answers too."""
     wallet.database.ping()
     return Response(200, {"status": "ok"})
 
 
 @_routes.get("/openapi.yaml", public=True)
-def get_openapi(wallet: Wallet) -> Response:
+def get_openapi(wallet: Wallet, caller: None) -> Response:
     """Serve the contract."""
     return Response(200, read_file("openapi.yaml"), {"Content-Type": "application/yaml"})
 
 
 @_routes.get("/", public=True)
-def get_page(wallet: Wallet) -> Response:
+def get_page(wallet: Wallet, caller: None) -> Response:
     """Serve the page."""
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
     return Response(200, read_file("wallet.html"), headers)
 
 
-def to_json(record: Account | Transaction) -> dict[str, Any]:
-    """Return a record as JSON has it, its time in UTC ending in Z (RFC 3339)."""
-    created_at = record.created_at.isoformat(timespec="microseconds").replace("+00:00", "Z")
-    return {name: value for name, value in vars(record).items() if name != "replayed"} | {"created_at": created_at}
+def to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
+    """Return a record as JSON has it, its times in UTC ending in Z (RFC 3339)."""
+    return {name: value.isoformat(timespec="microseconds").replace("+00:00", "Z")
+            if isinstance(value, datetime) else value for name, value in vars(record).items() if name != "replayed"}
 
 
-def movement_response(transaction: Transaction) -> Response:
-    """Return the answer to a movement: always the same for a key, but for a header that tells a replay."""
-    return Response(201, to_json(transaction), {"Idempotent-Replayed": "true"} if transaction.replayed else {})
+def created(document: dict[str, Any], record: Transaction | Hold) -> Response:
+    """Return the answer to a request with a key: always the same, but for a header that tells a replay."""
+    return Response(201, document, {"Idempotent-Replayed": "true"} if record.replayed else {})
+
+
+def page(name: str, records: Sequence[Transaction | Hold], next_cursor: str | None, query: Mapping[str, str],
+         position: str = "cursor") -> Response:
+    """Return a part of a list, with a link to the next (RFC 8288)."""
+    link = {"Link": f'<?{urlencode({**query, position: next_cursor})}>; rel="next"'} if next_cursor else {}
+    return Response(200, {name: [to_json(one) for one in records], "next_cursor": next_cursor}, link)
+
+
+_statements = threading.BoundedSemaphore(STATEMENTS_MAX)
+
+
+def csv_chunks(transactions: Iterator[Transaction]) -> Iterator[bytes]:
+    """Yield nothing, and then a statement as CSV (RFC 4180), some lines at a time."""
+    if not _statements.acquire(blocking=False):
+        raise Unavailable("Enough statements are being sent already, so try again.")
+    try:
+        yield b""
+        columns = ["id", "created_at", "type", "amount", "balance", "description", "reference", "metadata"]
+        lines: list[list[Any]] = [columns]
+        while lines:
+            text = io.StringIO()
+            csv.writer(text).writerows([spreadsheet_cell(cell) for cell in line] for line in lines)
+            yield text.getvalue().encode()
+            lines = [list(map(to_json(one).get, columns)) for one in islice(transactions, STATEMENT_ROWS)]
+    finally:
+        _statements.release()
+
+
+def spreadsheet_cell(value: object) -> object:
+    """Return a value of which no spreadsheet makes a formula (https://owasp.org/www-community/attacks/CSV_Injection).
+
+    An apostrophe goes before what a formula begins with, where a cell begins, and behind a semicolon too, since
+    that separates cells in the countries that have a decimal comma.
+    """
+    if isinstance(value, dict):
+        value = json.dumps(value, ensure_ascii=False) if value else None
+    return re.sub(r"(^|;)(?=\s*[-=+@\uff0d\uff1d\uff0b\uff20])", r"\1'", value) if isinstance(value, str) else value
 
 
 def error_response(error: WalletError) -> Response:
@@ -1257,19 +1871,23 @@ def parse_query(text: str, names: Sequence[str]) -> dict[str, str]:
     return query
 
 
-def parse_body(environ: WSGIEnvironment) -> dict[str, object]:
-    """Return the body, a JSON object. What lenient parsers let pass is refused.
+def parse_body(environ: WSGIEnvironment, takes: Mapping[str, Any]) -> dict[str, object]:
+    """Return the body, a JSON object, or an empty one where it may be left out. Lenient parsers let more pass.
 
     Raises UnsupportedMediaType, BodyTooLarge, MalformedRequest.
     """
+    bytes_max = takes.get("body_bytes_max", BODY_BYTES_MAX)
+    missing = environ.get("CONTENT_LENGTH") in (None, "", "0") and "HTTP_TRANSFER_ENCODING" not in environ
+    if missing and takes.get("body_optional"):
+        return {}
     if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType()
     # Without a length, only some servers mark where the body ends; elsewhere, to read is to wait for ever.
-    unknown_length = BODY_BYTES_MAX + 1 if environ.get("wsgi.input_terminated") else 0
+    unknown_length = bytes_max + 1 if environ.get("wsgi.input_terminated") else 0
     try:
         length = int(environ.get("CONTENT_LENGTH") or unknown_length)
-        body = environ["wsgi.input"].read(max(0, min(length, BODY_BYTES_MAX + 1)))
-        if len(body) > BODY_BYTES_MAX:
+        body = environ["wsgi.input"].read(max(0, min(length, bytes_max + 1)))
+        if len(body) > bytes_max:
             raise BodyTooLarge()
         document = _JSON.decode(body.decode())
     except RecursionError:
@@ -1300,10 +1918,15 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
 class App:
     """The WSGI application. Every answer is made here, whatever happens: there is no other way out."""
 
-    def __init__(self, wallet: Wallet) -> None:
+    def __init__(self, wallet: Wallet, issuer_token: str | None = None) -> None:
+        if issuer_token and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", issuer_token):
+            raise ConfigurationError(f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
+                                     " printable ASCII without spaces, as from: openssl rand -hex 32")
         self.wallet = wallet
+        self.has_issuer = bool(issuer_token)
+        self._issuer_token_hash = hash_token(issuer_token) if issuer_token else ""
 
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         started, method, path = time.perf_counter(), environ["REQUEST_METHOD"], environ.setdefault("PATH_INFO", "")
         request_id = make_request_id(environ.get("HTTP_X_REQUEST_ID", ""))
         try:
@@ -1318,10 +1941,12 @@ class App:
         status, headers, body = render(answer, request_id)
         log_access(method, path, answer.status, started, request_id)
         start_response(status, headers)
-        return [] if method == "HEAD" else [body]
+        return islice(body, 0) if method == "HEAD" else body
 
     def _dispatch(self, environ: WSGIEnvironment) -> Response:
         try:
+            if "\n" in environ["PATH_INFO"]:  # Which a pattern's end would match.
+                raise HTTPError(404)
             route, arguments = _routes.match(environ)
         except HTTPError as error:
             if error.status_code != 405:
@@ -1329,16 +1954,34 @@ class App:
             allow = error.headers["Allow"].replace("GET", "GET, HEAD")
             raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
         takes = route.config
-        if not takes.get("public"):
-            token = parse_authorization(environ.get("HTTP_AUTHORIZATION", ""))
-            arguments["account"] = self.wallet.authenticate(token)
+        arguments["caller"] = self._authenticate(environ, takes, arguments)
         arguments |= parse_query(environ.get("QUERY_STRING", ""), takes.get("query", ()))
         if takes.get("key") and "HTTP_IDEMPOTENCY_KEY" in environ:
             arguments["key"] = parse_key(environ["HTTP_IDEMPOTENCY_KEY"])
         if "body" in takes:
-            arguments |= takes["body"](parse_body(environ))
+            parse = takes["body"] if arguments["caller"] else takes.get("issuer_body", takes["body"])
+            arguments |= parse(parse_body(environ, takes))
         response: Response = route.callback(self.wallet, **arguments)
         return response
+
+    def _authenticate(self, environ: WSGIEnvironment, takes: Mapping[str, Any],
+                      arguments: dict[str, Any]) -> Account | None:
+        """Return the account whose token was sent, None for the issuer's and where none is needed."""
+        issuer_may = takes.get("issuer")
+        if takes.get("public") and not (issuer_may and self.has_issuer):
+            return None
+        token = parse_authorization(environ.get("HTTP_AUTHORIZATION", ""))
+        by_issuer = secrets.compare_digest(hash_token(token), self._issuer_token_hash)
+        if by_issuer and not issuer_may:
+            raise Forbidden("This route needs the token of an account, and this is the issuer's.")
+        caller = None if by_issuer else self.wallet.authenticate(token)
+        if caller and issuer_may == "instead" and self.has_issuer:
+            raise Forbidden("This wallet has an issuer, and this route needs its token.")
+        if issuer_may == "too":
+            arguments["may_topup"] = by_issuer or not self.has_issuer
+        if takes.get("token"):
+            arguments["token"] = token
+        return caller
 
 
 def make_request_id(sent: str) -> str:
@@ -1346,13 +1989,16 @@ def make_request_id(sent: str) -> str:
     return sent if re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent else secrets.token_hex(8)
 
 
-def render(answer: Response, request_id: str) -> tuple[str, list[tuple[str, str]], bytes]:
+def render(answer: Response, request_id: str) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
     """Return the status line, the headers and the body, with all that every answer carries."""
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+               "X-Request-Id": request_id, **answer.headers}
     body = answer.body
     if isinstance(body, dict):
         body = json.dumps(body, ensure_ascii=False).encode() + b"\n"
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Cache-Control": "no-store",
-               "X-Content-Type-Options": "nosniff", "X-Request-Id": request_id, **answer.headers}
+    if isinstance(body, bytes):
+        headers["Content-Length"] = str(len(body))
+        body = iter([body])
     return f"{answer.status} {REASONS[answer.status]}", list(headers.items()), body
 
 
@@ -1368,15 +2014,20 @@ def loggable(text: str) -> str:
     return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z]{32,}", "***", re.sub("[^ -~]", "?", text))
 
 
-def create_app(wallet: Wallet | None = None) -> App:
-    """Return the WSGI application of a wallet, or of the one that WALLET_DSN names.
+def create_app(wallet: Wallet | None = None, issuer_token: str | None = None) -> App:
+    """Return the WSGI application of a wallet, or of what the environment's WALLET_DSN and the other settings name.
 
-    Raises ConfigurationError.
+    With `issuer_token`, only who sends that makes and fills accounts. Raises ConfigurationError.
     """
     if wallet is None:
         settings = load_settings()
-        wallet = Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"])
-    return App(wallet)
+        wallet, issuer_token = open_wallet(settings), settings["issuer-token"]
+    return App(wallet, issuer_token)
+
+
+def open_wallet(settings: Mapping[str, Any], create: bool = True) -> Wallet:
+    """Return the wallet that the settings name. Raises ConfigurationError."""
+    return Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"], create=create)
 
 
 # Serving and the command line #########################################################################
@@ -1417,6 +2068,9 @@ class _Parser(HTTPRequestParser):
             raise ParsingError("the target or the length is malformed") from None
         if "TRANSFER_ENCODING" in self.headers:
             raise ParsingError("Transfer-Encoding goes with HTTP/1.1 only")
+        if self.path == "/api/transactions/batch":
+            self.adj: Adjustments = copy.copy(self.adj)
+            self.adj.max_request_body_size = BATCH_BODY_BYTES_MAX + 1
 
 
 class _ErrorTask(ErrorTask):
@@ -1429,12 +2083,13 @@ class _ErrorTask(ErrorTask):
         answer, request_id = error_response(refusals.get(self.request.error.code, malformed)), make_request_id("")
         self.status, headers, body = render(answer, request_id)
         self.response_headers.extend(headers)
-        self.content_length = len(body)
+        document = b"".join(body)
+        self.content_length = len(document)
         self.set_close_on_finish()
         known = vars(self.request)  # It has what was parsed before the request was refused.
         log_access(known.get("command", "-"), known.get("path", "-"), answer.status, time.perf_counter(), request_id)
         self.channel.refused = True
-        self.write(body)
+        self.write(document)
 
 
 class _Task(WSGITask):
@@ -1460,7 +2115,7 @@ class _Channel(HTTPChannel):
     parser_class, task_class, error_task_class = _Parser, _Task, _ErrorTask
     logger = _Logger(logging.getLogger("waitress"), {})
     refused = lingering = False
-    flushed = 0.0
+    flushed, taken_bytes = 0.0, 0
 
     def handle_close(self) -> None:
         if not self.refused or self.lingering:
@@ -1472,9 +2127,11 @@ class _Channel(HTTPChannel):
             self.socket.shutdown(socket.SHUT_WR)
 
     def _flush_some(self, do_close: bool = True) -> bool:
+        waiting_bytes = self.total_outbufs_len
         sent: bool = super()._flush_some(do_close)
-        if not self.total_outbufs_len:
-            self.flushed = time.time()
+        self.taken_bytes += waiting_bytes - self.total_outbufs_len
+        if not self.total_outbufs_len or self.taken_bytes > UNREAD_BYTES_MAX:
+            self.flushed, self.taken_bytes = time.time(), 0
         return sent
 
     def readable(self) -> bool:
@@ -1567,13 +2224,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def running(wallet: Wallet | None = None) -> Iterator[str]:
+def running(wallet: Wallet | None = None, issuer_token: str | None = None) -> Iterator[str]:
     """Serve a wallet, a new one in memory if none is given, on a free port; yield its URL."""
     if wallet is None:
-        with Wallet() as wallet, running(wallet) as url:
+        with Wallet() as wallet, running(wallet, issuer_token) as url:
             yield url
         return
-    server = _Server(create_app(wallet), listen("127.0.0.1", 0), threads=4)
+    server = _Server(create_app(wallet, issuer_token), listen("127.0.0.1", 0), threads=4)
     thread = threading.Thread(target=server.run, name="wallet", daemon=True)
     thread.start()
     try:
@@ -1583,8 +2240,9 @@ def running(wallet: Wallet | None = None) -> Iterator[str]:
         thread.join()
 
 
-BANNER = """\
-wallet {version} listens on {address}, with its data in {location}. Try it from another terminal:
+BANNER = "wallet {version} listens on {address}, with its data in {location}. {more}"
+TRY = """\
+Try it from another terminal:
 
 TOKEN=$(curl -s {url}/api/register -H Content-Type:application/json -d '{{"name": "Ada"}}' \
 | tee /dev/stderr | grep -o 'wlt_[0-9A-Za-z]*')
@@ -1595,9 +2253,9 @@ curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" -H Conte
 """
 
 
-def serve(wallet: Wallet, listener: socket.socket, threads: int) -> None:
+def serve(app: App, listener: socket.socket, threads: int) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what runs. A second signal ends the process at once."""
-    server = _Server(create_app(wallet), listener, threads)
+    server = _Server(app, listener, threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     def stop(*_: object) -> None:
@@ -1609,12 +2267,13 @@ def serve(wallet: Wallet, listener: socket.socket, threads: int) -> None:
     for number in signals:
         signal.signal(number, stop)
     url = server.url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
-    location = wallet.database.location
-    print(BANNER.format(version=__version__, address=server.url, url=url, location=location), flush=True)
+    more = "Only the issuer's token makes and fills accounts." if app.has_issuer else TRY.format(url=url)
+    location = app.wallet.database.location
+    print(BANNER.format(version=__version__, address=server.url, location=location, more=more), flush=True)
     server.run()
 
 
-def copy(source_dsn: str, target_dsn: str) -> None:
+def copy_wallet(source_dsn: str, target_dsn: str) -> None:
     """Copy one database to another, with progress on stderr. Raises ConfigurationError."""
 
     def report(copied: dict[str, int]) -> None:
@@ -1634,11 +2293,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                             format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("psycopg").setLevel(logging.ERROR)  # Else, in an outage, many lines a second.
         if settings["command"] == "copy":
-            copy(settings["source"], settings["target"])
-            return 0
-        with (listen(settings["host"], settings["port"]) as listener,
-              Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"]) as wallet):
-            serve(wallet, listener, settings["threads"])
+            copy_wallet(settings["source"], settings["target"])
+        elif settings["command"]:
+            with open_wallet(settings, create=False) as wallet:
+                wallet.freeze(settings["account"], settings["command"] == "freeze")
+                print(settings["account"], "is frozen" if settings["command"] == "freeze" else "is not frozen")
+        else:
+            with listen(settings["host"], settings["port"]) as listener, open_wallet(settings) as wallet:
+                serve(create_app(wallet, settings["issuer-token"]), listener, settings["threads"])
     except WalletError as error:
         print(f"wallet: {error}", file=sys.stderr)
         return 2
