@@ -398,7 +398,8 @@ def served(*arguments, program=("wallet.py",), cwd=None, **settings):
         lines = 1 if "WALLET_ISSUER_TOKEN" in settings else len(wallet_module.TRY.splitlines()) + 1
         process.banner = "".join(process.stdout.readline() for _ in range(lines))
         assert "listens on" in process.banner, process.stderr.read()
-        process.url = re.search(r"(http://[^ ,]+)(?:/api/register|, with)(?!.*/api/register)", process.banner, re.DOTALL)[1]
+        pattern = r"(http://\S+)/api/register" if lines > 1 else r"on (http://\S+),"
+        process.url = re.search(pattern, process.banner)[1]
         yield process
     finally:
         if process.poll() is None:
@@ -1646,7 +1647,7 @@ def test_hold_of_another_account_is_not_found(wallet, ada):
     for account, unknown in ((bob, hold.id), (ada, hold.id + "0"), (ada, "hld" + topup.id[3:]), (ada, topup.id),
                              (ada, "txn" + hold.id[3:]), (ada, None)):
         for call in (wallet.get_hold, wallet.capture, wallet.release):
-            with pytest.raises(NotFound, match="no such (transaction or )?hold"):
+            with pytest.raises(NotFound, match=r"no such (transaction or )?hold"):
                 call(account.id, unknown)
     assert wallet.get_hold(ada.id, hold.id) == hold
 
@@ -2082,7 +2083,7 @@ def test_history_is_found_without_passing_over_holds(file_wallet):
     file_wallet.database.write(lambda tx: tx("UPDATE accounts SET last_sequence = 0"))
 
 
-FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\u3000=1", "x;=1+1", "x; =1", "＝1", "－1", "＋1", "＠1", '";=1;"',
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\u3000=1", "x;=1+1", "x; =1", "\uff1d1", "\uff0d1", "\uff0b1", "\uff201", '";=1;"',
             "=HYPERLINK(\"http://x\",\"y\")", "-2+3+cmd|' /C calc'!A0"]
 
 
@@ -2097,7 +2098,7 @@ def test_statement_has_no_cell_that_a_spreadsheet_takes_for_a_formula(wallet, fo
     wallet.topup(ada.id, 5, formula, metadata={formula[:40]: formula})
     text = Client(create_app(wallet), token).send("GET", "/api/transactions.csv", status=200).text
     for delimiter in (",", ";"):
-        found = [cell for cell in cells(text, delimiter) if re.match(r"\s*[=+\-@＝＋－＠]", cell)]
+        found = [cell for cell in cells(text, delimiter) if re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", cell)]
         assert found == []
     (line,) = csv.DictReader(io.StringIO(text))
     assert line["description"].replace("'", "") == formula.replace("'", "")
