@@ -2083,8 +2083,10 @@ def test_history_is_found_without_passing_over_holds(file_wallet):
     file_wallet.database.write(lambda tx: tx("UPDATE accounts SET last_sequence = 0"))
 
 
-FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\u3000=1", "x;=1+1", "x; =1", "\uff1d1", "\uff0d1", "\uff0b1", "\uff201", '";=1;"',
-            "=HYPERLINK(\"http://x\",\"y\")", "-2+3+cmd|' /C calc'!A0"]
+FORMULAS = [
+    "=1+1", "+1", "-1", "@SUM(A1)", " =1", "\u3000=1", "x;=1+1", "x; =1", "\uff1d1", "\uff0d1", "\uff0b1", "\uff201",
+    '";=1;"', "=HYPERLINK(\"http://x\",\"y\")", "-2+3+cmd|' /C calc'!A0",
+]
 
 
 def cells(text, delimiter):
@@ -3721,7 +3723,7 @@ def standby_missing(server):
 class BlindWallet(Wallet):
     """Runs a movement again without knowing it by its key: how money is paid out twice elsewhere."""
 
-    def _move(self, type, account_id, amount, description, metadata, key):
+    def _move(self, type, account_id, amount, description, **options):
         def move(tx):
             moved = "UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1 WHERE id = ?"
             tx(moved, amount, account_id)

@@ -71,7 +71,7 @@ from functools import partial
 from http.client import responses as REASONS
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
 from bottle import Bottle, HTTPError
@@ -84,6 +84,7 @@ from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from typing_extensions import Unpack
 
 __version__ = "0.1.0"
 T = TypeVar("T")
@@ -409,6 +410,13 @@ class HoldPage(NamedTuple):
     next_cursor: str | None
 
 
+class Options(TypedDict, total=False):
+    """What every method that moves or holds money takes by name."""
+
+    metadata: dict[str, str] | None
+    key: str | None
+
+
 class Stamp(NamedTuple):
     """What gives a request its effect once: its idempotency key, and a digest of all that it asks for."""
 
@@ -623,11 +631,9 @@ def parse_fields(rules: Rules, values: Mapping[str, object]) -> dict[str, Any]:
     return fields
 
 
-def parse_request(rules: Rules, key: str | None, *request: object, **values: object) -> tuple[dict[str, Any], Stamp]:
-    """Return the fields of a request, parsed, and its stamp, with a key of its own if it came with none.
-
-    Raises ValidationFailed, MalformedRequest (for the key).
-    """
+def parse_request(rules: Rules, *request: object, key: str | None = None,
+                  **values: object) -> tuple[dict[str, Any], Stamp]:
+    """Return the fields of a request, parsed, and its stamp. Raises ValidationFailed, and MalformedRequest for the key."""
     fields = parse_fields(rules, values)
     return fields, make_stamp(key, *request, *fields.values())
 
@@ -766,19 +772,19 @@ class Wallet:
         if not self.database.write(lambda tx: tx(sql, int(frozen), parse_account_id(account_id))):
             raise AccountNotFound()
 
-    def topup(self, account_id: str, amount: int, description: str | None = None, *,
-              metadata: dict[str, str] | None = None, key: str | None = None) -> Transaction:
+    def topup(self, account_id: str, amount: int, description: str | None = None,
+              **options: Unpack[Options]) -> Transaction:
         """Add to the balance, at most once per key. Raises BalanceLimitExceeded, and what `_post` does."""
-        return self._move("topup", account_id, amount, description, metadata, key)
+        return self._move("topup", account_id, amount, description, **options)
 
-    def charge(self, account_id: str, amount: int, description: str | None = None, *,
-               metadata: dict[str, str] | None = None, key: str | None = None) -> Transaction:
+    def charge(self, account_id: str, amount: int, description: str | None = None,
+               **options: Unpack[Options]) -> Transaction:
         """Take from what is available, at most once per key. Raises InsufficientFunds, and what `_post` does."""
-        return self._move("charge", account_id, amount, description, metadata, key)
+        return self._move("charge", account_id, amount, description, **options)
 
     def _move(self, type: str, account_id: str, amount: int, description: str | None,
-              metadata: Mapping[str, str] | None, key: str | None) -> Transaction:
-        fields, stamp = parse_request(MOVEMENT, key, type, amount=amount, description=description, metadata=metadata)
+              **options: Unpack[Options]) -> Transaction:
+        fields, stamp = parse_request(MOVEMENT, type, amount=amount, description=description, **options)
         entry = Entry(parse_account_id(account_id), type, **fields)
         return self.database.write(lambda tx: self._post(tx, entry, stamp))
 
@@ -811,14 +817,14 @@ class Wallet:
 
         return self.database.write(batch)
 
-    def refund(self, account_id: str, transaction_id: str, amount: int | None = None, description: str | None = None, *,
-               metadata: dict[str, str] | None = None, key: str | None = None) -> Transaction:
+    def refund(self, account_id: str, transaction_id: str, amount: int | None = None, description: str | None = None,
+               **options: Unpack[Options]) -> Transaction:
         """Give back a charge, or all that is left of it, at most once per key.
 
         Raises NotFound, NotRefundable, RefundExceedsCharge, and what `topup` does.
         """
-        fields, stamp = parse_request(PART, key, "refund", transaction_id, amount=amount, description=description,
-                                      metadata=metadata)
+        fields, stamp = parse_request(
+            PART, "refund", transaction_id, amount=amount, description=description, **options)
         refunded = """SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM transactions
                       WHERE account_id = ? AND type = 'refund' AND reference = ?"""
 
@@ -835,14 +841,13 @@ class Wallet:
 
         return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or refund(tx))
 
-    def transfer(self, account_id: str, to: str, amount: int, description: str | None = None, *,
-                 metadata: dict[str, str] | None = None, key: str | None = None) -> Transaction:
+    def transfer(self, account_id: str, to: str, amount: int, description: str | None = None,
+                 **options: Unpack[Options]) -> Transaction:
         """Move money to another account, at most once per key; return what is written in this one.
 
         Raises AccountNotFound, ValidationFailed, and what `charge` and `topup` do.
         """
-        fields, stamp = parse_request(TRANSFER, key, "transfer", to=to, amount=amount, description=description,
-                                      metadata=metadata)
+        fields, stamp = parse_request(TRANSFER, "transfer", to=to, amount=amount, description=description, **options)
         if fields.pop("to") == account_id:
             refuse_fields([("#/to", "must be another account")])
 
@@ -854,10 +859,10 @@ class Wallet:
         return self.database.write(lambda tx: self._begin(tx, stamp, account_id, to) or transfer(tx))
 
     def hold(self, account_id: str, amount: int, description: str | None = None, *, expires_in_s: int | None = None,
-             metadata: dict[str, str] | None = None, key: str | None = None) -> Hold:
+             **options: Unpack[Options]) -> Hold:
         """Set money aside until it is captured or released, or expires. Raises what `charge` does."""
-        fields, stamp = parse_request(HOLD, key, "hold", amount=amount, description=description, metadata=metadata,
-                                      expires_in_s=expires_in_s)
+        fields, stamp = parse_request(
+            HOLD, "hold", amount=amount, description=description, expires_in_s=expires_in_s, **options)
         duration = timedelta(seconds=fields.pop("expires_in_s"))
 
         def hold(tx: Execute) -> Hold:
@@ -873,15 +878,14 @@ class Wallet:
 
         return self.database.write(hold)
 
-    def capture(self, account_id: str, hold_id: str, amount: int | None = None, description: str | None = None, *,
-                metadata: dict[str, str] | None = None, key: str | None = None) -> Transaction:
+    def capture(self, account_id: str, hold_id: str, amount: int | None = None, description: str | None = None,
+                **options: Unpack[Options]) -> Transaction:
         """Charge a hold, or a part of it, and release the rest, at most once per key.
 
         Where no description or metadata is given, it is that of the hold. Raises NotFound, HoldNotActive,
         ValidationFailed, and what `_post` does.
         """
-        fields, stamp = parse_request(PART, key, "capture", hold_id, amount=amount, description=description,
-                                      metadata=metadata)
+        fields, stamp = parse_request(PART, "capture", hold_id, amount=amount, description=description, **options)
 
         def capture(tx: Execute) -> Transaction:
             hold = self._end_hold(tx, account_id, hold_id, "captured", amount)
