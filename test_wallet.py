@@ -3202,6 +3202,7 @@ def test_database_of_the_first_version_is_brought_to_this_one_and_keeps_all(dura
         assert (ada.name, ada.balance, ada.available, ada.frozen) == ("Ada", 7, 7, False)
         again = wallet.topup(ada.id, 12, "día", key="k1")
         assert (again.replayed, again.balance, again.metadata, again.reference) == (True, 12, {}, None)
+        assert wallet.database.write(wallet_module.migrate) == 2  # As for a process that comes too late.
         assert wallet.refund(ada.id, f"txn_{'A' * 16}_2").balance == 12
         assert wallet.transfer(ada.id, "acc_" + "B" * 16, 2).balance == 10
         wallet.hold(ada.id, 10)
@@ -3992,6 +3993,22 @@ def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(file_dsn,
                 send("POST", charge, {"amount": amount, "description": ""})
             for query in ("", "?limit=1", "?type=charge", "?cursor=x"):
                 send("GET", history + query)
+            send("POST", "/api/register", {"name": "Bob"})
+            bob, charged = answers[-1].json["id"], next(one.json["id"] for one in answers if '"type": "charge"' in one.text and "id" in one.json)
+            for path, body in (("/transfer", {"to": bob, "amount": 2, "metadata": {"b": "ü", "a": ""}}),
+                               ("/transfer", {"to": bob, "amount": AMOUNT_MAX}), (f"/{charged}/refund", {"amount": 2}),
+                               (f"/{charged}/refund", {}), (f"/{charged}/refund", {}), ("/batch", {"transactions": [
+                                   {"type": "charge", "amount": 1}, {"type": "topup", "amount": 1}]})):
+                send("POST", history + path, body, Idempotency_Key="k9" if path == "/batch" else "k" + path)
+            send("POST", topup, {"amount": 1000})
+            for seconds in (1, None):
+                send("POST", "/api/holds", {"amount": 100, "expires_in_s": seconds, "description": "ü"})
+            first, second = (f"/api/holds/{one.json['id']}" for one in answers[-2:])
+            for path in (f"{first}/capture", f"{second}/capture", f"{second}/release"):
+                send("POST", path, {"amount": 40} if "capture" in path else {})
+            for path in ("/api/holds", first, "/api/account", "/api/transactions.csv", f"{history}?after=0&limit=3",
+                         f"{history}?since=2001-09-09T01:46:55Z", "/api/account?at=2001-09-09T01:46:55Z"):
+                send("GET", path)
             send("GET", f"{history}/{answers[2].json['id']}")
             send("GET", f"{history}/txn_{'a' * 16}_9")
             send("GET", "/readyz")
@@ -3999,7 +4016,7 @@ def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(file_dsn,
 
     on_sqlite, on_postgres = session(file_dsn), session(postgres_dsn)
     assert on_sqlite == on_postgres
-    assert {status[:3] for status, _, _ in on_sqlite} == {"200", "201", "400", "402", "404", "422"}
+    assert {status[:3] for status, _, _ in on_sqlite} == {"200", "201", "400", "402", "404", "409", "422"}
 
 
 def test_connections_that_were_cut_are_replaced_and_no_call_notices(new_schema, postgres_server):
@@ -4135,7 +4152,9 @@ def full_dsn(durable_dsn):
             for amount in range(1, number % 7):
                 wallet.topup(account.id, amount * 10, "día %" if amount % 2 else None, key=f"key {amount} ?%s")
                 wallet.charge(account.id, amount)
-
+            if number % 7 == 3:
+                for end in (wallet.capture, wallet.release, lambda *ids: None):
+                    end(account.id, wallet.hold(account.id, 1, metadata={"ü %s": "?"}).id)
         wallet.database.write(lambda tx: tx("DELETE FROM transactions WHERE account_id = ?", account.id))
         row = "INSERT INTO transactions VALUES (?, ?, 'topup', 1, ?, NULL, NULL, NULL, ?, ?, 0)"
         wallet.database.write(lambda tx: [tx(row, account.id, n, n, f"k{n}", "f" * 64) for n in range(1, 1300)])
@@ -4282,11 +4301,13 @@ def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
     "UPDATE accounts SET balance = balance + 1 WHERE id = (SELECT min(id) FROM accounts)",
     "UPDATE accounts SET last_sequence = last_sequence + 1 WHERE id = (SELECT max(id) FROM accounts)",
     "DELETE FROM transactions WHERE sequence = 2",
+    "UPDATE accounts SET held = held - 1 WHERE held > 0",
+    "DELETE FROM holds WHERE status = 'active'",
 ])
 def test_copy_of_books_that_are_wrong_is_refused_and_names_the_account(full_dsn, postgres_dsn, damage):
     with Wallet(full_dsn) as source, Wallet(postgres_dsn) as target:
         source.database.write(lambda tx: tx(damage))
-        with pytest.raises(ConfigurationError, match=r"the balance of acc_\w{16} is not the sum of its transactions"):
+        with pytest.raises(ConfigurationError, match=r"the books of acc_\w{16} are wrong: its balance is not"):
             source.copy_to(target)
         assert contents(postgres_dsn)[1:] == [[], [], []]
 
@@ -4769,7 +4790,7 @@ def test_service_keeps_to_its_contract_whatever_schemathesis_sends(tmp_path):
         ada, token = wallet.register("Ada")
         wallet.topup(ada.id, 10**12)
         done = subprocess.run(
-            [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", url, "--checks", "all",
+            [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--output-sanitize=false", "--url", url, "--checks", "all",
              "--max-examples", "15", "--continue-on-failure", "--no-color", "--seed", "1",
              "--header", f"Authorization: Bearer {token}"],
             capture_output=True, text=True, cwd=tmp_path, timeout=300, env={**os.environ, "PYTHONWARNINGS": ""})

@@ -326,7 +326,7 @@ class InternalError(WalletError, status=500, code="internal_error", title="The w
 
     advice = "The wallet's log says why, under this answer's X-Request-Id."
 
-class Unavailable(WalletError, status=503, code="unavailable", title="The database cannot do this now."):
+class Unavailable(WalletError, status=503, code="unavailable", title="The wallet cannot do this now."):
     """It is busy, full, broken or away. Nothing was changed, so the same can be tried again."""
 
     headers = {"Retry-After": "1"}
@@ -633,7 +633,7 @@ def parse_fields(rules: Rules, values: Mapping[str, object]) -> dict[str, Any]:
 
 def parse_request(rules: Rules, *request: object, key: str | None = None,
                   **values: object) -> tuple[dict[str, Any], Stamp]:
-    """Return the fields of a request, parsed, and its stamp. Raises ValidationFailed, and MalformedRequest for the key."""
+    """Return a request's fields, parsed, and its stamp. Raises ValidationFailed, or MalformedRequest for the key."""
     fields = parse_fields(rules, values)
     return fields, make_stamp(key, *request, *fields.values())
 
@@ -1131,8 +1131,9 @@ class Wallet:
                     report(copied)
             if any(digest_table(tx, table) != digest_table(read, table) for table in KEY_COLUMNS):
                 raise ConfigurationError("the wallet was changed while it was copied: stop it first")
-            if wrong := tx(WRONG_BALANCES):
-                raise ConfigurationError(f"the balance of {wrong[0][0]} is not the sum of its transactions")
+            if wrong := tx(WRONG_BOOKS):
+                raise ConfigurationError(f"the books of {wrong[0][0]} are wrong: its balance is not the sum of its"
+                                         " transactions, or what is held not that of its holds")
             if target.currency != self.currency:
                 tx("UPDATE wallet SET currency = ?", self.currency)
 
@@ -1180,7 +1181,7 @@ class Wallet:
 # They come first in their tables.
 KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"), "holds": ("account_id", "sequence")}
 SIGN = "CASE type " + " ".join(f"WHEN '{type}' THEN {sign}" for type, sign in SIGN_BY_TYPE.items()) + " ELSE 0 END"
-WRONG_BALANCES = f"""
+WRONG_BOOKS = f"""
     SELECT id FROM accounts LEFT JOIN (SELECT account_id, count(*) AS entries, sum({SIGN} * amount) AS total
                                        FROM transactions GROUP BY account_id) AS book ON book.account_id = id
         LEFT JOIN (SELECT account_id, sum(amount) AS active FROM holds WHERE status = 'active' GROUP BY account_id)
