@@ -1696,6 +1696,37 @@ def test_expired_hold_stops_counting_by_itself(dsn, monkeypatch):
         check_books(wallet)
 
 
+@pytest.mark.parametrize("operation", ["charge", "transfer", "hold", "batch"])
+def test_hold_that_expires_in_the_middle_of_a_request_is_one_or_the_other(dsn, monkeypatch, operation):
+    """The clock passes its end after the request has looked at it once, twice, and so on: never is there a fault."""
+    monkeypatch.setattr(time, "time_ns", lambda: 10**18)
+    with Wallet(dsn) as wallet:
+        bob = wallet.register("Bob")[0].id
+        outcomes = set()
+        for looks in range(8):
+            ada = wallet.register("Ada")[0].id
+            wallet.topup(ada, 100)
+            hold = wallet.hold(ada, 100, expires_in_s=1)
+            batch = [{"type": "charge", "amount": 1}]
+            call, *arguments = {"charge": (wallet.charge, ada, 1), "transfer": (wallet.transfer, ada, bob, 1),
+                                "hold": (wallet.hold, ada, 1), "batch": (wallet.batch, batch)}[operation]
+            end_us, times = wallet_module.as_us(hold.expires_at), []
+
+            def passing(end_us=end_us, times=times, looks=looks):
+                times.append(1)
+                return (end_us - (len(times) <= looks)) * 1000
+
+            monkeypatch.setattr(time, "time_ns", passing)
+            try:
+                call(*arguments, **({"account_id": ada} if operation == "batch" else {}))
+                outcomes.add("done")
+            except InsufficientFunds:
+                outcomes.add("refused")
+            monkeypatch.setattr(time, "time_ns", lambda looks=looks: (10**15 + looks * 10**7) * 1000)
+        assert outcomes == {"done", "refused"}
+        check_books(wallet)
+
+
 @pytest.mark.parametrize("seconds", [0, -1, 30 * 24 * 3600 + 1, 1.0, "5", True, [], AMOUNT_MAX + 1])
 def test_hold_lasts_a_second_to_30_days(api, seconds):
     api.send("POST", "/api/transactions/topup", {"amount": 5})
@@ -1776,6 +1807,31 @@ def test_holds_over_http(api):
     api.send("GET", f"/api/transactions/{hold.replace('hld', 'txn')}", status=404)
 
 
+WRONG_TYPES = [None, 5, 10**5000, True, b"acc_0000000000000000", ["x"], {}, object(), "\ud800", ""]
+
+
+@pytest.mark.parametrize("wrong", WRONG_TYPES, ids=lambda wrong: type(wrong).__name__)
+def test_wrong_types_in_process_are_refused_as_such_and_fail_nobody_elses_write(wallet, ada, wrong):
+    wallet.topup(ada.id, 5)
+    hold, charge = wallet.hold(ada.id, 1), wallet.charge(ada.id, 1)
+    calls = [
+        lambda: wallet.refund(wrong, charge.id), lambda: wallet.refund(ada.id, wrong),
+        lambda: wallet.capture(wrong, hold.id), lambda: wallet.capture(ada.id, wrong),
+        lambda: wallet.release(wrong, hold.id), lambda: wallet.release(ada.id, wrong),
+        lambda: wallet.transfer(wrong, ada.id, 1), lambda: wallet.transfer(ada.id, wrong, 1),
+        lambda: wallet.hold(wrong, 1), lambda: wallet.get_hold(wrong, hold.id),
+        lambda: wallet.transaction(wrong, charge.id), lambda: wallet.freeze(wrong), lambda: wallet.holds(wrong), lambda: wallet.statement(wrong),
+        lambda: wallet.authenticate(wrong), lambda: wallet.replace_token(wrong),
+        lambda: wallet.transactions(ada.id, type=wrong or "x"), lambda: wallet.batch([wrong], account_id=ada.id),
+        lambda: wallet.transactions(ada.id, limit=0 if wrong == 5 else wrong), lambda: wallet.batch(wrong),
+        lambda: wallet.charge(ada.id, 1, metadata=wrong or {"": ""}), lambda: wallet.charge(ada.id, 1, key=wrong or ""),
+    ]
+    for call in calls:
+        with pytest.raises(WalletError):
+            call()
+    assert (wallet.account(ada.id).balance, wallet.account(ada.id).available) == (4, 3)
+
+
 @pytest.mark.parametrize("amount", [0, -1, 1.0, "5", True, AMOUNT_MAX + 1])
 def test_every_amount_is_checked_everywhere(wallet, ada, amount):
     bob, _ = wallet.register("Bob")
@@ -1817,9 +1873,29 @@ def test_batch_that_is_refused_names_the_index_and_changes_nothing(wallet, ada):
         assert refused.value.index == refused.value.members["index"] == index
     with pytest.raises(IdempotencyKeyReused):
         wallet.batch([{"type": "topup", "amount": 5}], account_id=ada.id, key="used")
+    bob, _ = wallet.register("Bob")
+    for order in ((ada, bob), (bob, ada)):
+        with pytest.raises(IdempotencyKeyReused) as refused:
+            wallet.batch([{"account": one.id, "type": "topup", "amount": 5} for one in order], key="used")
+        assert refused.value.index == order.index(ada)
     assert wallet.account(ada.id).balance == 5
     (done,) = wallet.batch([{"type": "topup", "amount": 1}], account_id=ada.id, key="b")  # The key was left free.
     assert done.balance == 6
+
+
+def test_batch_asks_the_database_little_more_than_once_a_movement(wallet, ada):
+    counted, write = [], wallet.database.write
+
+    def counting(function, *arguments):
+        def run(tx):
+            return function(lambda *statement: counted.append(statement) or tx(*statement))
+
+        return write(run, *arguments)
+
+    wallet.database.write = counting
+    movements = [{"type": "topup", "amount": 1}] * 200
+    assert len(wallet.batch(movements, account_id=ada.id)) == 200
+    assert len(counted) == 201
 
 
 def test_batch_over_several_accounts_is_one_transaction_and_its_key_is_taken_in_each(wallet, ada):
@@ -2095,7 +2171,7 @@ def test_history_is_found_without_passing_over_holds(file_wallet):
 
 FORMULAS = [
     "=1+1", "+1", "-1", "@SUM(A1)", " =1", "\u3000=1", "x;=1+1", "x; =1", "\uff1d1", "\uff0d1", "\uff0b1", "\uff201",
-    '";=1;"', "=HYPERLINK(\"http://x\",\"y\")", "-2+3+cmd|' /C calc'!A0",
+    '";=1;"', ';"=1;"', "=HYPERLINK(\"http://x\",\"y\")", "-2+3+cmd|' /C calc'!A0",
 ]
 
 
@@ -2202,6 +2278,15 @@ def test_readers_of_statements_never_take_all_threads(long_history):
             assert time.monotonic() < deadline
 
 
+def test_slow_readers_of_statements_leave_even_a_wallet_of_one_thread_to_the_others(long_history, tmp_path):
+    dsn = f"sqlite:///{long_history.wallet.database.location}"
+    with served("--dsn", dsn, "--threads", "1", cwd=tmp_path) as server, contextlib.ExitStack() as stack:
+        for _ in range(wallet_module.STATEMENTS_MAX):
+            stack.enter_context(get_statement(server.url, long_history.token))
+        assert send(server.url, "GET", "/api/account", token=long_history.token)[0] == 200
+        assert send(server.url, "GET", "/api/transactions.csv", token=long_history.token)[0] == 503
+
+
 def test_statement_that_breaks_off_cannot_be_taken_for_a_whole_one(long_history, monkeypatch):
     database, calls = long_history.wallet.database, iter(range(10**6))
     read = database.read
@@ -2277,6 +2362,11 @@ def test_of_many_who_replace_one_token_at_once_one_succeeds(concurrent_dsn):
             wallet.authenticate(new)
         with pytest.raises(AccountNotFound):
             wallet.replace_token("acc_0000000000000000")
+        other, others = wallet.register("Bob")
+        for wrong in ("", others, new, 5):
+            with pytest.raises(Unauthorized):
+                wallet.replace_token(ada.id, wrong)
+        assert (wallet.authenticate(issued), wallet.authenticate(others)) == (ada, other)
 
 
 def test_token_whose_replacing_was_cut_off_at_commit_is_the_one_that_is_shown(new_schema, postgres_server):
@@ -2341,6 +2431,15 @@ def test_issuer_names_the_account_and_its_keys_are_remembered(shop):
     assert shop.issuer.send("POST", "/api/transactions/txn_0000000000000000_1/refund", status=404)
 
 
+def test_account_cannot_take_the_issuers_keys_before_it(shop):
+    reserved = wallet_module.reserve_key("issuer k")
+    for key in ("k", "issuer k", reserved, reserved.encode().decode("latin-1"), reserved[1:]):
+        status = 201 if key.isascii() else 400
+        shop.ada.send("POST", "/api/transactions/charge", {"amount": 1}, Idempotency_Key=key, status=status)
+    done = shop.issuer.send("POST", "/api/transactions/topup", {"account": shop.id, "amount": 5}, Idempotency_Key="k")
+    assert (done.status_int, done.json["amount"]) == (201, 5)
+
+
 def test_issuer_does_nothing_else(shop):
     """The router itself says what there is."""
     allowed = {name for name, route in ROUTES.items() if route.config.get("issuer") or route.config.get("public")}
@@ -2381,6 +2480,8 @@ def test_service_with_an_issuer_says_so_and_never_shows_its_token(tmp_path):
         body = {"account": made["id"], "amount": 5}
         assert send(server.url, "POST", "/api/transactions/topup", body, ISSUER_TOKEN)[0] == 201
         assert send(server.url, "GET", "/api/account", token=ISSUER_TOKEN)[0] == 403
+        _, headers, _ = send(server.url, "GET", f"/{ISSUER_TOKEN}", X_Request_Id=ISSUER_TOKEN)
+        assert headers["X-Request-Id"] != ISSUER_TOKEN
         server.send_signal(signal.SIGTERM)
         assert ISSUER_TOKEN not in server.banner + "".join(server.communicate(timeout=30))
 
@@ -2391,6 +2492,10 @@ def test_issuer_is_taken_from_the_environment_and_by_a_throwaway_wallet_too(monk
     app = create_app()
     Client(app).send("POST", "/api/register", {"name": "Eve"}, status=401)
     Client(app, ISSUER_TOKEN).send("POST", "/api/register", {"name": "Ada"}, status=201)
+    app.wallet.close()
+    monkeypatch.delenv("WALLET_ISSUER_TOKEN")
+    app = create_app(issuer_token=ISSUER_TOKEN)
+    Client(app).send("POST", "/api/register", {"name": "Eve"}, status=401)
     app.wallet.close()
     with running(issuer_token=ISSUER_TOKEN) as url:
         assert send(url, "POST", "/api/register", {"name": "Eve"})[0] == 401
@@ -3001,7 +3106,7 @@ def test_log_has_a_line_a_request_and_never_a_token(wallet, caplog):
     assert [re.sub(r"\d+\.\d ms", "1.0 ms", line) for line in lines] == [
         "GET /api/account 400 1.0 ms one",
         "GET /api/***/x?fake 404 1.0 ms two",
-        "GET /api/WLT_***/***/wlt?*** 404 1.0 ms four",
+        "GET /api/***/***/wlt?*** 404 1.0 ms four",
         "POST /api/transactions/topup 201 1.0 ms three",
     ]
     assert token[20:52] not in caplog.text
@@ -3226,7 +3331,10 @@ def test_database_of_the_first_version_is_brought_to_this_one_and_keeps_all(dura
         assert wallet.refund(ada.id, f"txn_{'A' * 16}_2").balance == 12
         assert wallet.transfer(ada.id, "acc_" + "B" * 16, 2).balance == 10
         wallet.hold(ada.id, 10)
-        assert [one.id[-1] for one in wallet.transactions(ada.id).transactions] == ["4", "3", "2", "1"]
+        history = wallet.transactions(ada.id, after="0").transactions
+        assert [one.id[-1] for one in history] == ["1", "2", "3", "4"]
+        assert history[0].created_at == history[1].created_at  # The clock had gone back, and times do not.
+        check_books(wallet)
         tables = {"file": "SELECT name FROM sqlite_master WHERE type = 'table'",
                   "postgres": "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()"}
         sql = tables["file" if durable_dsn.startswith("sqlite") else "postgres"]

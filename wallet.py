@@ -102,10 +102,10 @@ DESCRIPTION_CHARACTERS_MAX = 500  # A few lines on a statement.
 METADATA_ENTRIES_MAX, METADATA_NAME_CHARACTERS_MAX, METADATA_VALUE_CHARACTERS_MAX = 20, 40, 500  # Ids of your own.
 KEY_CHARACTERS_MAX = 255  # As clients of other payment services expect.
 PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 100  # A page stays under 100 KiB, metadata aside.
-BATCH_MAX = 1000  # Movements: what others wait for is written within a tenth of a second.
+BATCH_MAX = 1000  # Movements: a tenth of a second on SQLite, and as many round trips on Postgres.
 HOLD_DEFAULT_S, HOLD_MAX_S = 7 * 24 * 3600, 30 * 24 * 3600  # As card networks have it.
 STATEMENTS_MAX = 2  # Sent at once: each takes a thread for as long as its reader takes to read it.
-STATEMENT_ROWS = 500  # Read at once: all that is ever in memory of a statement.
+STATEMENT_ROWS = 100  # Read at once: all that is ever in memory of a statement, 4 MB at most.
 ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
 FIELD_ERRORS_MAX = 20  # Far more than a request has fields: keeps the answer to a hostile body short.
 
@@ -116,6 +116,9 @@ CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files to a process
 REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last: slow senders must not use up the connections.
 ANSWER_TIMEOUT_S = 30  # For an answer to be taken, or UNREAD_BYTES_MAX of a longer one: nor must slow readers.
 UNREAD_BYTES_MAX = 256 * 1024  # Of a client with more answers than this waiting, no further request is served.
+SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+                  # So that it shows soon what a slow reader has taken: the kernel would keep megabytes.
+                  (socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES_MAX // 2)]
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
 STOP_IDLE_S = 0.5  # A connection that was in use so recently may be sending its next request.
@@ -424,8 +427,8 @@ class Stamp(NamedTuple):
     fingerprint: str
 
     def derive(self, account_id: str, index: int) -> Stamp:
-        """Return the stamp of another entry of the same request. No client can send its key, which is not ASCII."""
-        return Stamp("§" + hashlib.sha256(f"{account_id} {index} {self.key}".encode()).hexdigest(), self.fingerprint)
+        """Return the stamp of another entry of the same request."""
+        return Stamp(reserve_key(f"{account_id} {index} {self.key}"), self.fingerprint)
 
 
 class Entry(NamedTuple):
@@ -481,7 +484,7 @@ def as_transaction(account_id: str, row: Row, replayed: bool = False) -> Transac
     """Return the transaction that a row of TRANSACTION_COLUMNS is."""
     sequence, type, amount, balance, description, metadata, reference, created_at_us = row
     return Transaction(make_entry_id("txn", account_id, sequence), type, amount, balance, description,
-                       json.loads(metadata or "{}"), reference, as_time(created_at_us), replayed)
+                       json.loads(metadata) if metadata else {}, reference, as_time(created_at_us), replayed)
 
 
 def parse_account_id(value: object) -> str:
@@ -494,7 +497,7 @@ def parse_account_id(value: object) -> str:
 def parse_entry_id(kind: str, account_id: str, value: object) -> int:
     """Return the sequence number in the id of a transaction or hold. Raises NotFound if it is not this account's."""
     match = re.fullmatch("([a-z]{3}_[0-9A-Za-z]{16}_)([1-9][0-9]{0,17})", value) if isinstance(value, str) else None
-    if match and match[1] == make_entry_id(kind, account_id, 0)[:-1]:
+    if match and match[1] == make_entry_id(kind, parse_account_id(account_id), 0)[:-1]:
         return int(match[2])
     raise NotFound("This account has no such transaction or hold.")
 
@@ -520,16 +523,23 @@ def parse_time(value: str | datetime) -> int:
 
 
 def parse_key(value: object) -> str:
-    """Return an idempotency key. Raises MalformedRequest, since it travels in a header."""
-    if isinstance(value, str) and re.fullmatch(f"[ -~]{{1,{KEY_CHARACTERS_MAX}}}", value):
+    """Return an idempotency key, sent or reserved. Raises MalformedRequest, since it travels in a header."""
+    if isinstance(value, str) and re.fullmatch(f"[ -~]{{1,{KEY_CHARACTERS_MAX}}}|§[0-9a-f]{{64}}", value):
         return value
     raise MalformedRequest(f"Idempotency-Key must be 1 to {KEY_CHARACTERS_MAX} printable ASCII characters.")
 
 
-def parse_limit(value: object) -> int:
+def reserve_key(text: str) -> str:
+    """Return a key that no client can have taken: it is not ASCII, and no header with it is let in."""
+    return "§" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_limit(value: int | str) -> int:
     """Return the number of entries to a page. Raises MalformedRequest."""
-    if re.fullmatch("[0-9]{1,3}", str(value)) and 1 <= int(str(value)) <= PAGE_LIMIT_MAX:
-        return int(str(value))
+    if type(value) is int and 1 <= value <= PAGE_LIMIT_MAX:
+        return value
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value):
+        return parse_limit(int(value))
     raise MalformedRequest(f"limit must be an integer from 1 to {PAGE_LIMIT_MAX}.")
 
 
@@ -558,9 +568,10 @@ def text(maximum: int, minimum: int = 0) -> Rule:
     """Return the rule for a line of so many characters."""
 
     def parse(value: object) -> str:
-        if not minimum <= len(parse_text(value)) <= maximum:
+        line = parse_text(value)
+        if not minimum <= len(line) <= maximum:
             raise ValueError(f"must have {f'{minimum} to' if minimum else 'at most'} {maximum} characters")
-        return str(value)
+        return line
 
     return parse
 
@@ -631,9 +642,13 @@ def parse_fields(rules: Rules, values: Mapping[str, object]) -> dict[str, Any]:
     return fields
 
 
-def parse_request(rules: Rules, *request: object, key: str | None = None,
+def parse_request(rules: Rules, account_id: str, *request: object, key: str | None = None,
                   **values: object) -> tuple[dict[str, Any], Stamp]:
-    """Return a request's fields, parsed, and its stamp. Raises ValidationFailed, or MalformedRequest for the key."""
+    """Return a request's fields, parsed, and its stamp.
+
+    Raises AccountNotFound, ValidationFailed, and MalformedRequest for the key.
+    """
+    parse_account_id(account_id)
     fields = parse_fields(rules, values)
     return fields, make_stamp(key, *request, *fields.values())
 
@@ -641,19 +656,19 @@ def parse_request(rules: Rules, *request: object, key: str | None = None,
 def make_stamp(key: str | None, *request: object) -> Stamp:
     """Return the stamp of a request, with a key of its own if it came with none. Raises MalformedRequest."""
     key = secrets.token_urlsafe(16) if key is None else parse_key(key)
-    document = json.dumps([part for part in request if part != {}], sort_keys=True)
-    return Stamp(key, hashlib.sha256(document.encode()).hexdigest())
+    parts = [dict(sorted(part.items())) if isinstance(part, dict) else part for part in request if part != {}]
+    return Stamp(key, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 
 def parse_batch(values: object, account_id: str | None) -> list[Entry]:
     """Return the movements of a batch, of one account or each of its own. Raises what `parse_fields` does."""
     entries, errors = [], []
-    if not isinstance(values, list) or not 1 <= len(values) <= BATCH_MAX:
+    if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= BATCH_MAX:
         errors, values = [("#/transactions", f"must be a list of 1 to {BATCH_MAX} movements")], []
     for index, value in enumerate(values):
         try:
             rules = BATCH_OF_ONE_ACCOUNT if account_id else BATCH
-            fields = parse_fields(rules, value if isinstance(value, dict) else {})
+            fields = parse_fields(rules, value if isinstance(value, Mapping) else {})
             entries.append(Entry(fields.pop("account", account_id), **fields))
         except ValidationFailed as error:
             errors += [(f"#/transactions/{index}{one['pointer'][1:]}", one["detail"]) for one in error.errors]
@@ -678,6 +693,7 @@ def json_pointer(name: object) -> str:
 # Wallet ###############################################################################################
 
 TRANSACTION_COLUMNS = "sequence, type, amount, balance, description, metadata, reference, created_at"
+ENTRY_COLUMNS = f"account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS}"
 CLOCK = "CASE WHEN updated_at < ? THEN ? ELSE updated_at END"  # It takes the time twice, and never goes back.
 ACCOUNT_COLUMNS = f"""id, name, balance, balance - held + (
     SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
@@ -739,7 +755,8 @@ class Wallet:
     def authenticate(self, token: str) -> Account:
         """Return the account that a token opens. Raises Unauthorized."""
         refusal = Unauthorized(headers=INVALID_TOKEN)
-        if not re.fullmatch("wlt_[0-9A-Za-z]{54}", str(token)) or checksum(token[:-6]) != token[-6:]:
+        well_formed = isinstance(token, str) and re.fullmatch("wlt_[0-9A-Za-z]{54}", token)
+        if not well_formed or checksum(token[:-6]) != token[-6:]:
             raise refusal
         sql, now_us = f"SELECT token_hash, {ACCOUNT_COLUMNS} FROM accounts WHERE id = ?", time.time_ns() // 1000
         rows = self.database.read(lambda tx: tx(sql, now_us, now_us, "acc_" + token[4:20]))
@@ -754,6 +771,8 @@ class Wallet:
         Unauthorized, AccountNotFound.
         """
         new_token = make_token(parse_account_id(account_id))
+        if token is not None and self.authenticate(token).id != account_id:
+            raise Unauthorized(headers=INVALID_TOKEN)
         new_hash = hash_token(new_token)
         # The new one may be there already, if a COMMIT was not answered.
         condition, hashes = (" AND token_hash IN (?, ?)", [hash_token(token), new_hash]) if token else ("", [])
@@ -769,7 +788,7 @@ class Wallet:
     def freeze(self, account_id: str, frozen: bool = True) -> None:
         """Let an account receive nothing and spend nothing, or with False let it again. Raises AccountNotFound."""
         sql = "UPDATE accounts SET frozen = ? WHERE id = ? RETURNING id"
-        if not self.database.write(lambda tx: tx(sql, int(frozen), parse_account_id(account_id))):
+        if not self.database.write(lambda tx: tx(sql, int(bool(frozen)), parse_account_id(account_id))):
             raise AccountNotFound()
 
     def topup(self, account_id: str, amount: int, description: str | None = None,
@@ -784,8 +803,8 @@ class Wallet:
 
     def _move(self, type: str, account_id: str, amount: int, description: str | None,
               **options: Unpack[Options]) -> Transaction:
-        fields, stamp = parse_request(MOVEMENT, type, amount=amount, description=description, **options)
-        entry = Entry(parse_account_id(account_id), type, **fields)
+        fields, stamp = parse_request(MOVEMENT, account_id, type, amount=amount, description=description, **options)
+        entry = Entry(account_id, type, **fields)
         return self.database.write(lambda tx: self._post(tx, entry, stamp))
 
     def batch(self, transactions: Sequence[Mapping[str, object]], *, account_id: str | None = None,
@@ -797,22 +816,26 @@ class Wallet:
         """
         entries = parse_batch(transactions, account_id)
         stamp = make_stamp(key, "batch", *entries)
-        stamps = [stamp.derive(entry.account_id, index) for index, entry in enumerate(entries)]
-        firsts = {entry.account_id: index for index, entry in reversed([*enumerate(entries)])}
-        for index in firsts.values():  # So that in each account the key is taken.
-            stamps[index] = stamp
+        firsts: dict[str, int] = {}  # The first movement of each account has the key itself, so that all know it.
+        for index, entry in enumerate(entries):
+            firsts.setdefault(entry.account_id, index)
+        stamps = [stamp if firsts[entry.account_id] == index else stamp.derive(entry.account_id, index)
+                  for index, entry in enumerate(entries)]
 
         def batch(tx: Execute) -> list[Transaction]:
-            if len(firsts) > 1:
-                self._begin(tx, stamp, *firsts)
             made: list[Transaction] = []
+            rows: list[Row] = []
             try:
+                if len(firsts) > 1:
+                    self._begin(tx, stamp, *firsts)
                 for entry, own_stamp in zip(entries, stamps, strict=True):
                     if entry.type == "topup" and not may_topup:
                         raise Forbidden("This wallet has an issuer, and a topup needs its token.")
-                    made.append(self._post(tx, entry, own_stamp))
+                    made.append(self._post(tx, entry, own_stamp, rows))
             except WalletError as error:
                 raise error.add(index=len(made)) from None
+            if rows:
+                insert_rows(tx, f"transactions ({ENTRY_COLUMNS})", rows)
             return made
 
         return self.database.write(batch)
@@ -823,8 +846,9 @@ class Wallet:
 
         Raises NotFound, NotRefundable, RefundExceedsCharge, and what `topup` does.
         """
+        sequence = parse_entry_id("txn", account_id, transaction_id)
         fields, stamp = parse_request(
-            PART, "refund", transaction_id, amount=amount, description=description, **options)
+            PART, account_id, "refund", sequence, amount=amount, description=description, **options)
         refunded = """SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM transactions
                       WHERE account_id = ? AND type = 'refund' AND reference = ?"""
 
@@ -847,7 +871,8 @@ class Wallet:
 
         Raises AccountNotFound, ValidationFailed, and what `charge` and `topup` do.
         """
-        fields, stamp = parse_request(TRANSFER, "transfer", to=to, amount=amount, description=description, **options)
+        fields, stamp = parse_request(
+            TRANSFER, account_id, "transfer", to=to, amount=amount, description=description, **options)
         if fields.pop("to") == account_id:
             refuse_fields([("#/to", "must be another account")])
 
@@ -862,7 +887,7 @@ class Wallet:
              **options: Unpack[Options]) -> Hold:
         """Set money aside until it is captured or released, or expires. Raises what `charge` does."""
         fields, stamp = parse_request(
-            HOLD, "hold", amount=amount, description=description, expires_in_s=expires_in_s, **options)
+            HOLD, account_id, "hold", amount=amount, description=description, expires_in_s=expires_in_s, **options)
         duration = timedelta(seconds=fields.pop("expires_in_s"))
 
         def hold(tx: Execute) -> Hold:
@@ -885,7 +910,9 @@ class Wallet:
         Where no description or metadata is given, it is that of the hold. Raises NotFound, HoldNotActive,
         ValidationFailed, and what `_post` does.
         """
-        fields, stamp = parse_request(PART, "capture", hold_id, amount=amount, description=description, **options)
+        sequence = parse_entry_id("hld", account_id, hold_id)
+        fields, stamp = parse_request(
+            PART, account_id, "capture", sequence, amount=amount, description=description, **options)
 
         def capture(tx: Execute) -> Transaction:
             hold = self._end_hold(tx, account_id, hold_id, "captured", amount)
@@ -896,7 +923,7 @@ class Wallet:
 
     def release(self, account_id: str, hold_id: str, *, key: str | None = None) -> Hold:
         """Make what is held available again, at most once per key. Raises NotFound, HoldNotActive."""
-        stamp = make_stamp(key, "release", hold_id)
+        stamp = make_stamp(key, "release", parse_entry_id("hld", account_id, hold_id))
 
         def release(tx: Execute) -> Hold:
             if not (earlier := self._begin(tx, stamp, account_id)):
@@ -950,12 +977,13 @@ class Wallet:
         rows = self.database.read(lambda tx: tx(sql, account_id, self._count_before(tx, account_id, at_us + 1)))
         return int(rows[0][0]) if rows else 0
 
-    def _post(self, tx: Execute, entry: Entry, stamp: Stamp) -> Transaction:
+    def _post(self, tx: Execute, entry: Entry, stamp: Stamp, later: list[Row] | None = None) -> Transaction:
         """Change the balance and what is held, and write down why, at most once for a stamp.
 
         One UPDATE looks the key up, checks all bounds and takes the next sequence number, so that nothing
-        comes between. It finds no row where the key was used, or the money does not do. Raises
-        AccountNotFound, AccountFrozen, BalanceLimitExceeded, InsufficientFunds, IdempotencyKeyReused.
+        comes between. It finds no row where the key was used, or the money does not do. What is to be written
+        down is left to the caller if there is a list for it, `later`. Raises AccountNotFound, AccountFrozen,
+        BalanceLimitExceeded, InsufficientFunds, IdempotencyKeyReused.
         """
         account_id, now_us = entry.account_id, time.time_ns() // 1000
         change = SIGN_BY_TYPE.get(entry.type, 0) * entry.amount
@@ -970,19 +998,21 @@ class Wallet:
         if not (posted := update()):
             if earlier := self._begin(tx, stamp, account_id):
                 return earlier
-            self._end_expired(tx, account_id)
             self._refuse(tx, entry, change)
+            self._end_expired(tx, account_id)
             posted = update()
         ((sequence, balance, created_at_us),) = posted
         metadata = json.dumps(entry.metadata, ensure_ascii=False) if entry.metadata else None
         row = (sequence, entry.type, entry.amount, balance, entry.description, metadata, entry.reference, created_at_us)
-        tx(f"""INSERT INTO transactions (account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS})
-               VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""", account_id, *stamp, *row)
+        if later is None:
+            insert_rows(tx, f"transactions ({ENTRY_COLUMNS})", [(account_id, *stamp, *row)])
+        else:
+            later.append((account_id, *stamp, *row))
         return as_transaction(account_id, row)
 
     def _refuse(self, tx: Execute, entry: Entry, change: int) -> None:
-        """Say why the money cannot move, unless it can now. The account is locked, and no hold in it is over."""
-        account, needed = self._account(tx, entry.account_id), entry.held - change
+        """Say why the money cannot move, unless it can without the holds that are over. The account is locked."""
+        account, needed = self._account(tx, entry.account_id, now_us=0), entry.held - change  # By its own clock.
         if account.frozen:
             raise AccountFrozen()
         if account.balance + change > AMOUNT_MAX:
@@ -1032,8 +1062,8 @@ class Wallet:
            account_id, parse_entry_id("hld", account_id, hold_id))
         return hold
 
-    def _account(self, tx: Execute, account_id: str) -> Account:
-        now_us = time.time_ns() // 1000
+    def _account(self, tx: Execute, account_id: str, now_us: int | None = None) -> Account:
+        now_us = time.time_ns() // 1000 if now_us is None else now_us
         rows = tx(f"SELECT {ACCOUNT_COLUMNS} FROM accounts WHERE id = ?", now_us, now_us, account_id)
         if not rows:
             raise AccountNotFound()
@@ -1068,31 +1098,32 @@ class Wallet:
                  newest_first: bool = False, type: str | None = None, since: str | datetime | None = None,
                  until: str | datetime | None = None) -> Iterator[Transaction]:
         """Return what lets all filters through, read as it is asked for, so many rows at a time."""
-        if type is not None and type not in SIGN_BY_TYPE:
+        if type not in (None, *SIGN_BY_TYPE):
             raise MalformedRequest(f"type must be one of: {', '.join(SIGN_BY_TYPE)}.")
-        types, order = [type] if type else list(SIGN_BY_TYPE), "DESC" if newest_first else "ASC"
+        order = "DESC" if newest_first else "ASC"
         since_us, until_us = (None if time is None else parse_time(time) for time in (since, until))
         first, end = self.database.read(lambda tx: (
             0 if since_us is None else self._count_before(tx, account_id, since_us),
             self._count_before(tx, account_id, until_us) + 1))
-        # Each type is found by its index, so that no entries of others, such as holds, are passed over.
-        sql = " UNION ALL ".join(
-            f"""SELECT * FROM (SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ? AND type = ?
-                AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?) AS {one}""" for one in types)
+        between = f"sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
+        select = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ?"
 
-        sql += f" ORDER BY sequence {order} LIMIT ?"
-
-        def read(above: int, below: int) -> list[Row]:
+        def read(types: Sequence[str], above: int, below: int) -> list[Row]:
+            """Return entries of some types, or of all. By type, no others have to be passed over, such as holds."""
+            sql = " UNION ALL ".join(f"SELECT * FROM ({select} AND type = ? AND {between}) AS {one}" for one in types)
+            sql = f"{sql} ORDER BY sequence {order} LIMIT ?" if types else f"{select} AND {between}"
             parameters = [value for one in types for value in (account_id, one, above, below, rows_max)]
-            return self.database.read(lambda tx: tx(sql, *parameters, rows_max))
+            return self.database.read(lambda tx: tx(sql, *parameters or (account_id, above, below), rows_max))
 
         def entries(above: int, below: int) -> Iterator[Transaction]:
+            types = [type] if type else []  # Of all types at first, which is faster, and mostly enough.
             while True:
-                rows = read(above, below)
-                yield from (as_transaction(account_id, row) for row in rows)
+                rows = read(types, above, below)
+                yield from (as_transaction(account_id, row) for row in rows if row[1] in SIGN_BY_TYPE)
                 if len(rows) < rows_max:
                     return
                 above, below = (above, rows[-1][0]) if newest_first else (rows[-1][0], below)
+                types = types or list(SIGN_BY_TYPE)
 
         return entries(max(above, first), end if below is None else min(below, end))
 
@@ -1125,8 +1156,7 @@ class Wallet:
             copied = dict.fromkeys(KEY_COLUMNS, 0)
             for table in KEY_COLUMNS if not tx(first) else ():  # There may be all, if a COMMIT was not answered.
                 for rows in read_table(read, table):
-                    values = ", ".join([f"({', '.join('?' * len(rows[0]))})"] * len(rows))
-                    tx(f"INSERT INTO {table} VALUES {values}", *(value for row in rows for value in row))
+                    insert_rows(tx, table, rows)
                     copied[table] += len(rows)
                     report(copied)
             if any(digest_table(tx, table) != digest_table(read, table) for table in KEY_COLUMNS):
@@ -1197,10 +1227,17 @@ MIGRATIONS = {1: ((
     """INSERT INTO accounts SELECT id, name, token_hash, balance, 0, last_sequence, 0, created_at, coalesce(
            (SELECT max(created_at) FROM transactions_1 WHERE account_id = id), created_at) FROM accounts_1""",
     """INSERT INTO transactions SELECT account_id, sequence, type, amount, balance, description, NULL, NULL,
-           idempotency_key, fingerprint, created_at FROM transactions_1""",
+           idempotency_key, fingerprint, max(created_at) OVER (PARTITION BY account_id ORDER BY sequence)
+       FROM transactions_1""",
     "DROP TABLE transactions_1",
     "DROP TABLE accounts_1",
 ))}
+
+
+def insert_rows(tx: Execute, into: str, rows: Sequence[Row]) -> None:
+    """Insert some rows by one statement."""
+    values = ", ".join([f"({', '.join('?' * len(rows[0]))})"] * len(rows))
+    tx(f"INSERT INTO {into} VALUES {values}", *(value for row in rows for value in row))
 
 
 def read_schema() -> list[str]:
@@ -1838,7 +1875,7 @@ def spreadsheet_cell(value: object) -> object:
     """
     if isinstance(value, dict):
         value = json.dumps(value, ensure_ascii=False) if value else None
-    return re.sub(r"(^|;)(?=\s*[-=+@\uff0d\uff1d\uff0b\uff20])", r"\1'", value) if isinstance(value, str) else value
+    return re.sub(r"(^|;)(?=[\s\"]*[-=+@\uff0d\uff1d\uff0b\uff20])", r"\1'", value) if isinstance(value, str) else value
 
 
 def error_response(error: WalletError) -> Response:
@@ -1933,7 +1970,7 @@ class App:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         started, method, path = time.perf_counter(), environ["REQUEST_METHOD"], environ.setdefault("PATH_INFO", "")
-        request_id = make_request_id(environ.get("HTTP_X_REQUEST_ID", ""))
+        request_id = make_request_id(environ.get("HTTP_X_REQUEST_ID", ""), self._issuer_token_hash)
         try:
             answer = self._dispatch(environ)
         except WalletError as error:
@@ -1962,7 +1999,9 @@ class App:
         arguments["caller"] = self._authenticate(environ, takes, arguments)
         arguments |= parse_query(environ.get("QUERY_STRING", ""), takes.get("query", ()))
         if takes.get("key") and "HTTP_IDEMPOTENCY_KEY" in environ:
-            arguments["key"] = parse_key(environ["HTTP_IDEMPOTENCY_KEY"])
+            key = parse_key(environ["HTTP_IDEMPOTENCY_KEY"].replace("§", "\0"))
+            # The issuer's keys are its own: no account can take them before it.
+            arguments["key"] = key if arguments["caller"] else reserve_key(f"issuer {key}")
         if "body" in takes:
             parse = takes["body"] if arguments["caller"] else takes.get("issuer_body", takes["body"])
             arguments |= parse(parse_body(environ, takes))
@@ -1989,9 +2028,10 @@ class App:
         return caller
 
 
-def make_request_id(sent: str) -> str:
-    """Return the client's request id if it is fit for a header and a log line, else a new one."""
-    return sent if re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent else secrets.token_hex(8)
+def make_request_id(sent: str, issuer_token_hash: str = "") -> str:
+    """Return the client's request id if it is fit for a header and a log line, and is no token, else a new one."""
+    fit = re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent and hash_token(sent) != issuer_token_hash
+    return sent if fit else secrets.token_hex(8)
 
 
 def render(answer: Response, request_id: str) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
@@ -2016,7 +2056,7 @@ def log_access(method: str, path: str, status: int, started: float, request_id: 
 
 def loggable(text: str) -> str:
     """Return text without what is or could be most of a token, and without what could look like another line."""
-    return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z]{32,}", "***", re.sub("[^ -~]", "?", text))
+    return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", re.sub("[^ -~]", "?", text))
 
 
 def create_app(wallet: Wallet | None = None, issuer_token: str | None = None) -> App:
@@ -2026,7 +2066,7 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None) ->
     """
     if wallet is None:
         settings = load_settings()
-        wallet, issuer_token = open_wallet(settings), settings["issuer-token"]
+        wallet, issuer_token = open_wallet(settings), issuer_token or settings["issuer-token"]
     return App(wallet, issuer_token)
 
 
@@ -2155,25 +2195,28 @@ class _Server(TcpWSGIServer):
     channel_class = _Channel
 
     def __init__(self, app: App, listener: socket.socket, threads: int) -> None:
-        # /livez has a thread of its own: it says that the process lives when all others wait for the database.
-        dispatcher, self._livez_dispatcher = ThreadedTaskDispatcher(), ThreadedTaskDispatcher()
-        for one, count in ((dispatcher, threads), (self._livez_dispatcher, 1)):
-            one.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
-            one.set_thread_count(count)
+        # /livez has a thread of its own: it says that the process lives when all others wait for the database. So do
+        # statements, whose readers keep a thread for as long as they read; there is one more, for the refusals.
+        counts = {"": threads, "/livez": 1, "/api/transactions.csv": STATEMENTS_MAX + 1}
+        self._dispatchers = {path: ThreadedTaskDispatcher() for path in counts}
+        for path, dispatcher in self._dispatchers.items():
+            dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
+            dispatcher.set_thread_count(counts[path])
         adjustments = Adjustments(
             ident="", cleanup_interval=1, connection_limit=CONNECTIONS_MAX,
             max_request_header_size=HEADER_BYTES_MAX, max_request_body_size=BODY_BYTES_MAX + 1,
             log_socket_errors=False)
+        adjustments.socket_options = SOCKET_OPTIONS
         sockinfo = (listener.family, listener.type, listener.proto, listener.getsockname())
-        super().__init__(app, _sock=listener, bind_socket=False, sockinfo=sockinfo, dispatcher=dispatcher,
-                         adj=adjustments)
+        super().__init__(app, _sock=listener, bind_socket=False, sockinfo=sockinfo, adj=adjustments,
+                         dispatcher=self._dispatchers[""])
         host, port = listener.getsockname()[:2]
         self.url, self.stopping = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", False
 
     def add_task(self, task: _Channel) -> None:
         """Queue the first request of a connection to be answered."""
-        is_livez = getattr(task.requests[0], "path", "") == "/livez"
-        (self._livez_dispatcher if is_livez else self.task_dispatcher).add_task(task)
+        path = getattr(task.requests[0], "path", "")
+        self._dispatchers.get(path, self._dispatchers[""]).add_task(task)
 
     def run(self) -> None:
         """Serve until `stop`; then answer what has been received, within STOP_TIMEOUT_S, and return."""
@@ -2192,8 +2235,8 @@ class _Server(TcpWSGIServer):
                 idle = not (channel.requests or channel.request or channel.total_outbufs_len)
                 if channel.lingering or (idle and time.time() - channel.last_activity > STOP_IDLE_S):
                     channel.handle_close()
-        self.task_dispatcher.shutdown(timeout=1)
-        self._livez_dispatcher.shutdown(timeout=1)
+        for dispatcher in self._dispatchers.values():
+            dispatcher.shutdown(timeout=1)
         wasyncore.close_all(self._map)
         logger.info("stopped")
 
