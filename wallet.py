@@ -1105,25 +1105,26 @@ class Wallet:
         first, end = self.database.read(lambda tx: (
             0 if since_us is None else self._count_before(tx, account_id, since_us),
             self._count_before(tx, account_id, until_us) + 1))
-        between = f"sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
-        select = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ?"
+        columns, end_sql = TRANSACTION_COLUMNS, f"AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
+        of_all = f"SELECT {columns} FROM transactions WHERE account_id = ? {end_sql}"
+        of_type = f"SELECT {columns} FROM transactions WHERE account_id = ? AND type = ? {end_sql}"
+        of_each = " UNION ALL ".join(f"SELECT * FROM ({of_type}) AS {one}" for one in SIGN_BY_TYPE)
 
-        def read(types: Sequence[str], above: int, below: int) -> list[Row]:
-            """Return entries of some types, or of all. By type, no others have to be passed over, such as holds."""
-            sql = " UNION ALL ".join(f"SELECT * FROM ({select} AND type = ? AND {between}) AS {one}" for one in types)
-            sql = f"{sql} ORDER BY sequence {order} LIMIT ?" if types else f"{select} AND {between}"
-            parameters = [value for one in types for value in (account_id, one, above, below, rows_max)]
-            return self.database.read(lambda tx: tx(sql, *parameters or (account_id, above, below), rows_max))
+        def read(sql: str, *parameters: str | int) -> list[Row]:
+            return self.database.read(lambda tx: tx(sql, *parameters, rows_max))
 
         def entries(above: int, below: int) -> Iterator[Transaction]:
-            types = [type] if type else []  # Of all types at first, which is faster, and mostly enough.
+            rows = read(of_type, account_id, type, above, below) if type else read(of_all, account_id, above, below)
             while True:
-                rows = read(types, above, below)
                 yield from (as_transaction(account_id, row) for row in rows if row[1] in SIGN_BY_TYPE)
                 if len(rows) < rows_max:
                     return
                 above, below = (above, rows[-1][0]) if newest_first else (rows[-1][0], below)
-                types = types or list(SIGN_BY_TYPE)
+                if type:
+                    rows = read(of_type, account_id, type, above, below)
+                else:  # Each type by its index, so that no holds have to be passed over, however many there are.
+                    each = [value for one in SIGN_BY_TYPE for value in (account_id, one, above, below, rows_max)]
+                    rows = read(f"{of_each} ORDER BY sequence {order} LIMIT ?", *each)
 
         return entries(max(above, first), end if below is None else min(below, end))
 
