@@ -1703,10 +1703,10 @@ _routes = Bottle()
 
 
 class Response(NamedTuple):
-    """What a route returns. A dict is sent as JSON, and an iterator as it comes."""
+    """What a route returns. A dict or a record is sent as JSON, and an iterator as it comes."""
 
     status: int
-    body: dict[str, Any] | bytes | Iterator[bytes]
+    body: dict[str, Any] | Account | Transaction | Hold | bytes | Iterator[bytes]
     headers: Mapping[str, str] = {}
 
 
@@ -1726,7 +1726,7 @@ def post_register(wallet: Wallet, caller: None, name: str) -> Response:
 def get_account(wallet: Wallet, caller: Account, at: str | None = None) -> Response:
     """Show the account, as authentication has just read it, or what its balance was at a time."""
     if at is None:
-        return Response(200, to_json(caller))
+        return Response(200, caller)
     then = {"balance": wallet.balance_at(caller.id, at), "at": at}
     return Response(200, {"id": caller.id, "name": caller.name, "currency": caller.currency, **then})
 
@@ -1738,15 +1738,32 @@ def post_token(wallet: Wallet, caller: Account, token: str) -> Response:
 
 
 def post(path: str, method: str, rules: Rules, **takes: Any) -> None:
-    """Route a request that has its effect once per key to a method of the wallet, and answer with what that made."""
+    """Route a request that has its effect once per key to a method of the wallet. A header tells a replay."""
 
-    def handle(wallet: Wallet, caller: Account | None, account: str = "", **arguments: Any) -> Response:
-        # The issuer names the account, or the charge that is refunded does.
-        account_id = caller.id if caller else account or f"acc_{arguments.get('transaction_id', '')[4:20]}"
-        made = getattr(wallet, method)(account_id, **arguments)
-        return created(to_json(made), made)
+    def handle(wallet: Wallet, caller: Account | None, account: str | None = None, **arguments: Any) -> Response:
+        if caller:
+            account = caller.id
+        elif "transaction_id" in arguments:  # Of a charge that the issuer refunds. Elsewhere it names the account.
+            account = f"acc_{arguments['transaction_id'][4:20]}"
+        made = getattr(wallet, method)(account_id=account, **arguments)
+        first, document = (made[0], {"transactions": made}) if isinstance(made, list) else (made, made)
+        return Response(201, document, {"Idempotent-Replayed": "true"} if first.replayed else {})
 
     _routes.post(path, body=fields(rules), key=True, **takes)(handle)
+
+
+def get(path: str, method: str, *query: str) -> None:
+    """Route a question to a method of the wallet. A page has a link to the next (RFC 8288)."""
+
+    def handle(wallet: Wallet, caller: Account, **arguments: Any) -> Response:
+        found = getattr(wallet, method)(caller.id, **arguments)
+        if not isinstance(found, (Page, HoldPage)):
+            return Response(200, found)
+        following = {**arguments, "after" if "after" in arguments else "cursor": found.next_cursor}
+        link = {"Link": f'<?{urlencode(following)}>; rel="next"'} if found.next_cursor else {}
+        return Response(200, found._asdict(), link)
+
+    _routes.get(path, query=query)(handle)
 
 
 TRANSACTION_PATH = "/api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>"
@@ -1754,25 +1771,15 @@ HOLD_PATH = "/api/holds/<hold_id:re:hld_[0-9A-Za-z]{16}_[0-9]+>"
 post("/api/transactions/topup", "topup", MOVEMENT, issuer="instead", issuer_body=fields(TOPUP_BY_ISSUER))
 post("/api/transactions/charge", "charge", MOVEMENT)
 post("/api/transactions/transfer", "transfer", TRANSFER)
+post("/api/transactions/batch", "batch", TRANSACTIONS, issuer="too", body_bytes_max=BATCH_BODY_BYTES_MAX)
 post(f"{TRANSACTION_PATH}/refund", "refund", PART, body_optional=True, issuer="instead")
 post("/api/holds", "hold", HOLD)
 post(f"{HOLD_PATH}/capture", "capture", PART, body_optional=True)
 post(f"{HOLD_PATH}/release", "release", {}, body_optional=True)
-
-
-@_routes.post("/api/transactions/batch", body=fields(TRANSACTIONS), key=True, issuer="too",
-              body_bytes_max=BATCH_BODY_BYTES_MAX)
-def post_batch(wallet: Wallet, caller: Account | None, **batch: Any) -> Response:
-    """Make many movements, or answer which of them is refused and change nothing."""
-    made = wallet.batch(account_id=caller.id if caller else None, **batch)
-    return created({"transactions": [to_json(one) for one in made]}, made[0])
-
-
-@_routes.get("/api/transactions", query=("limit", "cursor", "after", "type", "since", "until"))
-def get_transactions(wallet: Wallet, caller: Account, **query: Any) -> Response:
-    """List the history, newest first, or as a feed."""
-    transactions, cursor = wallet.transactions(caller.id, **query)
-    return page("transactions", transactions, cursor, query, "after" if "after" in query else "cursor")
+get("/api/transactions", "transactions", "limit", "cursor", "after", "type", "since", "until")
+get(TRANSACTION_PATH, "transaction")
+get("/api/holds", "holds", "limit", "cursor")
+get(HOLD_PATH, "get_hold")
 
 
 @_routes.get("/api/transactions.csv", query=("type", "since", "until"))
@@ -1782,25 +1789,6 @@ def get_statement(wallet: Wallet, caller: Account, **filters: Any) -> Response:
     next(chunks)
     return Response(200, chunks, {"Content-Type": "text/csv; charset=utf-8",
                                   "Content-Disposition": 'attachment; filename="transactions.csv"'})
-
-
-@_routes.get(TRANSACTION_PATH)
-def get_transaction(wallet: Wallet, caller: Account, transaction_id: str) -> Response:
-    """Show one transaction."""
-    return Response(200, to_json(wallet.transaction(caller.id, transaction_id)))
-
-
-@_routes.get("/api/holds", query=("limit", "cursor"))
-def get_holds(wallet: Wallet, caller: Account, **query: Any) -> Response:
-    """List the holds, newest first."""
-    holds, cursor = wallet.holds(caller.id, **query)
-    return page("holds", holds, cursor, query)
-
-
-@_routes.get(HOLD_PATH)
-def get_hold(wallet: Wallet, caller: Account, hold_id: str) -> Response:
-    """Show one hold."""
-    return Response(200, to_json(wallet.get_hold(caller.id, hold_id)))
 
 
 @_routes.get("/livez", public=True)
@@ -1834,18 +1822,6 @@ def to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
     """Return a record as JSON has it, its times in UTC ending in Z (RFC 3339)."""
     return {name: value.isoformat(timespec="microseconds").replace("+00:00", "Z")
             if isinstance(value, datetime) else value for name, value in vars(record).items() if name != "replayed"}
-
-
-def created(document: dict[str, Any], record: Transaction | Hold) -> Response:
-    """Return the answer to a request with a key: always the same, but for a header that tells a replay."""
-    return Response(201, document, {"Idempotent-Replayed": "true"} if record.replayed else {})
-
-
-def page(name: str, records: Sequence[Transaction | Hold], next_cursor: str | None, query: Mapping[str, str],
-         position: str = "cursor") -> Response:
-    """Return a part of a list, with a link to the next (RFC 8288)."""
-    link = {"Link": f'<?{urlencode({**query, position: next_cursor})}>; rel="next"'} if next_cursor else {}
-    return Response(200, {name: [to_json(one) for one in records], "next_cursor": next_cursor}, link)
 
 
 _statements = threading.BoundedSemaphore(STATEMENTS_MAX)
@@ -2040,8 +2016,8 @@ def render(answer: Response, request_id: str) -> tuple[str, list[tuple[str, str]
     headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
                "X-Request-Id": request_id, **answer.headers}
     body = answer.body
-    if isinstance(body, dict):
-        body = json.dumps(body, ensure_ascii=False).encode() + b"\n"
+    if not isinstance(body, (bytes, Iterator)):
+        body = json.dumps(body, ensure_ascii=False, default=to_json).encode() + b"\n"
     if isinstance(body, bytes):
         headers["Content-Length"] = str(len(body))
         body = iter([body])
