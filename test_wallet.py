@@ -1512,6 +1512,18 @@ def test_transfer_moves_money_between_two_accounts_and_each_names_the_other(wall
     assert (wallet.account(ada.id).balance, wallet.account(bob.id).balance) == (70, 31)
 
 
+def test_two_senders_may_use_one_key_and_no_client_can_take_what_it_becomes_elsewhere(wallet, ada):
+    (bob, _), (cem, _) = wallet.register("Bob"), wallet.register("Cem")
+    for sender in (ada, bob):
+        wallet.topup(sender.id, 10)
+        wallet.transfer(sender.id, cem.id, 10, key="t")
+    assert wallet.account(cem.id).balance == 20
+    for (key,) in wallet.database.read(lambda tx: tx(
+            "SELECT idempotency_key FROM transactions WHERE type = 'transfer_in'")):
+        with pytest.raises(MalformedRequest):
+            wallet.topup(cem.id, 10, key=key)
+
+
 def test_transfer_that_cannot_be_is_refused_and_changes_nothing_on_either_side(wallet):
     (ada, token), (bob, _) = wallet.register("Ada"), wallet.register("Bob")
     api = Client(create_app(wallet), token)
