@@ -213,7 +213,16 @@ def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
                                allow_abbrev=False)
     copy.add_argument("--from", dest="source", metavar="DSN", required=True, help="the wallet, which must be stopped")
     copy.add_argument("--to", dest="target", metavar="DSN", required=True, help="the database, which must be empty")
-    return vars(parser.parse_args(arguments))
+    settings = vars(parser.parse_args(arguments))
+    check_issuer_token(settings["issuer-token"])
+    return settings
+
+
+def check_issuer_token(token: str | None) -> None:
+    """Raise ConfigurationError, without showing it, for one that can be guessed or that no client can send."""
+    if token and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", token):
+        raise ConfigurationError(f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
+                                 " printable ASCII without spaces, as from: openssl rand -hex 32")
 
 
 # Errors ###############################################################################################
@@ -251,7 +260,7 @@ class MalformedRequest(WalletError, status=400, code="malformed_request", title=
 class Unauthorized(WalletError, status=401, code="unauthorized", title="A valid bearer token is needed."):
     """There is none, or not a valid one (RFC 6750). Unknown account and wrong secret answer alike."""
 
-    advice = "Send the header 'Authorization: Bearer wlt_...', with the token that registering showed."
+    advice = "Send the header 'Authorization: Bearer ...', with the token of the account, or of the issuer."
     headers = {"WWW-Authenticate": 'Bearer realm="wallet"'}
 
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer realm="wallet", error="invalid_token"'}
@@ -265,7 +274,7 @@ class InsufficientFunds(WalletError, status=402, code="insufficient_funds", titl
     required: int
 
 class Forbidden(WalletError, status=403, code="forbidden", title="This token does not allow that."):
-    """Where there is an issuer, only its token makes and fills accounts, and it does nothing else."""
+    """Where there is an issuer, its token makes and fills accounts, and an account's own does all else."""
 
 class AccountFrozen(WalletError, status=403, code="account_frozen", title="The account is frozen."):
     """It can be read, and receives nothing and spends nothing."""
@@ -302,9 +311,9 @@ class ValidationFailed(WalletError, status=422, code="validation_failed", title=
     errors: list[dict[str, str]]
 
 class BalanceLimitExceeded(WalletError, status=422, code="balance_limit_exceeded", title="The balance is too high."):
-    """It would be above AMOUNT_MAX. `balance` is what it is, in minor units."""
+    """It would be above AMOUNT_MAX. `balance` is what it is, in minor units, None where it is another account's."""
 
-    balance: int
+    balance: int | None = None
 
 class NotRefundable(WalletError, status=422, code="not_refundable", title="This cannot be refunded."):
     """Only a charge can be, and this transaction is none."""
@@ -513,12 +522,13 @@ def parse_cursor(kind: str, account_id: str, value: str) -> int:
 def parse_time(value: str | datetime) -> int:
     """Return a time, of RFC 3339 or aware, in microseconds since 1970. Raises MalformedRequest."""
     pattern = r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?([Zz]|[-+ ]\d\d:\d\d)"
-    with suppress(ValueError, TypeError, AttributeError):
+    with suppress(ValueError, TypeError, AttributeError, OverflowError):
         if isinstance(value, datetime):
             return as_us(value)
         date, clock, fraction, zone = re.fullmatch(pattern, value, re.ASCII).groups("")  # type: ignore[union-attr]
         zone = "+00:00" if zone in "Zz" else zone.replace(" ", "+")  # In a query, a bare plus means a space.
-        return as_us(datetime.fromisoformat(f"{date}T{clock}.{fraction[:6]:0<6}{zone}"))
+        moment = datetime.fromisoformat(f"{date}T{clock}.{fraction[:6]:0<6}{zone}")
+        return as_us(moment.astimezone(timezone.utc))  # Raises OverflowError before the year 1 and after 9999.
     raise MalformedRequest("A time must be as in RFC 3339: 2026-11-22T09:30:00Z, or with an offset for the Z.")
 
 
@@ -564,30 +574,20 @@ def integer(maximum: int, unit: str) -> Rule:
     return parse
 
 
-def text(maximum: int, minimum: int = 0) -> Rule:
-    """Return the rule for a line of so many characters."""
+def text(maximum: int, minimum: int = 0, *, trimmed: bool = False) -> Rule:
+    """Return the rule for a line of so many characters, without what databases disagree on, such as NUL."""
 
     def parse(value: object) -> str:
-        line = parse_text(value)
-        if not minimum <= len(line) <= maximum:
+        if not isinstance(value, str):
+            raise ValueError("must be a string")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+            raise ValueError("must not have control characters, such as line breaks, or lone surrogates")
+        value = value.strip() if trimmed else value
+        if not minimum <= len(value) <= maximum:
             raise ValueError(f"must have {f'{minimum} to' if minimum else 'at most'} {maximum} characters")
-        return line
+        return value
 
     return parse
-
-
-def parse_text(value: object) -> str:
-    """Return one line of text. Raises ValueError, also for what databases disagree on, such as NUL."""
-    if not isinstance(value, str):
-        raise ValueError("must be a string")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise ValueError("must not have control characters, such as line breaks, or lone surrogates")
-    return value
-
-
-def parse_name(value: object) -> object:
-    """Return a name without the white space around it. Raises ValueError."""
-    return text(NAME_CHARACTERS_MAX, 1)(parse_text(value).strip())
 
 
 def parse_metadata(value: object) -> dict[str, str]:
@@ -616,7 +616,7 @@ def parse_batch_type(value: object) -> object:
 
 
 parse_amount = integer(AMOUNT_MAX, "minor units (1250 for 12.50 dollars)")
-NAME: Rules = {"name": parse_name}
+NAME: Rules = {"name": text(NAME_CHARACTERS_MAX, 1, trimmed=True)}
 TEXTS: Rules = {"description": optional(text(DESCRIPTION_CHARACTERS_MAX)), "metadata": optional(parse_metadata, {})}
 MOVEMENT: Rules = {"amount": parse_amount, **TEXTS}
 PART: Rules = {"amount": optional(parse_amount), **TEXTS}  # Without an amount, all that there is.
@@ -695,14 +695,15 @@ def json_pointer(name: object) -> str:
 TRANSACTION_COLUMNS = "sequence, type, amount, balance, description, metadata, reference, created_at"
 ENTRY_COLUMNS = f"account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS}"
 CLOCK = "CASE WHEN updated_at < ? THEN ? ELSE updated_at END"  # It takes the time twice, and never goes back.
-ACCOUNT_COLUMNS = f"""id, name, balance, balance - held + (
-    SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
-    WHERE account_id = accounts.id AND status = 'active' AND expires_at <= {CLOCK}), frozen, created_at"""
-HOLDS = f"""
-    SELECT h.sequence, h.amount, CASE WHEN status = 'active' AND expires_at <= {CLOCK} THEN 'expired' ELSE status END,
-        captured, expires_at, description, metadata, t.created_at
-    FROM holds h JOIN accounts ON id = h.account_id
-        JOIN transactions t ON t.account_id = h.account_id AND t.sequence = h.sequence
+ACCOUNT = """
+    SELECT token_hash, name, balance, balance - held + (
+        SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
+        WHERE account_id = accounts.id AND status = 'active' AND expires_at <= ?), frozen, created_at
+    FROM accounts WHERE id = ?"""
+HOLDS = """
+    SELECT h.sequence, h.amount, CASE WHEN status = 'active' AND expires_at <= ? THEN 'expired' ELSE status END,
+        captured, expires_at, description, metadata, created_at
+    FROM holds h JOIN transactions t ON t.account_id = h.account_id AND t.sequence = h.sequence
     WHERE h.account_id = ? AND h.sequence BETWEEN ? AND ? ORDER BY h.sequence DESC LIMIT ?"""
 
 
@@ -750,19 +751,17 @@ class Wallet:
         # Where it was not known whether the first try was kept, there may be one: no id is made twice.
         sql = "INSERT INTO accounts VALUES (?, ?, ?, 0, 0, 0, 0, ?, ?) ON CONFLICT (id) DO NOTHING"
         self.database.write(lambda tx: tx(sql, account_id, name, hash_token(token), now_us, now_us))
-        return self._as_account((account_id, name, 0, 0, 0, now_us)), token
+        return Account(account_id, name, self.currency, 0, 0, False, as_time(now_us)), token
 
     def authenticate(self, token: str) -> Account:
         """Return the account that a token opens. Raises Unauthorized."""
-        refusal = Unauthorized(headers=INVALID_TOKEN)
         well_formed = isinstance(token, str) and re.fullmatch("wlt_[0-9A-Za-z]{54}", token)
-        if not well_formed or checksum(token[:-6]) != token[-6:]:
-            raise refusal
-        sql, now_us = f"SELECT token_hash, {ACCOUNT_COLUMNS} FROM accounts WHERE id = ?", time.time_ns() // 1000
-        rows = self.database.read(lambda tx: tx(sql, now_us, now_us, "acc_" + token[4:20]))
-        if not secrets.compare_digest(rows[0][0] if rows else "", hash_token(token)):
-            raise refusal
-        return self._as_account(rows[0][1:])
+        if well_formed and checksum(token[:-6]) == token[-6:]:
+            with suppress(AccountNotFound):
+                token_hash, account = self.database.read(lambda tx: self._account(tx, "acc_" + token[4:20]))
+                if secrets.compare_digest(token_hash, hash_token(token)):
+                    return account
+        raise Unauthorized(headers=INVALID_TOKEN)
 
     def replace_token(self, account_id: str, token: str | None = None) -> str:
         """Return a new token of an account; the old one is dead from then on.
@@ -783,7 +782,7 @@ class Wallet:
 
     def account(self, account_id: str) -> Account:
         """Return an account as it stands. Raises AccountNotFound."""
-        return self.database.read(lambda tx: self._account(tx, parse_account_id(account_id)))
+        return self.database.read(lambda tx: self._account(tx, parse_account_id(account_id)))[1]
 
     def freeze(self, account_id: str, frozen: bool = True) -> None:
         """Let an account receive nothing and spend nothing, or with False let it again. Raises AccountNotFound."""
@@ -808,7 +807,7 @@ class Wallet:
         return self.database.write(lambda tx: self._post(tx, entry, stamp))
 
     def batch(self, transactions: Sequence[Mapping[str, object]], *, account_id: str | None = None,
-              may_topup: bool = True, key: str | None = None) -> list[Transaction]:
+              key: str | None = None) -> list[Transaction]:
         """Make up to BATCH_MAX topups and charges, in order, all or none, at most once per key.
 
         Each is a dict with the `type`, `amount`, `description` and `metadata` of a movement, and the id of its
@@ -829,8 +828,6 @@ class Wallet:
                 if len(firsts) > 1:
                     self._begin(tx, stamp, *firsts)
                 for entry, own_stamp in zip(entries, stamps, strict=True):
-                    if entry.type == "topup" and not may_topup:
-                        raise Forbidden("This wallet has an issuer, and a topup needs its token.")
                     made.append(self._post(tx, entry, own_stamp, rows))
             except WalletError as error:
                 raise error.add(index=len(made)) from None
@@ -888,15 +885,16 @@ class Wallet:
         """Set money aside until it is captured or released, or expires. Raises what `charge` does."""
         fields, stamp = parse_request(
             HOLD, account_id, "hold", amount=amount, description=description, expires_in_s=expires_in_s, **options)
-        duration = timedelta(seconds=fields.pop("expires_in_s"))
+        duration_us = fields.pop("expires_in_s") * 1_000_000
 
         def hold(tx: Execute) -> Hold:
             made = self._begin(tx, stamp, account_id)
             if not made:
-                self._end_expired(tx, account_id)
+                self._end_expired(tx, account_id, time.time_ns() // 1000)
                 made = self._post(tx, Entry(account_id, "hold", **fields, held=amount), stamp)
+                now_us = min(as_us(made.created_at), time.time_ns() // 1000)  # The account's clock may be ahead.
                 tx("INSERT INTO holds VALUES (?, ?, ?, ?, 'active', 0)", account_id,
-                   parse_entry_id("txn", account_id, made.id), amount, as_us(made.created_at + duration))
+                   parse_entry_id("txn", account_id, made.id), amount, now_us + duration_us)
             # If it has ended since, this is the first answer all the same.
             kept = self._hold(tx, account_id, "hld" + made.id.removeprefix("txn"))
             return replace(kept, status="active", captured=0, replayed=made.replayed)
@@ -916,7 +914,7 @@ class Wallet:
 
         def capture(tx: Execute) -> Transaction:
             hold = self._end_hold(tx, account_id, hold_id, "captured", amount)
-            given = {name: value or getattr(hold, name) for name, value in fields.items()}
+            given = {name: getattr(hold, name) if value in (None, {}) else value for name, value in fields.items()}
             return self._post(tx, Entry(account_id, "charge", **given, reference=hold_id, held=-hold.amount), stamp)
 
         return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or capture(tx))
@@ -998,8 +996,8 @@ class Wallet:
         if not (posted := update()):
             if earlier := self._begin(tx, stamp, account_id):
                 return earlier
-            self._refuse(tx, entry, change)
-            self._end_expired(tx, account_id)
+            self._refuse(tx, entry, change, now_us)
+            self._end_expired(tx, account_id, now_us)
             posted = update()
         ((sequence, balance, created_at_us),) = posted
         metadata = json.dumps(entry.metadata, ensure_ascii=False) if entry.metadata else None
@@ -1010,9 +1008,9 @@ class Wallet:
             later.append((account_id, *stamp, *row))
         return as_transaction(account_id, row)
 
-    def _refuse(self, tx: Execute, entry: Entry, change: int) -> None:
+    def _refuse(self, tx: Execute, entry: Entry, change: int, now_us: int) -> None:
         """Say why the money cannot move, unless it can without the holds that are over. The account is locked."""
-        account, needed = self._account(tx, entry.account_id, now_us=0), entry.held - change  # By its own clock.
+        (_, account), needed = self._account(tx, entry.account_id, now_us), entry.held - change
         if account.frozen:
             raise AccountFrozen()
         if account.balance + change > AMOUNT_MAX:
@@ -1041,11 +1039,10 @@ class Wallet:
             raise IdempotencyKeyReused()
         return as_transaction(account_id, earlier[0][1:], replayed=True) if earlier else None
 
-    def _end_expired(self, tx: Execute, account_id: str) -> None:
-        """Stop counting the holds that have expired. The account is locked."""
-        ended = tx("""UPDATE holds SET status = 'expired' WHERE account_id = ? AND status = 'active'
-                      AND expires_at <= (SELECT updated_at FROM accounts WHERE id = ?) RETURNING amount""",
-                   account_id, account_id)
+    def _end_expired(self, tx: Execute, account_id: str, now_us: int) -> None:
+        """Stop counting the holds that are over. The account is locked."""
+        ended = tx("""UPDATE holds SET status = 'expired' WHERE account_id = ? AND status = 'active' AND expires_at <= ?
+                      RETURNING amount""", account_id, now_us)
         if ended:
             tx("UPDATE accounts SET held = held - ? WHERE id = ?", sum(amount for amount, in ended), account_id)
 
@@ -1062,16 +1059,13 @@ class Wallet:
            account_id, parse_entry_id("hld", account_id, hold_id))
         return hold
 
-    def _account(self, tx: Execute, account_id: str, now_us: int | None = None) -> Account:
-        now_us = time.time_ns() // 1000 if now_us is None else now_us
-        rows = tx(f"SELECT {ACCOUNT_COLUMNS} FROM accounts WHERE id = ?", now_us, now_us, account_id)
-        if not rows:
-            raise AccountNotFound()
-        return self._as_account(rows[0])
-
-    def _as_account(self, row: Row) -> Account:
-        account_id, name, balance, available, frozen, created_at_us = row
-        return Account(account_id, name, self.currency, balance, available, bool(frozen), as_time(created_at_us))
+    def _account(self, tx: Execute, account_id: str, now_us: int | None = None) -> tuple[str, Account]:
+        """Return the hash of an account's token, and the account at a time, by default now. Raises AccountNotFound."""
+        for token_hash, name, balance, available, frozen, created_at_us in tx(
+                ACCOUNT, now_us or time.time_ns() // 1000, account_id):
+            return token_hash, Account(account_id, name, self.currency, balance, available, bool(frozen),
+                                       as_time(created_at_us))
+        raise AccountNotFound()
 
     def _transaction(self, tx: Execute, account_id: str, transaction_id: str) -> Transaction:
         sequence = parse_entry_id("txn", account_id, transaction_id)
@@ -1088,11 +1082,10 @@ class Wallet:
         raise NotFound("This account has no such hold.")
 
     def _read_holds(self, tx: Execute, account_id: str, first: int, last: int, limit: int) -> list[Hold]:
-        now_us = time.time_ns() // 1000
         return [Hold(make_entry_id("hld", account_id, sequence), amount, status, captured, as_time(expires_at_us),
                      description, json.loads(metadata or "{}"), as_time(created_at_us))
                 for sequence, amount, status, captured, expires_at_us, description, metadata, created_at_us
-                in tx(HOLDS, now_us, now_us, account_id, first, last, limit)]
+                in tx(HOLDS, time.time_ns() // 1000, account_id, first, last, limit)]
 
     def _entries(self, account_id: str, rows_max: int, *, above: int = 0, below: int | None = None,
                  newest_first: bool = False, type: str | None = None, since: str | datetime | None = None,
@@ -1727,7 +1720,7 @@ def get_account(wallet: Wallet, caller: Account, at: str | None = None) -> Respo
     """Show the account, as authentication has just read it, or what its balance was at a time."""
     if at is None:
         return Response(200, caller)
-    then = {"balance": wallet.balance_at(caller.id, at), "at": at}
+    then = {"balance": wallet.balance_at(caller.id, at), "at": format_time(as_time(parse_time(at)))}
     return Response(200, {"id": caller.id, "name": caller.name, "currency": caller.currency, **then})
 
 
@@ -1819,9 +1812,14 @@ def get_page(wallet: Wallet, caller: None) -> Response:
 
 
 def to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
-    """Return a record as JSON has it, its times in UTC ending in Z (RFC 3339)."""
-    return {name: value.isoformat(timespec="microseconds").replace("+00:00", "Z")
-            if isinstance(value, datetime) else value for name, value in vars(record).items() if name != "replayed"}
+    """Return a record as JSON has it."""
+    return {name: format_time(value) if isinstance(value, datetime) else value
+            for name, value in vars(record).items() if name != "replayed"}
+
+
+def format_time(moment: datetime) -> str:
+    """Return a time in UTC, ending in Z (RFC 3339)."""
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 _statements = threading.BoundedSemaphore(STATEMENTS_MAX)
@@ -1938,9 +1936,7 @@ class App:
     """The WSGI application. Every answer is made here, whatever happens: there is no other way out."""
 
     def __init__(self, wallet: Wallet, issuer_token: str | None = None) -> None:
-        if issuer_token and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", issuer_token):
-            raise ConfigurationError(f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
-                                     " printable ASCII without spaces, as from: openssl rand -hex 32")
+        check_issuer_token(issuer_token)
         self.wallet = wallet
         self.has_issuer = bool(issuer_token)
         self._issuer_token_hash = hash_token(issuer_token) if issuer_token else ""
@@ -1982,6 +1978,8 @@ class App:
         if "body" in takes:
             parse = takes["body"] if arguments["caller"] else takes.get("issuer_body", takes["body"])
             arguments |= parse(parse_body(environ, takes))
+            if takes.get("issuer") == "too" and arguments["caller"] and self.has_issuer:
+                refuse_topups(arguments["transactions"])
         response: Response = route.callback(self.wallet, **arguments)
         return response
 
@@ -1998,11 +1996,16 @@ class App:
         caller = None if by_issuer else self.wallet.authenticate(token)
         if caller and issuer_may == "instead" and self.has_issuer:
             raise Forbidden("This wallet has an issuer, and this route needs its token.")
-        if issuer_may == "too":
-            arguments["may_topup"] = by_issuer or not self.has_issuer
         if takes.get("token"):
             arguments["token"] = token
         return caller
+
+
+def refuse_topups(transactions: object) -> None:
+    """Raise Forbidden, with its index, for a topup in a batch that is not the issuer's."""
+    for index, one in enumerate(transactions if isinstance(transactions, list) else ()):
+        if isinstance(one, dict) and one.get("type") == "topup":
+            raise Forbidden("This wallet has an issuer, and a topup needs its token.", index=index)
 
 
 def make_request_id(sent: str, issuer_token_hash: str = "") -> str:
