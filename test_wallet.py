@@ -2328,6 +2328,27 @@ def test_statement_is_the_history_of_the_moment_it_was_asked_for(wallet, ada, mo
     assert [one.amount for one in [*seen, *entries]] == [1, 2, 3, 4, 5]
 
 
+def test_history_is_whole_however_it_is_read_in_parts_with_holds_between(wallet, ada, monkeypatch):
+    monkeypatch.setattr(wallet_module, "STATEMENT_ROWS", 2)
+    wallet.topup(ada.id, 100)
+    for amount in range(1, 8):
+        for _ in range(amount % 4):
+            wallet.release(ada.id, wallet.hold(ada.id, 1).id)
+        wallet.charge(ada.id, amount)
+        wallet.topup(ada.id, 10 * amount)
+    amounts = [100, *[one for amount in range(1, 8) for one in (amount, 10 * amount)]]
+    assert [one.amount for one in wallet.statement(ada.id)] == amounts
+    assert [one.amount for one in wallet.statement(ada.id, type="charge")] == [1, 2, 3, 4, 5, 6, 7]
+    for limit in (1, 2, 3, 15):
+        for position in ("cursor", "after"):
+            seen, next_ = [], "0" if position == "after" else None
+            while next_ is not None or not seen:
+                page = wallet.transactions(ada.id, limit=limit, **{position: next_})
+                seen, next_ = seen + [one.amount for one in page.transactions], page.next_cursor
+                assert len(page.transactions) == limit or next_ is None
+            assert seen == (amounts if position == "after" else amounts[::-1])
+
+
 def get_statement(url, token, receive_buffer_bytes=4096):
     """Ask for a statement and read nothing of it but its first bytes. Return the connection."""
     connection = connect(url, receive_buffer_bytes)
