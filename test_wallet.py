@@ -566,6 +566,7 @@ class Model(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "wallet"):
+            check_books(self.wallet)
             self.wallet.close()
             Model.now_us = 0
 
@@ -822,10 +823,6 @@ class Model(RuleBasedStateMachine):
             mine = [hold for hold in self.holds.values() if hold.id[4:20] == account[4:]]
             expected = [dataclasses.replace(hold, status=self.status(hold)) for hold in reversed(mine)]
             assert self.wallet.holds(account, limit=100).holds == expected
-
-    @invariant()
-    def books_are_right(self):
-        check_books(self.wallet)
 
 
 @pytest.mark.parametrize("examples", [20, pytest.param(1000, marks=pytest.mark.torture)])
@@ -1576,7 +1573,7 @@ def test_opposing_transfers_never_deadlock_and_conserve_the_total(new_schema, po
             wallet.topup(account, 1000)
 
         def work(sender, to):
-            for amount in range(1, 31 if kind is Wallet else 6):
+            for amount in range(1, 31 if kind is Wallet else 3):
                 with contextlib.suppress(InsufficientFunds):
                     wallet.transfer(sender, to, amount)
 
@@ -1793,14 +1790,17 @@ def test_hold_that_expires_in_the_middle_of_a_request_is_one_or_the_other(dsn, m
         check_books(wallet)
 
 
-@pytest.mark.parametrize("seconds", [0, -1, 30 * 24 * 3600 + 1, 1.0, "5", True, [], AMOUNT_MAX + 1])
-def test_hold_lasts_a_second_to_30_days(api, seconds):
-    api.send("POST", "/api/transactions/topup", {"amount": 5})
-    refused = api.send("POST", "/api/holds", {"amount": 1, "expires_in_s": seconds}, status=422).json
-    rule = "must be an integer from 1 to 2592000, in seconds"
-    assert refused["errors"] == [{"pointer": "#/expires_in_s", "detail": rule}]
-    for good in (None, 1, 30 * 24 * 3600):
-        api.send("POST", "/api/holds", {"amount": 1, "expires_in_s": good}, status=201)
+BAD_DURATIONS = [0, -1, 30 * 24 * 3600 + 1, 1.0, "5", True, [], AMOUNT_MAX + 1]
+
+
+def test_hold_lasts_a_second_to_30_days(api):
+    for seconds in BAD_DURATIONS:
+        api.send("POST", "/api/transactions/topup", {"amount": 5})
+        refused = api.send("POST", "/api/holds", {"amount": 1, "expires_in_s": seconds}, status=422).json
+        rule = "must be an integer from 1 to 2592000, in seconds"
+        assert refused["errors"] == [{"pointer": "#/expires_in_s", "detail": rule}]
+        for good in (None, 1, 30 * 24 * 3600):
+            api.send("POST", "/api/holds", {"amount": 1, "expires_in_s": good}, status=201)
 
 
 def test_capture_and_release_race_64_ways_and_exactly_one_wins(concurrent_dsn):
@@ -2062,25 +2062,31 @@ def test_commit_of_every_operation_that_was_cut_off_but_happened_is_answered_wit
 # Metadata and history ################################################################################################
 
 
-@pytest.mark.parametrize("metadata", [
+GOOD_METADATA = [
     {}, {"a": ""}, {"x" * 40: "y" * 500}, {str(number): "z" * 500 for number in range(20)}, {"ключ": "día \u2028 👩‍🚀"},
     {"b": "1", "a": "2"}, {"=1+1": "@x"},
-])
-def test_metadata_comes_back_as_it_was_given(api, metadata):
-    shown = api.send("POST", "/api/transactions/topup", {"amount": 5, "metadata": metadata}, status=201).json
-    assert list(shown["metadata"].items()) == list(metadata.items())
-    assert api.send("GET", f"/api/transactions/{shown['id']}").json == shown
-    assert api.send("GET", "/api/transactions").json["transactions"] == [shown]
+]
 
 
-@pytest.mark.parametrize("metadata", [
+def test_metadata_comes_back_as_it_was_given(api):
+    for metadata in GOOD_METADATA:
+        shown = api.send("POST", "/api/transactions/topup", {"amount": 5, "metadata": metadata}, status=201).json
+        assert list(shown["metadata"].items()) == list(metadata.items())
+        assert api.send("GET", f"/api/transactions/{shown['id']}").json == shown
+        assert api.send("GET", "/api/transactions").json["transactions"][0] == shown
+
+
+BAD_METADATA = [
     [], "x", 5, True, {"a": 1}, {"a": None}, {"a": {}}, {"": "x"}, {"x" * 41: ""}, {"a": "y" * 501}, {"a": "b\n"},
     {"a\t": "b"}, {"a": "\ud800"}, {"\x00": ""}, {str(number): "" for number in range(21)},
-])
-def test_bad_metadata_is_refused_and_changes_nothing(api, metadata):
-    answer = api.send("POST", "/api/transactions/topup", {"amount": 5, "metadata": metadata}, status=422).json
-    assert [error["pointer"] for error in answer["errors"]] == ["#/metadata"]
-    assert api.send("GET", "/api/account").json["balance"] == 0
+]
+
+
+def test_bad_metadata_is_refused_and_changes_nothing(api):
+    for metadata in BAD_METADATA:
+        answer = api.send("POST", "/api/transactions/topup", {"amount": 5, "metadata": metadata}, status=422).json
+        assert [error["pointer"] for error in answer["errors"]] == ["#/metadata"]
+        assert api.send("GET", "/api/account").json["balance"] == 0
 
 
 def test_metadata_is_part_of_the_request_that_a_key_stands_for_in_any_order(wallet, ada):
@@ -2106,7 +2112,7 @@ def dated(dsn, monkeypatch):
         check_books(wallet)
 
 
-@pytest.mark.parametrize(("query", "expected"), [
+HISTORY_OF_A_TIME = [
     ("since=2001-09-09T01:46:43Z", [4, 5, 6, 7, 8, 9, 10]), ("until=2001-09-09T01:46:43Z", [1, 2, 3]),
     ("since=2001-09-09T01:46:43Z&until=2001-09-09T01:46:45Z", [4, 5]),
     ("since=2001-09-09T01:46:42.0000001Z", [*range(3, 11)]), ("since=2001-09-09T01:46:42.000001Z", [*range(4, 11)]),
@@ -2116,31 +2122,37 @@ def dated(dsn, monkeypatch):
     ("since=2002-01-01T00:00:00Z", []), ("until=2001-01-01T00:00:00Z", []),
     ("type=charge&since=2001-09-09T01:46:43Z", []),
     ("since=2001-09-09T01:46:45Z&until=2001-09-09T01:46:43Z", []),
-])
-def test_history_of_a_time_is_half_open_and_honours_offsets(dated, query, expected):
-    pages, path = [], f"?limit=3&{query}"
-    while path:
-        page = dated.api.send("GET", f"/api/transactions{path}", status=200)
-        pages += page.json["transactions"]
-        path = page.headers["Link"].split(">")[0][1:] if "Link" in page.headers else None
-    assert [one["balance"] for one in pages] == expected[::-1]
-    statement = dated.api.send("GET", f"/api/transactions.csv?{query}", status=200)
-    assert [line["balance"] for line in csv.DictReader(io.StringIO(statement.text))] == [str(one) for one in expected]
-    feed = dated.api.send("GET", f"/api/transactions?limit=100&after=0&{query}", status=200).json
-    assert [one["balance"] for one in feed["transactions"]] == expected
+]
 
 
-@pytest.mark.parametrize("time_", [
+def test_history_of_a_time_is_half_open_and_honours_offsets(dated):
+    for query, expected in HISTORY_OF_A_TIME:
+        pages, path = [], f"?limit=3&{query}"
+        while path:
+            page = dated.api.send("GET", f"/api/transactions{path}", status=200)
+            pages += page.json["transactions"]
+            path = page.headers["Link"].split(">")[0][1:] if "Link" in page.headers else None
+        assert [one["balance"] for one in pages] == expected[::-1]
+        statement = dated.api.send("GET", f"/api/transactions.csv?{query}", status=200).text
+        assert [int(line["balance"]) for line in csv.DictReader(io.StringIO(statement))] == expected
+        feed = dated.api.send("GET", f"/api/transactions?limit=100&after=0&{query}", status=200).json
+        assert [one["balance"] for one in feed["transactions"]] == expected
+
+
+BAD_TIMES = [
     "", "2001-09-09", "2001-09-09T01:46:43", "2001-09-09T01:46Z", "2001-13-09T01:46:43Z", "2001-09-09T24:46:43Z",
     "2001-09-09T01:46:60Z", "2001-09-09T01:46:43%2B24:00", "2001-09-09T01:46:43%2B2", "1000000000", "now",
     "2001-09-09T01:46:43Z%0A", "%D9%A2001-09-09T01:46:43Z", "2001-09-09T01:46:43.Z", "0000-01-01T00:00:00Z",
     "0001-01-01T00:00:00%2B23:59", "9999-12-31T23:59:59.999999-23:59",
-])
-def test_time_that_is_not_of_rfc_3339_is_refused(dated, time_):
-    for path in ("transactions?since", "transactions.csv?until", "account?at"):
-        answer = dated.api.send("GET", f"/api/{path}={time_}", status=400).json
-        assert answer["code"] == "malformed_request"
-        assert "RFC 3339" in answer["detail"]
+]
+
+
+def test_time_that_is_not_of_rfc_3339_is_refused(dated):
+    for time_ in BAD_TIMES:
+        for path in ("transactions?since", "transactions.csv?until", "account?at"):
+            answer = dated.api.send("GET", f"/api/{path}={time_}", status=400).json
+            assert answer["code"] == "malformed_request"
+            assert "RFC 3339" in answer["detail"]
 
 
 def test_times_in_process_are_aware_or_text(dated):
@@ -2251,16 +2263,16 @@ def cells(text, delimiter):
     return [cell for line in csv.reader(io.StringIO(text), delimiter=delimiter) for cell in line]
 
 
-@pytest.mark.parametrize("formula", FORMULAS)
-def test_statement_has_no_cell_that_a_spreadsheet_takes_for_a_formula(wallet, formula):
-    ada, token = wallet.register(formula)
-    wallet.topup(ada.id, 5, formula, metadata={formula[:40]: formula})
-    text = Client(create_app(wallet), token).send("GET", "/api/transactions.csv", status=200).text
-    for delimiter in (",", ";"):
-        found = [cell for cell in cells(text, delimiter) if re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", cell)]
-        assert found == []
-    (line,) = csv.DictReader(io.StringIO(text))
-    assert line["description"].replace("'", "") == formula.replace("'", "")
+def test_statement_has_no_cell_that_a_spreadsheet_takes_for_a_formula(wallet):
+    for formula in FORMULAS:
+        ada, token = wallet.register(formula)
+        wallet.topup(ada.id, 5, formula, metadata={formula[:40]: formula})
+        text = Client(create_app(wallet), token).send("GET", "/api/transactions.csv", status=200).text
+        for delimiter in (",", ";"):
+            found = [cell for cell in cells(text, delimiter) if re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", cell)]
+            assert found == []
+        (line,) = csv.DictReader(io.StringIO(text))
+        assert line["description"].replace("'", "") == formula.replace("'", "")
 
 
 def test_statement_is_the_whole_history_as_csv(wallet):
@@ -2400,10 +2412,10 @@ def test_statement_that_breaks_off_cannot_be_taken_for_a_whole_one(long_history,
 
 
 def test_statement_may_take_longer_than_other_answers_while_it_is_read(long_history, monkeypatch):
-    monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 2)
+    monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 1)
     with running(long_history.wallet) as url, get_statement(url, long_history.token, None) as connection:
         started, received = time.monotonic(), b""
-        while time.monotonic() - started < 5:
+        while time.monotonic() - started < 3:
             received += connection.recv(65536)
             time.sleep(0.05)
         assert not received.endswith(b"\r\n0\r\n\r\n")
