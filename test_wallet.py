@@ -550,7 +550,7 @@ class Model(RuleBasedStateMachine):
     parts = st.none() | st.integers(1, 60)
     texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=5)
     said = st.fixed_dictionaries({}, optional={
-        "description": texts, "metadata": st.dictionaries(texts.filter(bool), texts, max_size=2)})
+        "description": texts, "metadata": st.dictionaries(texts.filter(bool), texts, min_size=1, max_size=2)})
     times = st.integers(0, 40)
 
     @initialize(target=accounts, balance=st.integers(1, 200))
