@@ -33,6 +33,7 @@ import tracemalloc
 import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as futures_wait
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -100,6 +101,7 @@ def check_holds(read, rows, held):
     made = {f"hld_{row[0][4:]}_{row[1]}": row for row in rows if row[2] == "hold"}
     ended = [(row[5], row[2]) for row in rows if row[2] == "release" or (row[2] == "charge" and row[5])]
     assert len({hold for hold, _ in ended}) == len(ended)
+    assert all(row[3] == made[row[5]][3] for row in rows if row[2] == "release")
     active, statuses = dict.fromkeys(held, 0), {}
     for account_id, sequence, amount, status, captured in read(
             "SELECT account_id, sequence, amount, status, captured FROM holds"):
@@ -2059,6 +2061,105 @@ def test_commit_of_every_operation_that_was_cut_off_but_happened_is_answered_wit
         check_books(wallet)
 
 
+@pytest.mark.parametrize("operation", ["charge", "refund", "transfer", "hold", "capture", "release", "batch"])
+def test_concurrent_sends_of_one_key_get_equal_answers_whatever_they_do(concurrent_dsn, operation):
+    """Those that looked for the key before the first had committed look again, once they have the account."""
+    with Wallet(concurrent_dsn, connections=16) as wallet:
+        ada, bob = (wallet.register(name)[0].id for name in ("Ada", "Bob"))
+        wallet.topup(ada, 100)
+        charge, hold = wallet.charge(ada, 20), wallet.hold(ada, 30)
+        call = {
+            "charge": lambda: wallet.charge(ada, 50, key="k"), "refund": lambda: wallet.refund(ada, charge.id, key="k"),
+            "transfer": lambda: wallet.transfer(ada, bob, 50, key="k"), "hold": lambda: wallet.hold(ada, 50, key="k"),
+            "capture": lambda: wallet.capture(ada, hold.id, key="k"),
+            "release": lambda: wallet.release(ada, hold.id, key="k"),
+            "batch": lambda: wallet.batch([{"account": one, "type": "charge" if one == ada else "topup", "amount": 50}
+                                           for one in (ada, bob)], key="k"),
+        }[operation]
+        outcomes = together(*[call] * 16)
+        assert [one for one in outcomes if one != outcomes[0]] == [], outcomes
+        made = [one[0] if operation == "batch" else one for one in outcomes]
+        assert sum(not one.replayed for one in made) == 1
+        check_books(wallet)
+
+
+def test_hold_that_has_ended_is_no_more_counted_as_expired_when_its_time_comes(dsn, monkeypatch):
+    """Else whoever captures or releases a hold has its money twice from then on."""
+    now_us = 10**15
+    monkeypatch.setattr(time, "time_ns", lambda: now_us * 1000)
+    with Wallet(dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.topup(ada.id, 100)
+        captured, released, _ = (wallet.hold(ada.id, amount, expires_in_s=10) for amount in (10, 20, 30))
+        wallet.capture(ada.id, captured.id, 5)
+        wallet.release(ada.id, released.id)
+        assert wallet.account(ada.id).available == 65
+        now_us += 10**7
+        assert (wallet.account(ada.id).balance, wallet.account(ada.id).available) == (95, 95)
+        wallet.hold(ada.id, 1)  # From now on the third is written down as expired.
+        assert [one.status for one in wallet.holds(ada.id).holds] == ["active", "expired", "released", "captured"]
+        assert wallet.account(ada.id).available == 94
+        with pytest.raises(InsufficientFunds) as refused:
+            wallet.charge(ada.id, 95)
+        assert refused.value.members == {"balance": 95, "available": 94, "required": 95}
+        check_books(wallet)
+
+
+def test_key_stands_for_the_charge_or_the_hold_it_came_with(wallet, ada):
+    """Else a key sent again for another one would be answered as done, and nothing would have been."""
+    wallet.topup(ada.id, 100)
+    calls = ((wallet.refund, [wallet.charge(ada.id, 10) for _ in range(2)]),
+             (wallet.capture, [wallet.hold(ada.id, 10) for _ in range(2)]),
+             (wallet.release, [wallet.hold(ada.id, 10) for _ in range(2)]))
+    for call, (one, other) in calls:
+        call(ada.id, one.id, key=call.__name__)
+        with pytest.raises(IdempotencyKeyReused):
+            call(ada.id, other.id, key=call.__name__)
+    bob, cem = (wallet.register(name)[0].id for name in ("Bob", "Cem"))
+    wallet.transfer(ada.id, bob, 1, key="t")
+    with pytest.raises(IdempotencyKeyReused):
+        wallet.transfer(ada.id, cem, 1, key="t")
+
+
+def test_full_account_that_holds_all_it_has_is_refused_for_what_is_available(wallet, ada):
+    wallet.topup(ada.id, AMOUNT_MAX)
+    wallet.hold(ada.id, AMOUNT_MAX)
+    with pytest.raises(InsufficientFunds) as refused:
+        wallet.hold(ada.id, 1)
+    assert refused.value.members == {"balance": AMOUNT_MAX, "available": 0, "required": 1}
+
+
+@pytest.mark.parametrize("type_", ["refund", "transfer_in", "transfer_out", "hold", "release", "", None, 5, [], {}])
+def test_batch_makes_topups_and_charges_only(api, type_):
+    """No refund without its charge, no transfer out of nowhere, and no fault for what is no string."""
+    body = {"transactions": [{"type": "topup", "amount": 5}, {"type": type_, "amount": 5}]}
+    refused = api.send("POST", "/api/transactions/batch", body, status=422).json
+    assert refused["errors"] == [{"pointer": "#/transactions/1/type", "detail": "must be topup or charge"}]
+    assert api.send("GET", "/api/account").json["balance"] == 0
+
+
+def test_nothing_comes_between_a_refusal_that_was_none_and_the_second_try(postgres_dsn, monkeypatch):
+    with Wallet(postgres_dsn) as wallet, Wallet(postgres_dsn) as other, ThreadPoolExecutor(1) as thread:
+        ada, taken, filled = wallet.register("Ada")[0], [], []
+        execute, mine = wallet_module._execute_on_postgres, threading.get_ident()
+
+        def interfere(connection, sql, *parameters):
+            rows = execute(connection, sql, *parameters)
+            if threading.get_ident() == mine and sql.startswith("UPDATE accounts SET balance") and not rows:
+                filled.append(other.topup(ada.id, 5))
+            elif threading.get_ident() == mine and sql == wallet_module.ACCOUNT:
+                taken.append(thread.submit(other.charge, ada.id, 5))
+                futures_wait(taken, timeout=0.5)  # It is not done by then, since the account is locked.
+            return rows
+
+        monkeypatch.setattr(wallet_module, "_execute_on_postgres", interfere)
+        assert wallet.charge(ada.id, 3).balance == 2
+        monkeypatch.setattr(wallet_module, "_execute_on_postgres", execute)
+        assert len(filled) == len(taken) == 1
+        assert isinstance(taken[0].exception(timeout=30), InsufficientFunds)
+        check_books(wallet)
+
+
 # Metadata and history ################################################################################################
 
 
@@ -2116,6 +2217,7 @@ HISTORY_OF_A_TIME = [
     ("since=2001-09-09T01:46:43Z", [4, 5, 6, 7, 8, 9, 10]), ("until=2001-09-09T01:46:43Z", [1, 2, 3]),
     ("since=2001-09-09T01:46:43Z&until=2001-09-09T01:46:45Z", [4, 5]),
     ("since=2001-09-09T01:46:42.0000001Z", [*range(3, 11)]), ("since=2001-09-09T01:46:42.000001Z", [*range(4, 11)]),
+    ("since=2001-09-09%2001:46:43Z", [*range(4, 11)]),
     ("since=2001-09-09t03:46:43%2B02:00", [*range(4, 11)]), ("since=2001-09-09T03:46:43+02:00", [*range(4, 11)]),
     ("until=2001-09-08T20:16:43-05:30", [1, 2, 3]),
     ("since=0001-01-01T00:00:00Z&until=9999-12-31T23:59:59.999999Z", [*range(1, 11)]),
@@ -2226,28 +2328,29 @@ def test_feed_leads_on_by_link_and_takes_no_cursor_beside_it(api):
         api.send("GET", f"/api/transactions?{bad}", status=400)
 
 
-def test_history_is_found_without_passing_over_holds(file_wallet):
+def test_history_of_every_kind_is_found_without_passing_over_holds(file_wallet):
     """Else whoever holds and releases often makes each page slow."""
     accounts = [file_wallet.register(name)[0] for name in ("few", "many")]
 
     def fill(tx):
         row = "INSERT INTO transactions VALUES (?, ?, ?, 1, 0, NULL, NULL, 'x', ?, ?, 0)"
-        for account, count in zip(accounts, (60, 30_000), strict=True):
+        for account, count in zip(accounts, (200, 30_000), strict=True):
             tx("UPDATE accounts SET last_sequence = ? WHERE id = ?", count, account.id)
             for number in range(1, count + 1):
-                tx(row, account.id, number, "topup" if number < 5 else "hold", f"k{number}", "f" * 64)
+                tx(row, account.id, number, "topup" if number < 3 or number > count - 2 else "hold", f"k{number}",
+                   "f" * 64)
 
     file_wallet.database.write(fill)
-    steps = []
+    steps = {}
     for account in accounts:
-        for filters in ({}, {}, {"after": "0"}, {"type": "topup"}):
+        for filters in ({}, {"after": "0"}, {"type": "topup"}):
+            file_wallet.transactions(account.id, **filters)  # Prepares the statements, which counts too.
             counted = []
-            file_wallet.transactions(account.id)
             file_wallet.database._idle_readers[0].set_progress_handler(lambda: counted.append(1), 1)  # noqa: B023
             assert len(file_wallet.transactions(account.id, **filters).transactions) == 4
             file_wallet.database._idle_readers[0].set_progress_handler(None, 1)
-        steps.append(len(counted))
-    assert 0 < steps[1] < steps[0] + 20, steps
+            steps.setdefault(str(filters), []).append(len(counted))
+    assert all(few > 0 and abs(many - few) < 20 for few, many in steps.values()), steps
     file_wallet.database.write(lambda tx: tx("DELETE FROM transactions"))
     file_wallet.database.write(lambda tx: tx("UPDATE accounts SET last_sequence = 0"))
 
@@ -2340,27 +2443,6 @@ def test_statement_is_the_history_of_the_moment_it_was_asked_for(wallet, ada, mo
     assert [one.amount for one in [*seen, *entries]] == [1, 2, 3, 4, 5]
 
 
-def test_history_is_whole_however_it_is_read_in_parts_with_holds_between(wallet, ada, monkeypatch):
-    monkeypatch.setattr(wallet_module, "STATEMENT_ROWS", 2)
-    wallet.topup(ada.id, 100)
-    for amount in range(1, 8):
-        for _ in range(amount % 4):
-            wallet.release(ada.id, wallet.hold(ada.id, 1).id)
-        wallet.charge(ada.id, amount)
-        wallet.topup(ada.id, 10 * amount)
-    amounts = [100, *[one for amount in range(1, 8) for one in (amount, 10 * amount)]]
-    assert [one.amount for one in wallet.statement(ada.id)] == amounts
-    assert [one.amount for one in wallet.statement(ada.id, type="charge")] == [1, 2, 3, 4, 5, 6, 7]
-    for limit in (1, 2, 3, 15):
-        for position in ("cursor", "after"):
-            seen, next_ = [], "0" if position == "after" else None
-            while next_ is not None or not seen:
-                page = wallet.transactions(ada.id, limit=limit, **{position: next_})
-                seen, next_ = seen + [one.amount for one in page.transactions], page.next_cursor
-                assert len(page.transactions) == limit or next_ is None
-            assert seen == (amounts if position == "after" else amounts[::-1])
-
-
 def get_statement(url, token, receive_buffer_bytes=4096):
     """Ask for a statement and read nothing of it but its first bytes. Return the connection."""
     connection = connect(url, receive_buffer_bytes)
@@ -2425,6 +2507,62 @@ def test_statement_may_take_longer_than_other_answers_while_it_is_read(long_hist
             received += chunk
     with running(long_history.wallet) as url, get_statement(url, long_history.token) as connection:
         assert send_slowly_until_closed(connection)  # Who reads nothing is let go.
+
+
+def test_history_among_holds_has_each_entry_once_and_in_order_whatever_the_page(wallet, ada, monkeypatch):
+    """Where holds fill what is read at once, the rest is read by type, and put together again."""
+    bob, _ = wallet.register("Bob")
+    made = [wallet.topup(ada.id, 100), wallet.topup(bob.id, 100)][:1]
+    for number in range(1, 5):
+        for _ in range(number):
+            wallet.release(ada.id, wallet.hold(ada.id, 1).id)
+        made += [wallet.topup(ada.id, 5), wallet.charge(ada.id, 3)]
+        made += [wallet.refund(ada.id, made[-1].id, 1), wallet.transfer(ada.id, bob.id, 2)]
+        wallet.transfer(bob.id, ada.id, 1)
+        made += wallet.transactions(ada.id, limit=1).transactions
+        made += [wallet.capture(ada.id, wallet.hold(ada.id, 1).id)]
+    for limit in range(1, 12):
+        for name, start, expected in (("after", "0", made), ("cursor", None, made[::-1])):
+            seen, position = [], start
+            while position is not None or not seen:
+                page = wallet.transactions(ada.id, limit=limit, **{name: position})
+                assert 0 < len(page.transactions) <= limit
+                seen, position = seen + page.transactions, page.next_cursor
+            assert seen == expected
+        monkeypatch.setattr(wallet_module, "STATEMENT_ROWS", limit)
+        assert list(wallet.statement(ada.id)) == made
+        for type in wallet_module.SIGN_BY_TYPE:
+            assert list(wallet.statement(ada.id, type=type)) == [one for one in made if one.type == type]
+
+
+def test_cursor_that_is_outside_of_the_time_asked_for_widens_nothing(dated):
+    entries = dated.wallet.transactions(dated.id, after="0").transactions
+    until, since = "2001-09-09T01:46:43Z", "2001-09-09T01:46:47Z"
+
+    def balances(**filters):
+        return [one.balance for one in dated.wallet.transactions(dated.id, **filters).transactions]
+
+    assert balances(cursor=entries[8].id, until=until) == [3, 2, 1]
+    assert balances(cursor=entries[2].id, until=until) == [2, 1]
+    assert balances(after=entries[2].id, since=since) == [8, 9, 10]
+    assert balances(after=entries[8].id, since=since) == [10]
+    assert balances(cursor=entries[2].id, since=since) == balances(after=entries[8].id, until=until) == []
+
+
+def test_reader_that_takes_a_little_now_and_then_is_let_go_too(long_history, monkeypatch, caplog):
+    """Else one that takes a byte now and then would keep its thread and its place for as long as it likes."""
+    caplog.set_level(logging.INFO, "wallet")
+    monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 2)
+    with running(long_history.wallet) as url, get_statement(url, long_history.token, 2**15) as connection:
+        received = 0
+        while received < 3 * wallet_module.UNREAD_BYTES_MAX:  # At first it reads as it should.
+            received += len(connection.recv(65536))
+        assert "too slow" not in caplog.text
+        deadline = time.monotonic() + 15
+        while "too slow" not in caplog.text and time.monotonic() < deadline:
+            connection.recv(8192)
+            time.sleep(0.1)
+        assert "too slow" in caplog.text
 
 
 # Tokens, the issuer and freezing #####################################################################################
@@ -2651,6 +2789,117 @@ def test_commands_freeze_and_unfreeze_an_account_of_a_wallet_that_runs(durable_d
     assert "cannot open" in missing.stderr
     assert list((tmp_path / "empty").iterdir()) == []
     assert "Example: python wallet.py freeze" in command("freeze", "--help").stdout
+
+
+def test_token_that_another_replaced_between_the_look_and_the_write_replaces_nothing(wallet, ada, monkeypatch):
+    look, winner = wallet.authenticate, []
+
+    def overtaken(token):
+        account = look(token)
+        monkeypatch.setattr(wallet, "authenticate", look)
+        winner.append(wallet.replace_token(account.id, token))
+        return account
+
+    old = wallet.replace_token(ada.id)
+    monkeypatch.setattr(wallet, "authenticate", overtaken)
+    with pytest.raises(Unauthorized) as refused:
+        wallet.replace_token(ada.id, old)
+    assert "invalid_token" in refused.value.headers["WWW-Authenticate"]
+    assert wallet.authenticate(winner[0]) == ada
+
+
+@pytest.mark.parametrize("transactions", [None, 5, "x", {}, [], [7], [None], ["topup"], [[]], [{"type": []}]])
+def test_batch_that_makes_no_sense_is_refused_alike_where_there_is_an_issuer(shop, transactions):
+    for client in (shop.ada, shop.issuer):
+        refused = client.send("POST", "/api/transactions/batch", {"transactions": transactions}, status=422).json
+        assert refused["code"] == "validation_failed"
+
+
+def test_keys_of_the_issuer_are_none_that_a_transfer_becomes_elsewhere(shop):
+    bob = shop.issuer.send("POST", "/api/register", {"name": "Bob"}, status=201).json["id"]
+    body = {"to": bob, "amount": 5}
+    shop.ada.send("POST", "/api/transactions/transfer", body, Idempotency_Key="t", status=201)
+    body = {"account": bob, "amount": 5}
+    done = shop.issuer.send("POST", "/api/transactions/topup", body, Idempotency_Key=f"{shop.id} 1 t", status=201)
+    assert done.json["balance"] == 10
+
+
+def test_of_a_body_that_is_too_large_no_more_is_read_than_shows_it(wallet):
+    _, token = wallet.register("Ada")
+    for path, bytes_max in (("topup", BODY_BYTES_MAX), ("batch", wallet_module.BATCH_BODY_BYTES_MAX)):
+        body, answers = io.BytesIO(b" " * 2**22), []
+        environ = {"REQUEST_METHOD": "POST", "PATH_INFO": f"/api/transactions/{path}", "CONTENT_LENGTH": str(2**22),
+                   "CONTENT_TYPE": "application/json", "HTTP_AUTHORIZATION": f"Bearer {token}", "wsgi.input": body}
+        create_app(wallet)(environ, lambda line, headers, answers=answers: answers.append(line))
+        assert (answers[0][:3], body.tell()) == ("413", bytes_max + 1)
+
+
+def test_token_that_was_replaced_while_a_request_to_replace_it_ran_replaces_nothing(wallet, ada, monkeypatch):
+    look, winner = wallet.authenticate, []
+
+    def overtaken(token):
+        account = look(token)
+        monkeypatch.setattr(wallet, "authenticate", look)
+        winner.append(wallet.replace_token(account.id))
+        return account
+
+    api = Client(create_app(wallet), wallet.replace_token(ada.id))
+    monkeypatch.setattr(wallet, "authenticate", overtaken)
+    answer = api.send("POST", "/api/account/token", status=401)
+    assert "invalid_token" in answer.headers["WWW-Authenticate"]
+    assert wallet.authenticate(winner[0]) == ada
+
+
+@pytest.mark.parametrize("length", [None, "", "0"])
+def test_no_body_is_none_however_a_server_says_so(wallet, ada, length):
+    token, answers = wallet.replace_token(ada.id), []
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/api/account/token", "HTTP_AUTHORIZATION": f"Bearer {token}",
+               "wsgi.input": io.BytesIO(), **({} if length is None else {"CONTENT_LENGTH": length})}
+    create_app(wallet)(environ, lambda line, headers: answers.append(line))
+    assert answers == ["201 Created"]
+
+
+def test_database_of_the_first_version_gets_every_index_and_its_times_go_on(durable_dsn):
+    """What is made anew has all indexes, and each account goes on from its own latest time, even one to come."""
+    ids, digest = [f"acc_{letter * 16}" for letter in "AB"], "0" * 64
+    database = wallet_module.open_database(durable_dsn, 1, True)
+    for statement in SCHEMA_1.split(";"):
+        database.write(lambda tx, sql=statement: tx(sql))
+    for account_id in ids:
+        database.write(lambda tx, one=account_id: tx(
+            "INSERT INTO accounts VALUES (?, 'x', ?, 2, 2, 1000)", one, digest))
+    times = {ids[0]: (4 * 10**15, 3 * 10**15), ids[1]: (1500, 1200)}
+    for account_id, both in times.items():
+        for sequence, time_us in enumerate(both, 1):
+            database.write(lambda tx, row=(account_id, sequence, sequence, f"k{sequence}", digest, time_us): tx(
+                "INSERT INTO transactions VALUES (?, ?, 'topup', 1, ?, NULL, ?, ?, ?)", *row))
+    database.close()
+    with Wallet(durable_dsn) as wallet:
+        for account_id, (latest_us, _) in times.items():
+            kept = [wallet_module.as_us(one.created_at) for one in wallet.transactions(account_id).transactions]
+            assert kept == [latest_us, latest_us]
+            assert wallet_module.as_us(wallet.topup(account_id, 1).created_at) >= latest_us
+        sql = ("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index'" if durable_dsn.startswith("sqlite") else
+               "SELECT indexname, tablename FROM pg_indexes WHERE schemaname = current_schema()")
+        assert {("transactions_by_type", "transactions"), ("refunds_by_charge", "transactions"),
+                ("active_holds", "holds")} <= set(wallet.database.read(lambda tx: tx(sql)))
+        check_books(wallet)
+
+
+def test_detail_names_three_errors_and_errors_has_twenty(api):
+    body = {"amount": 5, **{f"x{number}": 1 for number in range(30)}}
+    refused = api.send("POST", "/api/transactions/topup", body, status=422).json
+    assert len(refused["errors"]) == 20
+    assert refused["detail"].count("#/x") == 3
+
+
+def test_issuer_token_that_is_given_comes_before_the_environments(monkeypatch):
+    monkeypatch.setenv("WALLET_DSN", "sqlite://")
+    monkeypatch.setenv("WALLET_ISSUER_TOKEN", ISSUER_TOKEN[::-1])
+    app = create_app(issuer_token=ISSUER_TOKEN)
+    for token, status in ((ISSUER_TOKEN, 201), (ISSUER_TOKEN[::-1], 401)):
+        Client(app, token).send("POST", "/api/register", {"name": "Ada"}, status=status)
+    app.wallet.close()
 
 
 # Promise 4: no input crashes it ######################################################################################
@@ -4538,6 +4787,7 @@ def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
     "UPDATE accounts SET last_sequence = last_sequence + 1 WHERE id = (SELECT max(id) FROM accounts)",
     "DELETE FROM transactions WHERE sequence = 2",
     "UPDATE accounts SET held = held - 1 WHERE held > 0",
+    "UPDATE accounts SET balance = balance - 1 WHERE balance > held",
     "DELETE FROM holds WHERE status = 'active'",
 ])
 def test_copy_of_books_that_are_wrong_is_refused_and_names_the_account(full_dsn, postgres_dsn, damage):
