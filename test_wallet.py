@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import logging
 import os
@@ -2129,13 +2130,16 @@ def test_full_account_that_holds_all_it_has_is_refused_for_what_is_available(wal
     assert refused.value.members == {"balance": AMOUNT_MAX, "available": 0, "required": 1}
 
 
-@pytest.mark.parametrize("type_", ["refund", "transfer_in", "transfer_out", "hold", "release", "", None, 5, [], {}])
-def test_batch_makes_topups_and_charges_only(api, type_):
+OTHER_TYPES = ["refund", "transfer_in", "transfer_out", "hold", "release", "", None, 5, [], {}]
+
+
+def test_batch_makes_topups_and_charges_only(api):
     """No refund without its charge, no transfer out of nowhere, and no fault for what is no string."""
-    body = {"transactions": [{"type": "topup", "amount": 5}, {"type": type_, "amount": 5}]}
-    refused = api.send("POST", "/api/transactions/batch", body, status=422).json
-    assert refused["errors"] == [{"pointer": "#/transactions/1/type", "detail": "must be topup or charge"}]
-    assert api.send("GET", "/api/account").json["balance"] == 0
+    for type_ in OTHER_TYPES:
+        body = {"transactions": [{"type": "topup", "amount": 5}, {"type": type_, "amount": 5}]}
+        refused = api.send("POST", "/api/transactions/batch", body, status=422).json
+        assert refused["errors"] == [{"pointer": "#/transactions/1/type", "detail": "must be topup or charge"}]
+        assert api.send("GET", "/api/account").json["balance"] == 0
 
 
 def test_nothing_comes_between_a_refusal_that_was_none_and_the_second_try(postgres_dsn, monkeypatch):
@@ -2808,11 +2812,14 @@ def test_token_that_another_replaced_between_the_look_and_the_write_replaces_not
     assert wallet.authenticate(winner[0]) == ada
 
 
-@pytest.mark.parametrize("transactions", [None, 5, "x", {}, [], [7], [None], ["topup"], [[]], [{"type": []}]])
-def test_batch_that_makes_no_sense_is_refused_alike_where_there_is_an_issuer(shop, transactions):
-    for client in (shop.ada, shop.issuer):
-        refused = client.send("POST", "/api/transactions/batch", {"transactions": transactions}, status=422).json
-        assert refused["code"] == "validation_failed"
+SENSELESS_BATCHES = [None, 5, "x", {}, [], [7], [None], ["topup"], [[]], [{"type": []}]]
+
+
+def test_batch_that_makes_no_sense_is_refused_alike_where_there_is_an_issuer(shop):
+    for transactions in SENSELESS_BATCHES:
+        for client in (shop.ada, shop.issuer):
+            refused = client.send("POST", "/api/transactions/batch", {"transactions": transactions}, status=422).json
+            assert refused["code"] == "validation_failed"
 
 
 def test_keys_of_the_issuer_are_none_that_a_transfer_becomes_elsewhere(shop):
@@ -3335,11 +3342,10 @@ def path_of(rule):
 
 
 @pytest.mark.parametrize("issuer_token", [None, "i" * 32], ids=["open", "issuer"])
-@pytest.mark.parametrize("name", sorted(ROUTES.keys()))
-def test_every_other_route_refuses_whoever_has_no_valid_token(wallet, name, issuer_token):
-    method, rule = name.split()
+def test_every_other_route_refuses_whoever_has_no_valid_token(wallet, issuer_token):
     api = Client(create_app(wallet, issuer_token))
-    for authorization, error in BAD_AUTHORIZATIONS:
+    for name, (authorization, error) in itertools.product(ROUTES, BAD_AUTHORIZATIONS):
+        method, rule = name.split()
         headers = {} if authorization is None else {"Authorization": authorization}
         answer = api.send(method, path_of(rule), {"amount": 5} if method == "POST" else None, **headers)
         if name in OPEN_ROUTES and not (issuer_token and name == "POST /api/register"):
