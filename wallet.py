@@ -33,7 +33,7 @@ The sections, in the order in which a reader needs them:
 
     Limits and settings   every number with its reason, and the table of settings
     Errors                everything that can go wrong, as one tree
-    Values                accounts, transactions and tokens, and how input is parsed
+    Values                accounts, transactions, holds and tokens, and how input is parsed
     Wallet                the money rules, and all SQL about money
     Databases             where the money is kept, and how a write is committed
     HTTP                  the routes, and the one place where answers are made
@@ -1167,7 +1167,8 @@ class Wallet:
     def _prepare(self, currency: str | None, create: bool) -> str:
         """Make the tables if there are none, one to a transaction, and return the currency that is kept.
 
-        The row of `wallet` comes last, so that where it is, all is. Where it is, nothing is written.
+        The row of `wallet` comes last, so that where it is, all is. Where it is, nothing is written, but for
+        bringing the tables of an older version to this one, in one transaction a version.
         """
 
         def read(columns: str, table: str) -> list[Row] | None:
