@@ -53,6 +53,7 @@ import os
 import random
 import re
 import secrets
+import select
 import signal
 import socket
 import sqlite3
@@ -63,6 +64,7 @@ import time
 import unicodedata
 import zlib
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -122,8 +124,6 @@ SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
 STOP_IDLE_S = 0.5  # A connection that was in use so recently may be sending its next request.
-SWITCH_INTERVAL_S = 5e-5  # Between Python threads. At the usual 5 ms, a write that lets go of the interpreter
-# around each SQLite call gets it back too late, and many busy connections are served several times slower.
 
 DATABASE_TIMEOUT_S = 5  # For SQLite's write lock, which another process may hold, and for all that one call asks of
 # Postgres, repeats and a restart of the server included: longer than either should take.
@@ -138,6 +138,7 @@ POSTGRES_DEFAULTS = {  # libpq's options, where the DSN does not say otherwise: 
     "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 COPY_TIMEOUT_S = 24 * 3600  # For all of a wallet, in one transaction.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
+SQLITE_CHECKPOINT_PAGES = 4000  # 16 MB of log: to move it into the database takes syncs too, so not too often.
 SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 2
@@ -357,6 +358,7 @@ class ConfigurationError(WalletError, status=500, code="configuration", title="T
 # The types of a transaction, and what each does to the balance.
 SIGN_BY_TYPE = {"topup": +1, "charge": -1, "refund": +1, "transfer_in": +1, "transfer_out": -1}
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
+CHECKSUM_PLACES = [62**place for place in range(5, -1, -1)]
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
@@ -423,20 +425,30 @@ class HoldPage(NamedTuple):
 
 
 class Options(TypedDict, total=False):
-    """What every method that moves or holds money takes by name."""
+    """What every method that moves or holds money takes by name. A `token` must be the account's, if it is given."""
 
     metadata: dict[str, str] | None
     key: str | None
+    token: str | None
 
 
 class Stamp(NamedTuple):
-    """What gives a request its effect once: its idempotency key, and a digest of all that it asks for."""
+    """What gives a request its effect once: its idempotency key, and a digest of all that it asks for.
+
+    With `token_hash`, it has none unless that is the hash of the account's token.
+    """
 
     key: str
     fingerprint: str
+    token_hash: str | None = None
+
+    def check_token(self, token_hash: str) -> None:
+        """Raise Unauthorized if this came with a token, and it is not the one with this hash."""
+        if self.token_hash and not secrets.compare_digest(self.token_hash, token_hash):
+            raise Unauthorized(headers=INVALID_TOKEN)
 
     def derive(self, account_id: str, index: int) -> Stamp:
-        """Return the stamp of another entry of the same request."""
+        """Return the stamp of another entry of the same request, maybe in another account."""
         return Stamp(reserve_key(f"{account_id} {index} {self.key}"), self.fingerprint)
 
 
@@ -466,7 +478,14 @@ def make_token(account_id: str) -> str:
 def checksum(text: str) -> str:
     """Return the CRC-32 of `text` in six base62 digits. With it a typo is refused without the database."""
     crc = zlib.crc32(text.encode())
-    return "".join(BASE62[crc // 62**place % 62] for place in range(5, -1, -1))
+    return "".join([BASE62[crc // place % 62] for place in CHECKSUM_PLACES])
+
+
+def parse_token(token: object) -> str:
+    """Return the id of the account that a token says it is of. Raises Unauthorized, for a typo too."""
+    if isinstance(token, str) and re.fullmatch("wlt_[0-9A-Za-z]{54}", token) and checksum(token[:-6]) == token[-6:]:
+        return "acc_" + token[4:20]
+    raise Unauthorized(headers=INVALID_TOKEN)
 
 
 def hash_token(token: str) -> str:
@@ -642,7 +661,7 @@ def parse_fields(rules: Rules, values: Mapping[str, object]) -> dict[str, Any]:
     return fields
 
 
-def parse_request(rules: Rules, account_id: str, *request: object, key: str | None = None,
+def parse_request(rules: Rules, account_id: str, *request: object, key: str | None = None, token: str | None = None,
                   **values: object) -> tuple[dict[str, Any], Stamp]:
     """Return a request's fields, parsed, and its stamp.
 
@@ -650,14 +669,15 @@ def parse_request(rules: Rules, account_id: str, *request: object, key: str | No
     """
     parse_account_id(account_id)
     fields = parse_fields(rules, values)
-    return fields, make_stamp(key, *request, *fields.values())
+    return fields, make_stamp(key, token, *request, *fields.values())
 
 
-def make_stamp(key: str | None, *request: object) -> Stamp:
+def make_stamp(key: str | None, token: str | None, *request: object) -> Stamp:
     """Return the stamp of a request, with a key of its own if it came with none. Raises MalformedRequest."""
     key = secrets.token_urlsafe(16) if key is None else parse_key(key)
     parts = [dict(sorted(part.items())) if isinstance(part, dict) else part for part in request if part != {}]
-    return Stamp(key, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+    fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return Stamp(key, fingerprint, None if token is None else hash_token(token))
 
 
 def parse_batch(values: object, account_id: str | None) -> list[Entry]:
@@ -694,7 +714,13 @@ def json_pointer(name: object) -> str:
 
 TRANSACTION_COLUMNS = "sequence, type, amount, balance, description, metadata, reference, created_at"
 ENTRY_COLUMNS = f"account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS}"
+INSERT_ENTRY = f"INSERT INTO transactions ({ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 CLOCK = "CASE WHEN updated_at < ? THEN ? ELSE updated_at END"  # It takes the time twice, and never goes back.
+POST = f"""UPDATE accounts
+    SET balance = balance + ?, held = held + ?, last_sequence = last_sequence + 1, updated_at = {CLOCK}
+    WHERE id = ? AND frozen = 0 AND balance + ? <= ? AND held + ? BETWEEN 0 AND balance + ?
+        AND NOT EXISTS (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
+    RETURNING last_sequence, balance, updated_at, token_hash"""
 ACCOUNT = """
     SELECT token_hash, name, balance, balance - held + (
         SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
@@ -755,12 +781,11 @@ class Wallet:
 
     def authenticate(self, token: str) -> Account:
         """Return the account that a token opens. Raises Unauthorized."""
-        well_formed = isinstance(token, str) and re.fullmatch("wlt_[0-9A-Za-z]{54}", token)
-        if well_formed and checksum(token[:-6]) == token[-6:]:
-            with suppress(AccountNotFound):
-                token_hash, account = self.database.read(lambda tx: self._account(tx, "acc_" + token[4:20]))
-                if secrets.compare_digest(token_hash, hash_token(token)):
-                    return account
+        account_id, sent_hash = parse_token(token), hash_token(token)
+        with suppress(AccountNotFound):
+            token_hash, account = self.database.read(lambda tx: self._account(tx, account_id))
+            if secrets.compare_digest(token_hash, sent_hash):
+                return account
         raise Unauthorized(headers=INVALID_TOKEN)
 
     def replace_token(self, account_id: str, token: str | None = None) -> str:
@@ -807,14 +832,14 @@ class Wallet:
         return self.database.write(lambda tx: self._post(tx, entry, stamp))
 
     def batch(self, transactions: Sequence[Mapping[str, object]], *, account_id: str | None = None,
-              key: str | None = None) -> list[Transaction]:
+              key: str | None = None, token: str | None = None) -> list[Transaction]:
         """Make up to BATCH_MAX topups and charges, in order, all or none, at most once per key.
 
         Each is a dict with the `type`, `amount`, `description` and `metadata` of a movement, and the id of its
         `account`, unless `account_id` is given for all. What one of them raises has its `index`.
         """
         entries = parse_batch(transactions, account_id)
-        stamp = make_stamp(key, "batch", *entries)
+        stamp = make_stamp(key, token, "batch", *entries)
         firsts: dict[str, int] = {}  # The first movement of each account has the key itself, so that all know it.
         for index, entry in enumerate(entries):
             firsts.setdefault(entry.account_id, index)
@@ -919,9 +944,9 @@ class Wallet:
 
         return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or capture(tx))
 
-    def release(self, account_id: str, hold_id: str, *, key: str | None = None) -> Hold:
+    def release(self, account_id: str, hold_id: str, *, key: str | None = None, token: str | None = None) -> Hold:
         """Make what is held available again, at most once per key. Raises NotFound, HoldNotActive."""
-        stamp = make_stamp(key, "release", parse_entry_id("hld", account_id, hold_id))
+        stamp = make_stamp(key, token, "release", parse_entry_id("hld", account_id, hold_id))
 
         def release(tx: Execute) -> Hold:
             if not (earlier := self._begin(tx, stamp, account_id)):
@@ -980,32 +1005,27 @@ class Wallet:
 
         One UPDATE looks the key up, checks all bounds and takes the next sequence number, so that nothing
         comes between. It finds no row where the key was used, or the money does not do. What is to be written
-        down is left to the caller if there is a list for it, `later`. Raises AccountNotFound, AccountFrozen,
-        BalanceLimitExceeded, InsufficientFunds, IdempotencyKeyReused.
+        down is left to the caller if there is a list for it, `later`. Raises AccountNotFound, Unauthorized,
+        AccountFrozen, BalanceLimitExceeded, InsufficientFunds, IdempotencyKeyReused.
         """
         account_id, now_us = entry.account_id, time.time_ns() // 1000
         change = SIGN_BY_TYPE.get(entry.type, 0) * entry.amount
-        update = partial(
-            tx, f"""UPDATE accounts SET balance = balance + ?, held = held + ?, last_sequence = last_sequence + 1,
-                        updated_at = {CLOCK}
-                    WHERE id = ? AND frozen = 0 AND balance + ? <= ? AND held + ? BETWEEN 0 AND balance + ?
-                        AND NOT EXISTS (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
-                    RETURNING last_sequence, balance, updated_at""",
-            change, entry.held, now_us, now_us, account_id, change, AMOUNT_MAX, entry.held, change,
-            account_id, stamp.key)
+        update = partial(tx, POST, change, entry.held, now_us, now_us,
+                         account_id, change, AMOUNT_MAX, entry.held, change, account_id, stamp.key)
         if not (posted := update()):
             if earlier := self._begin(tx, stamp, account_id):
                 return earlier
             self._refuse(tx, entry, change, now_us)
             self._end_expired(tx, account_id, now_us)
             posted = update()
-        ((sequence, balance, created_at_us),) = posted
+        ((sequence, balance, created_at_us, token_hash),) = posted
+        stamp.check_token(token_hash)
         metadata = json.dumps(entry.metadata, ensure_ascii=False) if entry.metadata else None
         row = (sequence, entry.type, entry.amount, balance, entry.description, metadata, entry.reference, created_at_us)
         if later is None:
-            insert_rows(tx, f"transactions ({ENTRY_COLUMNS})", [(account_id, *stamp, *row)])
+            tx(INSERT_ENTRY, account_id, stamp.key, stamp.fingerprint, *row)
         else:
-            later.append((account_id, *stamp, *row))
+            later.append((account_id, stamp.key, stamp.fingerprint, *row))
         return as_transaction(account_id, row)
 
     def _refuse(self, tx: Execute, entry: Entry, change: int, now_us: int) -> None:
@@ -1024,7 +1044,13 @@ class Wallet:
                                     balance=account.balance, available=account.available, required=needed)
 
     def _begin(self, tx: Execute, stamp: Stamp, account_id: str, *others: str) -> Transaction | None:
-        """Return what the key did in the first account; else lock all, and look again. Raises IdempotencyKeyReused."""
+        """Return what the key did in the first account; else lock all, and look again.
+
+        Raises Unauthorized, IdempotencyKeyReused.
+        """
+        if stamp.token_hash:
+            rows = tx("SELECT token_hash FROM accounts WHERE id = ?", account_id)
+            stamp.check_token(rows[0][0] if rows else "")
         if earlier := self._find_earlier(tx, stamp, account_id):
             return earlier
         now_us = time.time_ns() // 1000
@@ -1343,9 +1369,10 @@ class SQLiteDatabase(Database):
         self._path = os.path.abspath(path) if path else None  # For good, wherever the process moves.
         self.location = self._path or "memory, gone when it stops"
         self._process_id = os.getpid()
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)  # Told when nobody leads.
         self._queue: list[_Write] = []
-        self._leader: int | None = None  # The thread that commits at the moment.
+        self._leader: _Write | None = None  # The one whose thread commits at the moment, for all in the queue.
         self._closed = False
         self._idle_readers: list[sqlite3.Connection] = []
         try:
@@ -1357,21 +1384,23 @@ class SQLiteDatabase(Database):
 
     def write(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` in the next transaction, alone or with others (see Database)."""
-        write = _Write(function)
-        with self._condition:
-            if self._leader == threading.get_ident():
+        write = _Write(function, threading.get_ident())
+        with self._lock:
+            if self._leader and self._leader.thread_id == write.thread_id:
                 raise RuntimeError("a write, or in memory a read, inside a write would wait for itself")
             self._queue.append(write)
-            try:
-                self._condition.wait_for(lambda: write.done or self._leader is None)
-                if not write.done:
-                    check_usable(self._process_id, self._closed)
-                    batch, self._queue, self._leader = self._queue, [], threading.get_ident()
-            except BaseException:  # Closed, or interrupted as by Ctrl-C: what nobody has begun, nobody will.
+            if self._leader is None:
+                self._appoint_leader()
+        try:
+            write.turn.acquire()
+            if self._leader is write:
+                self._lead()
+        except BaseException:  # Closed, or interrupted as by Ctrl-C: what nobody has begun, nobody will.
+            with self._lock:
                 self._queue = [other for other in self._queue if other is not write]
-                raise
-        if not write.done:
-            self._commit(batch)
+                if self._leader is write:
+                    self._appoint_leader()
+            raise
         if write.error:
             raise write.error
         result: T = write.result
@@ -1381,7 +1410,7 @@ class SQLiteDatabase(Database):
         """Run `function` beside the writer. In memory there is one connection, so it takes its turn."""
         if self._path is None:
             return self.write(function)
-        with self._condition:
+        with self._lock:
             check_usable(self._process_id, self._closed)
             reader = self._idle_readers.pop() if self._idle_readers else None
         try:
@@ -1390,7 +1419,7 @@ class SQLiteDatabase(Database):
         except sqlite3.DatabaseError as error:
             raise _unavailable(error) from error
         finally:
-            with self._condition:
+            with self._lock:
                 if reader and self._closed:
                     reader.close()
                 elif reader:
@@ -1404,15 +1433,31 @@ class SQLiteDatabase(Database):
 
     def close(self) -> None:
         """Wait for the writes that are begun, at most DATABASE_TIMEOUT_S; then close what is not in use."""
-        with self._condition:
+        with self._lock:
             self._closed = True  # From here on no write is begun.
-            self._condition.wait_for(lambda: self._leader is None, timeout=DATABASE_TIMEOUT_S)
+            self._quiet.wait_for(lambda: self._leader is None, timeout=DATABASE_TIMEOUT_S)
             while self._idle_readers:
                 self._idle_readers.pop().close()
             self._writer.close()
 
+    def _appoint_leader(self) -> None:
+        """Let the first in line commit next. The lock is held."""
+        self._leader = self._queue[0] if self._queue else None
+        if self._leader:
+            self._leader.turn.release()
+        else:
+            self._quiet.notify_all()
+
+    def _lead(self) -> None:
+        with self._lock:
+            check_usable(self._process_id, self._closed)
+            batch, self._queue = self._queue, []
+        self._commit(batch)
+        with self._lock:
+            self._appoint_leader()
+
     def _commit(self, batch: list[_Write]) -> None:
-        """Run every write of `batch` in one transaction, and note what became of each.
+        """Run every write of `batch` in one transaction, note what became of each, and wake those who wait for it.
 
         A COMMIT that failed may be on the disk all the same. To run the batch again decides it: for
         this connection the log still ends where it did, so a COMMIT that succeeds overwrites the first.
@@ -1423,22 +1468,29 @@ class SQLiteDatabase(Database):
             if isinstance(failure, OutcomeUnknown) and self._try_commit(batch) is None:
                 failure = None
         finally:
-            with self._condition:
-                for write in batch:
-                    write.error = type(failure)(str(failure)) if failure else write.error
-                    write.done = True
-                self._leader = None
-                self._condition.notify_all()
+            for write in batch:
+                write.error = type(failure)(str(failure)) if failure else write.error
+                if write is not self._leader:
+                    write.turn.release()
 
     def _try_commit(self, batch: list[_Write]) -> Unavailable | None:
         """Return None once the batch is committed, else why it is not, or may not be."""
         committing = False
+        execute = self._writer.execute
         try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            for write in batch:
-                self._run(write)
+            execute("BEGIN IMMEDIATE")
+            if not all(map(self._run, batch)):  # What one did must be undone. Among others, that takes a savepoint.
+                execute("ROLLBACK")
+                if len(batch) == 1:
+                    return None
+                execute("BEGIN IMMEDIATE")
+                for write in batch:
+                    execute("SAVEPOINT one_write")
+                    if not self._run(write):
+                        execute("ROLLBACK TO one_write")
+                    execute("RELEASE one_write")
             committing = True
-            self._writer.execute("COMMIT")
+            execute("COMMIT")
             return None
         except sqlite3.DatabaseError as error:
             # A full disk shows before the log's last frame is written, so it is a clear no.
@@ -1447,19 +1499,17 @@ class SQLiteDatabase(Database):
         finally:
             if self._writer.in_transaction:  # Some errors roll back by themselves.
                 with suppress(sqlite3.Error):  # The next BEGIN would fail, and this be tried again.
-                    self._writer.execute("ROLLBACK")
+                    execute("ROLLBACK")
 
-    def _run(self, write: _Write) -> None:
-        """Run one write under its savepoint. A fault of the database is the whole transaction's."""
-        self._writer.execute("SAVEPOINT one_write")
+    def _run(self, write: _Write) -> bool:
+        """Run one write, and say whether it did not fail. A fault of the database is the whole transaction's."""
         try:
             write.result, write.error = write.function(_execute_on(self._writer)), None
         except Exception as error:
             if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.IntegrityError):
                 raise
             write.error = error
-            self._writer.execute("ROLLBACK TO one_write")
-        self._writer.execute("RELEASE one_write")
+        return write.error is None
 
     def _open_writer(self, create: bool) -> sqlite3.Connection:
         if self._path is not None and create:
@@ -1475,6 +1525,7 @@ class SQLiteDatabase(Database):
                 raise ConfigurationError(f"{self._path} is the database of another program: name another file")
             self._use_wal(connection)
             connection.execute("PRAGMA synchronous = FULL")  # Each COMMIT is synced: a power cut loses none.
+            connection.execute(f"PRAGMA wal_autocheckpoint = {SQLITE_CHECKPOINT_PAGES}")
             connection.execute(f"PRAGMA application_id = {SQLITE_APPLICATION_ID}")
         except BaseException:
             connection.close()
@@ -1508,9 +1559,13 @@ class _Write:
     """A write that stands in line, and what became of it."""
 
     function: Callable[[Execute], Any]
-    done: bool = False
+    thread_id: int
     result: Any = None
     error: Exception | None = None
+    turn: threading.Lock = field(default_factory=threading.Lock)  # Let go when this is done, or is to lead.
+
+    def __post_init__(self) -> None:
+        self.turn.acquire()
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
@@ -1734,9 +1789,9 @@ def post_token(wallet: Wallet, caller: Account, token: str) -> Response:
 def post(path: str, method: str, rules: Rules, **takes: Any) -> None:
     """Route a request that has its effect once per key to a method of the wallet. A header tells a replay."""
 
-    def handle(wallet: Wallet, caller: Account | None, account: str | None = None, **arguments: Any) -> Response:
+    def handle(wallet: Wallet, caller: str | None, account: str | None = None, **arguments: Any) -> Response:
         if caller:
-            account = caller.id
+            account = caller
         elif "transaction_id" in arguments:  # Of a charge that the issuer refunds. Elsewhere it names the account.
             account = f"acc_{arguments['transaction_id'][4:20]}"
         made = getattr(wallet, method)(account_id=account, **arguments)
@@ -1957,7 +2012,7 @@ class App:
         status, headers, body = render(answer, request_id)
         log_access(method, path, answer.status, started, request_id)
         start_response(status, headers)
-        return islice(body, 0) if method == "HEAD" else body
+        return [] if method == "HEAD" else body
 
     def _dispatch(self, environ: WSGIEnvironment) -> Response:
         try:
@@ -1970,36 +2025,47 @@ class App:
             allow = error.headers["Allow"].replace("GET", "GET, HEAD")
             raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
         takes = route.config
-        arguments["caller"] = self._authenticate(environ, takes, arguments)
-        arguments |= parse_query(environ.get("QUERY_STRING", ""), takes.get("query", ()))
-        if takes.get("key") and "HTTP_IDEMPOTENCY_KEY" in environ:
-            key = parse_key(environ["HTTP_IDEMPOTENCY_KEY"].replace("§", "\0"))
-            # The issuer's keys are its own: no account can take them before it.
-            arguments["key"] = key if arguments["caller"] else reserve_key(f"issuer {key}")
-        if "body" in takes:
-            parse = takes["body"] if arguments["caller"] else takes.get("issuer_body", takes["body"])
-            arguments |= parse(parse_body(environ, takes))
-            if takes.get("issuer") == "too" and arguments["caller"] and self.has_issuer:
-                refuse_topups(arguments["transactions"])
-        response: Response = route.callback(self.wallet, **arguments)
+        arguments["caller"] = caller = self._authenticate(environ, takes, arguments)
+        try:
+            arguments |= parse_query(environ.get("QUERY_STRING", ""), takes.get("query", ()))
+            if takes.get("key") and "HTTP_IDEMPOTENCY_KEY" in environ:
+                key = parse_key(environ["HTTP_IDEMPOTENCY_KEY"].replace("§", "\0"))
+                # The issuer's keys are its own: no account can take them before it.
+                arguments["key"] = key if caller else reserve_key(f"issuer {key}")
+            if "body" in takes:
+                parse = takes["body"] if caller else takes.get("issuer_body", takes["body"])
+                arguments |= parse(parse_body(environ, takes))
+                if takes.get("issuer") == "too" and caller and self.has_issuer:
+                    refuse_topups(arguments["transactions"])
+            response: Response = route.callback(self.wallet, **arguments)
+        except WalletError as error:
+            if caller and takes.get("key") and error.status < 500:
+                self.wallet.authenticate(arguments["token"])  # Who has no valid one is told this, and nothing else.
+            raise
         return response
 
     def _authenticate(self, environ: WSGIEnvironment, takes: Mapping[str, Any],
-                      arguments: dict[str, Any]) -> Account | None:
-        """Return the account whose token was sent, None for the issuer's and where none is needed."""
+                      arguments: dict[str, Any]) -> Account | str | None:
+        """Return whose token was sent, None if the issuer's or none is needed.
+
+        That is the account; but where money is moved, only its id, since the token is checked as a part of that.
+        """
         issuer_may = takes.get("issuer")
         if takes.get("public") and not (issuer_may and self.has_issuer):
             return None
         token = parse_authorization(environ.get("HTTP_AUTHORIZATION", ""))
-        by_issuer = secrets.compare_digest(hash_token(token), self._issuer_token_hash)
-        if by_issuer and not issuer_may:
-            raise Forbidden("This route needs the token of an account, and this is the issuer's.")
-        caller = None if by_issuer else self.wallet.authenticate(token)
-        if caller and issuer_may == "instead" and self.has_issuer:
-            raise Forbidden("This wallet has an issuer, and this route needs its token.")
-        if takes.get("token"):
+        if self.has_issuer:
+            by_issuer = secrets.compare_digest(hash_token(token), self._issuer_token_hash)
+            if by_issuer and not issuer_may:
+                raise Forbidden("This route needs the token of an account, and this is the issuer's.")
+            if by_issuer:
+                return None
+            if issuer_may == "instead":
+                self.wallet.authenticate(token)
+                raise Forbidden("This wallet has an issuer, and this route needs its token.")
+        if takes.get("key") or takes.get("token"):
             arguments["token"] = token
-        return caller
+        return parse_token(token) if takes.get("key") else self.wallet.authenticate(token)
 
 
 def refuse_topups(transactions: object) -> None:
@@ -2012,20 +2078,23 @@ def refuse_topups(transactions: object) -> None:
 def make_request_id(sent: str, issuer_token_hash: str = "") -> str:
     """Return the client's request id if it is fit for a header and a log line, and is no token, else a new one."""
     fit = re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent and hash_token(sent) != issuer_token_hash
-    return sent if fit else secrets.token_hex(8)
+    return sent if fit else f"{random.getrandbits(64):016x}"
 
 
 def render(answer: Response, request_id: str) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
     """Return the status line, the headers and the body, with all that every answer carries."""
     headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
                "X-Request-Id": request_id, **answer.headers}
-    body = answer.body
-    if not isinstance(body, (bytes, Iterator)):
-        body = json.dumps(body, ensure_ascii=False, default=to_json).encode() + b"\n"
-    if isinstance(body, bytes):
-        headers["Content-Length"] = str(len(body))
-        body = iter([body])
+    body: Iterable[bytes]
+    if isinstance(answer.body, Iterator):
+        body = answer.body
+    else:
+        document = answer.body if isinstance(answer.body, bytes) else _encode(answer.body).encode() + b"\n"
+        headers["Content-Length"], body = str(len(document)), [document]
     return f"{answer.status} {REASONS[answer.status]}", list(headers.items()), body
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, default=to_json).encode
 
 
 def log_access(method: str, path: str, status: int, started: float, request_id: str) -> None:
@@ -2078,15 +2147,15 @@ class _Parser(HTTPRequestParser):
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
-        request_line = header_plus.partition(b"\r\n")[0].rstrip()
+        request_line, lower = header_plus.partition(b"\r\n")[0].rstrip(), header_plus.lower()
         if not re.fullmatch(rb"[!-~]+ [^\x00-\x20\x7f]+( HTTP/[0-9]\.[0-9])?", request_line):
             raise ParsingError("the request line is malformed")
-        if re.search(rb"\n[ \t]|[ \t]{64}", header_plus):
+        if re.search(rb"\n[ \t]|[ \t]{64}", lower):
             raise ParsingError("a header is folded, or has too much white space")
-        lengths = re.findall(rb"(?im)^(?:content-length|transfer-encoding)[ \t]*:(.*)", header_plus)
+        lengths = re.findall(rb"\n(?:content-length|transfer-encoding)[ \t]*:(.*)", lower)
         if lengths and not re.fullmatch(rb"[ \t]*[^ \t\r,]+[ \t\r]*", b",".join(lengths)):
             raise ParsingError("the length of the body must be told once")
-        if len(re.findall(rb"(?im)^idempotency-key[ \t]*:", header_plus)) > 1:
+        if len(re.findall(rb"\nidempotency-key[ \t]*:", lower)) > 1:
             raise ParsingError("Idempotency-Key came more than once")
         try:
             super().parse_header(header_plus)
@@ -2127,6 +2196,10 @@ class _Task(WSGITask):
         if last or self.channel.total_outbufs_len > UNREAD_BYTES_MAX:
             self.set_close_on_finish()
 
+    def finish(self) -> None:
+        super().finish()
+        self.channel.flush()
+
 
 class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 takes no argument here.
     """waitress's logger, for lines that name a path: what a client put into it must not forge or leak anything."""
@@ -2160,8 +2233,32 @@ class _Channel(HTTPChannel):
             self.flushed, self.taken_bytes = time.time(), 0
         return sent
 
+    def add_channel(self, map: Any = None) -> None:
+        super().add_channel(map)
+        self.server._changed.append(self)
+
+    def del_channel(self, map: Any = None) -> None:
+        self.server.forget(self._fileno)
+        super().del_channel(map)
+
+    def service(self) -> None:
+        self.server._answered.channel = self
+        super().service()
+
+    def flush(self) -> None:
+        """Send what is written."""
+        with self.outbuf_lock:
+            if self.total_outbufs_len:
+                self._flush_exception(self._flush_some, do_close=False)
+
     def readable(self) -> bool:
-        return self.lingering or bool(super().readable())
+        return self.lingering or not (self.requests or self.writable())
+
+    def writable(self) -> bool:
+        """Say whether there is something to send or to close. What a thread is about to send is its own affair."""
+        unsent_bytes = self.total_outbufs_len
+        return bool(unsent_bytes >= BODY_BYTES_MAX or (unsent_bytes and not self.requests)
+                    or self.will_close or self.close_when_flushed)
 
     def handle_read(self) -> None:
         if self.lingering:
@@ -2186,13 +2283,59 @@ class _Server(TcpWSGIServer):
         adjustments = Adjustments(
             ident="", cleanup_interval=1, connection_limit=CONNECTIONS_MAX,
             max_request_header_size=HEADER_BYTES_MAX, max_request_body_size=BODY_BYTES_MAX + 1,
-            log_socket_errors=False)
+            log_socket_errors=False, clear_untrusted_proxy_headers=False)
         adjustments.socket_options = SOCKET_OPTIONS
+        adjustments.send_bytes = BODY_BYTES_MAX  # What is shorter is sent at once, by `_Task.finish`.
+        self._poller, self._changed, self._answered = select.poll(), deque[Any](), threading.local()
+        self._watched: dict[int, int] = {}  # What the poller waits for, by the number of the descriptor.
         sockinfo = (listener.family, listener.type, listener.proto, listener.getsockname())
         super().__init__(app, _sock=listener, bind_socket=False, sockinfo=sockinfo, adj=adjustments,
                          dispatcher=self._dispatchers[""])
+        self._changed.append(self.trigger)
         host, port = listener.getsockname()[:2]
         self.url, self.stopping = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", False
+
+    def poll(self, timeout_s: float) -> None:
+        """Handle what happens next. (waitress's own loop looks at every connection, whenever one has something.)"""
+        self._watch(self)
+        while self._changed:
+            self._watch(self._changed.popleft())
+        for number, flags in self._poller.poll(timeout_s * 1000):
+            channel = self._map[number]
+            serving = bool(getattr(channel, "requests", ()))
+            if flags & select.POLLOUT or not serving:
+                wasyncore.readwrite(channel, flags)
+            # Few clients send more before they are answered, so it is waited for all the same until one does.
+            if serving or not getattr(channel, "requests", ()):
+                self._watch(channel)
+
+    def _watch(self, channel: Any) -> None:
+        """Wait for what a channel waits for. Another thread may change that meanwhile, and has looked here already."""
+        while (number := channel._fileno) in self._map and self._watched.get(number, 0) != (flags := events(channel)):
+            self._watched[number] = flags
+            if flags:
+                self._poller.register(number, flags)
+            else:  # Else it would be told of a client that hangs up, again and again.
+                self._poller.unregister(number)
+
+    def forget(self, number: int) -> None:
+        """Wait for a channel no more, before its number is another's."""
+        if self._watched.pop(number, 0):
+            self._poller.unregister(number)
+
+    def del_channel(self, map: Any = None) -> None:
+        """Stop to accept connections."""
+        self.forget(self._fileno)
+        super().del_channel(map)
+
+    def pull_trigger(self) -> None:
+        """Have the channel that this thread answers looked at again, if it waits for something else now."""
+        channel = getattr(self._answered, "channel", None)
+        if channel:
+            if self._watched.get(channel._fileno) == events(channel):
+                return
+            self._changed.append(channel)
+        super().pull_trigger()
 
     def add_task(self, task: _Channel) -> None:
         """Queue the first request of a connection to be answered."""
@@ -2202,7 +2345,7 @@ class _Server(TcpWSGIServer):
     def run(self) -> None:
         """Serve until `stop`; then answer what has been received, within STOP_TIMEOUT_S, and return."""
         while not self.stopping:
-            wasyncore.loop(timeout=1, use_poll=True, map=self._map, count=1)
+            self.poll(1)
         known = -1
         while known < len(self.active_channels):  # Take what the kernel has accepted for us already.
             known = len(self.active_channels)
@@ -2211,7 +2354,7 @@ class _Server(TcpWSGIServer):
         logger.info("stopping: %d connections are open", len(self.active_channels))
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while self.active_channels and time.monotonic() < deadline:
-            wasyncore.loop(timeout=0.05, use_poll=True, map=self._map, count=1)
+            self.poll(0.05)
             for channel in list(self.active_channels.values()):
                 idle = not (channel.requests or channel.request or channel.total_outbufs_len)
                 if channel.lingering or (idle and time.time() - channel.last_activity > STOP_IDLE_S):
@@ -2240,6 +2383,18 @@ class _Server(TcpWSGIServer):
                 logger.info("closed a connection that was too slow")
             if idle or slow_sender or slow_reader or channel.will_close:
                 channel.handle_close()  # Directly: waitress waits until it can write, which may never be.
+
+
+def events(channel: Any) -> int:
+    """Return what a channel waits for, as poll() has it."""
+    return (select.POLLIN if channel.readable() else 0) | (select.POLLOUT if channel.writable() else 0)
+
+
+def pin_process() -> None:
+    """Stay on one processor. Python's threads run one at a time anyway, and take turns several times cheaper there."""
+    with suppress(AttributeError, OSError):  # Only Linux has it.
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -2284,8 +2439,8 @@ curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" -H Conte
 
 def serve(app: App, listener: socket.socket, threads: int) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what runs. A second signal ends the process at once."""
+    pin_process()
     server = _Server(app, listener, threads)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     def stop(*_: object) -> None:
         for number in signals:
