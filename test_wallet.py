@@ -5217,8 +5217,8 @@ def test_readme_sessions_run_as_they_stand_and_show_what_comes(tmp_path):
 
 def test_versions_are_pinned_once_and_the_commands_are_the_same_everywhere():
     pinned = (HERE / "requirements.txt").read_text().split()
-    inline = re.search(r"# dependencies = (\[.*\])", (HERE / "wallet.py").read_text())[1]
-    assert json.loads(inline) == pinned
+    inline = re.search(r"# dependencies = (\[.*?\])\n# ///", (HERE / "wallet.py").read_text(), re.DOTALL)[1]
+    assert json.loads(inline.replace("#", "")) == pinned
     developers = (HERE / "requirements-dev.txt").read_text().splitlines()
     assert developers[0] == "-r requirements.txt"
     assert all("==" in line for line in developers[1:])
