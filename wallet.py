@@ -2330,11 +2330,10 @@ class _GranianWorker:
         def start(status: str, headers: list[tuple[str, str]], error: Any = None) -> Callable[[bytes], object]:
             return start_response(status, [*headers, ("Connection", "close")] if self.stopping else headers, error)
 
-        if "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ:
-            try:
-                environ["wsgi.input"] = io.BytesIO(self._receive(environ))
-            except WalletError as error:
-                return self._refuse(error, environ, start_response)
+        try:
+            environ["wsgi.input"] = io.BytesIO(self._receive(environ))
+        except WalletError as error:
+            return self._refuse(error, environ, start_response)
         if environ["PATH_INFO"] == "/livez":  # It says that the process lives, when all places wait for the database.
             return self.app(environ, start)
         with self._noted(self.working):
@@ -2354,15 +2353,22 @@ class _GranianWorker:
             del since[threading.get_ident()]
 
     def _receive(self, environ: WSGIEnvironment) -> bytes:
-        if environ.get("HTTP_TRANSFER_ENCODING", "chunked").lower() != "chunked":
+        if environ["REQUEST_METHOD"] != environ["REQUEST_METHOD"].upper():
+            raise MalformedRequest("The request is not valid HTTP: the request line is malformed.")
+        encoding, declared = environ.get("HTTP_TRANSFER_ENCODING"), environ.get("CONTENT_LENGTH")
+        if encoding is None and declared is None:
+            return b""
+        if encoding is not None and encoding.lower() != "chunked":
             raise MalformedRequest("The request is not valid HTTP: the length of the body must be told once.")
         bytes_max = BATCH_BODY_BYTES_MAX if environ["PATH_INFO"] == "/api/transactions/batch" else BODY_BYTES_MAX
-        length = int(environ.get("CONTENT_LENGTH", 0))
-        with self._noted(self.receiving):
-            body: bytes = environ["wsgi.input"].read(length or bytes_max + 1) if length <= bytes_max else b""
-        if max(length, len(body)) > bytes_max:
+        length = bytes_max + 1 if declared is None else int(declared)
+        if declared is not None and length > bytes_max:
             raise BodyTooLarge()
-        if len(body) < length:
+        with self._noted(self.receiving):
+            body: bytes = environ["wsgi.input"].read(length)
+        if len(body) > bytes_max:
+            raise BodyTooLarge()
+        if declared is not None and len(body) < length:
             raise MalformedRequest("The request is not valid HTTP: the body is shorter than its length.")
         return body
 
@@ -2443,30 +2449,29 @@ class _GranianWorker:
         for _, found, _ in find_sockets(self.port):
             for option in SOCKET_OPTIONS:  # The connections get them from the socket that listens.
                 found.setsockopt(*option)
-        while main.is_alive() and os.getppid() == parent_id:
+        while main.is_alive() and not (orphaned := os.getppid() != parent_id):
             if signal.sigtimedwait([signal.SIGTERM], WATCH_INTERVAL_S):
                 break
             self.look()
-        self._stop(main)
+        self._stop(main, os.getppid() if orphaned else parent_id)
         opened.close()
         logger.info("stopped")
 
-    def _stop(self, main: threading.Thread) -> None:
-        """Have Granian stop, which closes idle connections, once no client can be about to use one."""
-        started, parent_id, self.stopping = time.monotonic(), os.getppid(), True
+    def _stop(self, main: threading.Thread, parent_id: int) -> None:
+        """Let Granian stop once no client can be about to use its connection: it closes those that are idle."""
+        started, self.stopping, told = time.monotonic(), True, False
         logger.info("stopping: %d connections are open", len(list(self._connections())))
         self._stop_listening(started + STOP_IDLE_S)
-        while time.monotonic() - started < STOP_IDLE_S and any(self._connections()):
-            time.sleep(0.01)
-        stop = signal.getsignal(signal.SIGTERM)
-        if main.is_alive() and callable(stop):
-            stop(signal.SIGTERM, None)  # Granian's own handler.
         while main.is_alive():
-            main.join(0.05)
-            if os.getppid() != parent_id:  # It got a second signal.
+            if os.getppid() != parent_id:  # A second signal has ended it.
                 os._exit(1)
-            if time.monotonic() - started > STOP_TIMEOUT_S:
+            elapsed_s = time.monotonic() - started
+            if not told and (elapsed_s > STOP_IDLE_S or not any(self._connections())):
+                told = True
+                signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore[operator, misc]
+            if elapsed_s > STOP_TIMEOUT_S:
                 self._cut(lambda info: True)
+            main.join(0.02)
 
     def _stop_listening(self, deadline: float) -> None:
         """Wait until what the kernel has accepted for us is taken, and listen no more.
