@@ -892,12 +892,13 @@ sys.exit(wallet.main())
 """
 
 
-@pytest.mark.parametrize(("durable_dsn", "program"), [
-    ("file", ("wallet.py",)), ("file", ("-c", LATE)), ("postgres", ("wallet.py",)),
-], ids=["file", "file-control", "postgres"], indirect=["durable_dsn"])
-def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, program):
+@pytest.mark.parametrize(("durable_dsn", "program", "by"), [
+    ("file", ("wallet.py",), "waitress"), ("file", ("-c", LATE), "waitress"), ("postgres", ("wallet.py",), "waitress"),
+    ("file", ("wallet.py",), "granian"),
+], ids=["file", "file-control", "postgres", "granian"], indirect=["durable_dsn"])
+def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, program, by):
     acknowledged = []
-    with served("--dsn", durable_dsn, "--log-level", "error", program=program) as server:
+    with served("--dsn", durable_dsn, "--log-level", "error", "--server", by, program=program) as server:
         tokens = [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
         enough = threading.Event()
 
@@ -918,7 +919,8 @@ def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, program):
         with ThreadPoolExecutor(4) as threads:
             futures = [threads.submit(work, token) for token in tokens]
             assert enough.wait(timeout=60)
-            server.kill()
+            for process in workers_of(server):
+                os.kill(process, signal.SIGKILL)
             unanswered = [future.result() for future in futures]
     with Wallet(durable_dsn) as wallet:
         check_books(wallet)
@@ -3268,6 +3270,111 @@ def test_client_that_asks_before_it_sends_a_body_is_told_to_go_on_and_without_a_
     assert re.findall(rb"HTTP/1.1 (\d+)", raw_exchange(module_url, expecting + last)) == [b"200", b"401"]
 
 
+class GranianBody(io.BytesIO):
+    """What Granian gives to read a body from: it can tell its end, and not whether that came too early."""
+
+
+@contextmanager
+def granian_worker(app, threads=1):
+    """Yield an application as Granian's processes have it, and the listener of its port.
+
+    What Granian's own threads do there, no coverage sees.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield wallet_module._GranianWorker(app, listener.getsockname()[1], threads), listener
+
+
+def ask_worker(worker, method="POST", path="/api/register", sent=b"", **environ):
+    """Return the status, headers and document of an answer, and what was left of the body."""
+    started, body = [], GranianBody(sent)
+    answer = worker({"REQUEST_METHOD": method, "PATH_INFO": path, "CONTENT_TYPE": "application/json",
+                     "wsgi.input": body, "wsgi.input_terminated": True, **environ},
+                    lambda status, headers, error=None: started.append((int(status[:3]), dict(headers))))
+    return *started[0], b"".join(answer), body.read()
+
+
+@pytest.mark.parametrize(("environ", "sent", "status"), [
+    ({"CONTENT_LENGTH": "14"}, b'{"name":"Ada"}', 201),
+    ({"HTTP_TRANSFER_ENCODING": "Chunked"}, b'{"name":"Ada"}', 201),
+    ({"CONTENT_LENGTH": "15"}, b'{"name":"Ada"}', 400),  # Complete JSON, but not all of the request.
+    ({"HTTP_TRANSFER_ENCODING": "chunked,chunked"}, b'{"name":"Ada"}', 400),
+    ({"CONTENT_LENGTH": "65536"}, b'{"name":"Ada"}'.ljust(65536), 201),
+    ({"CONTENT_LENGTH": "65537"}, b'{"name":"Ada"}'.ljust(65537), 413),
+    ({"HTTP_TRANSFER_ENCODING": "chunked"}, b'{"name":"Ada"}'.ljust(10**6), 413),
+    ({"CONTENT_LENGTH": "65537", "PATH_INFO": "/api/transactions/batch"}, b" " * 65537, 401),
+    ({"CONTENT_LENGTH": str(2**20 + 1), "PATH_INFO": "/api/transactions/batch"}, b" " * (2**20 + 1), 413),
+    ({"REQUEST_METHOD": "post", "CONTENT_LENGTH": "14"}, b'{"name":"Ada"}', 400),
+    ({}, b"", 400),
+])
+def test_under_granian_only_what_came_whole_is_done_and_the_rest_is_heard_out(wallet, environ, sent, status):
+    before = wallet.database.read(lambda tx: tx("SELECT count(*) FROM accounts"))[0][0]
+    with granian_worker(create_app(wallet)) as (worker, _):
+        answer, headers, document, left = ask_worker(worker, sent=sent, **environ)
+        assert (worker.receiving, worker.working, worker.places.qsize()) == ({}, {}, 1)
+    check_common(answer, headers, document)
+    assert (answer, left) == (status, b"")
+    made = wallet.database.read(lambda tx: tx("SELECT count(*) FROM accounts"))[0][0] - before
+    assert made == (status == 201)
+    refused_here = status == 413 or "not valid HTTP" in document.decode()
+    assert headers.get("Connection") == ("close" if refused_here else None)
+
+
+def test_under_granian_who_waits_to_be_asked_for_a_body_or_sends_it_for_ever_is_not_heard_out(monkeypatch):
+    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 0)
+    with Wallet() as wallet, granian_worker(create_app(wallet)) as (worker, _):
+        for environ in ({}, {"HTTP_EXPECT": "100-continue"}):
+            status, _, _, left = ask_worker(worker, sent=b"x" * 10**6, CONTENT_LENGTH="1000000", **environ)
+            assert (status, len(left)) == (413, 10**6)
+
+
+def test_under_granian_livez_answers_when_all_places_are_taken_and_others_wait_for_one(wallet):
+    with granian_worker(create_app(wallet)) as (worker, _), ThreadPoolExecutor(1) as thread:
+        worker.places.get()
+        waiting = thread.submit(ask_worker, worker, "GET", "/readyz")
+        assert ask_worker(worker, "GET", "/livez")[0] == 200
+        assert not waiting.done()
+        worker.places.put(None)
+        assert waiting.result(timeout=30)[0] == 200
+
+
+def test_under_granian_an_answer_is_sent_as_it_was_made_and_says_when_it_is_the_last():
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        return answers.pop()
+
+    answers = [[b"all"], iter([b"a", b"l", b"l"]), [b"all"]]
+    with granian_worker(app) as (worker, _):
+        assert [ask_worker(worker, "GET")[1:3] for _ in range(2)] == [({}, b"all")] * 2
+        worker.stopping = True
+        assert ask_worker(worker, "GET")[1:3] == ({"Connection": "close"}, b"all")
+
+
+def test_under_granian_an_answer_that_breaks_off_cuts_the_connections_where_no_request_waits(monkeypatch, caplog):
+    def break_off():
+        yield b"half"
+        raise RuntimeError("broken")
+
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        return break_off()
+
+    monkeypatch.setattr(wallet_module, "STOP_IDLE_S", 0.05)
+    with granian_worker(app) as (worker, listener), contextlib.ExitStack() as stack:
+        url = f"http://127.0.0.1:{worker.port}"
+        pairs = [(stack.enter_context(connect(url)), stack.enter_context(listener.accept()[0])) for _ in range(3)]
+        (broken, its), (waiting, other), (idle, _) = pairs
+        for client in (broken, waiting):
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        its.sendall(b"HTTP/1.1 200 OK\r\n")
+        assert broken.recv(8) == b"HTTP/1.1"
+        assert ask_worker(worker, "GET")[2] == b"half"
+        broken.recv(65536)
+        assert (broken.recv(1), idle.recv(1)) == (b"", b"")
+        other.sendall(b"HTTP/1.1 201")
+        assert waiting.recv(12) == b"HTTP/1.1 201"
+    assert "RuntimeError: broken" in caplog.text
+
+
 def test_client_that_does_not_read_its_answers_gets_no_more_of_them(waitress_url):
     with connect(waitress_url, receive_buffer_bytes=4096) as connection:
         request = b"GET /openapi.yaml HTTP/1.1\r\n\r\n"
@@ -5113,6 +5220,16 @@ def test_stop_does_not_wait_for_ever(monkeypatch):
         assert half.recv(1) == b""
 
 
+def is_refused(url):
+    try:
+        socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=30).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # It had waited to be accepted when the listener was closed.
+        pass
+    return False
+
+
 def read_status(process):
     try:
         return Path(f"/proc/{process}/status").read_text()
@@ -5136,21 +5253,110 @@ def test_second_signal_ends_it_at_once(tmp_path, second, by):
             half.sendall(b"POST /api/register HTTP/1.1\r\n")
             assert send(server.url, "GET", "/livez")[0] == 200
             server.send_signal(signal.SIGTERM)
-            refused = False
-            while not refused:
-                try:
-                    socket.create_connection((parts.hostname, parts.port), timeout=30).close()
-                except OSError:
-                    refused = True
+            while not is_refused(server.url):
+                pass
             server.send_signal(second)
             assert server.wait(timeout=5) == -second
             wait_until_gone(processes)
 
 
-def test_it_listens_on_every_address_and_on_ipv6_if_asked(tmp_path):
+UNWATCHED = "import sys, wallet; wallet._GranianWorker.look = lambda self: None; wallet.REQUEST_TIMEOUT_S = 1; " \
+            "sys.exit(wallet.main())"
+
+
+def test_without_the_watch_a_slow_sender_would_stay_under_granian():
+    """The negative control of the tests about slow clients."""
+    with served("--dsn", "sqlite://", "--server", "granian", program=("-c", UNWATCHED)) as server, \
+            connect(server.url) as slow:
+        slow.sendall(POST + b"Content-Length: 9999\r\n\r\n")
+        slow.settimeout(3)
+        with pytest.raises(TimeoutError):
+            slow.recv(1)
+
+
+def test_worker_of_granian_that_loses_its_parent_finishes_what_runs_and_ends(file_dsn):
+    with served("--dsn", file_dsn, "--server", "granian", "--log-level", "warning") as server:
+        (worker,) = workers_of(server)
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        with connect(server.url) as slow:
+            head = f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n" \
+                   "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+            slow.sendall(head.encode() + b'{"amount"')
+            assert send(server.url, "GET", "/livez")[0] == 200
+            server.kill()
+            while not is_refused(server.url):
+                pass
+            slow.sendall(b": 5}")
+            assert slow.recv(65536).startswith(b"HTTP/1.1 201")
+        wait_until_gone([worker])
+    with Wallet(file_dsn) as wallet:
+        assert wallet.authenticate(token).balance == 5
+
+
+def test_stop_of_granian_finishes_the_request_of_a_client_that_has_gone(file_wallet):
+    _, token = file_wallet.register("Ada")
+    dsn = f"sqlite:///{file_wallet.database.location}"
+    with served("--dsn", dsn, "--server", "granian", "--log-level", "warning") as server:
+        release = hold_the_writer(file_wallet)
+        with connect(server.url) as gone:
+            head = f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n" \
+                   "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+            gone.sendall(head.encode() + b'{"amount": 5}')
+            assert send(server.url, "GET", "/api/account", token=token)[0] == 200
+        server.send_signal(signal.SIGTERM)
+        while not is_refused(server.url):
+            pass
+        time.sleep(1)  # By now, Granian has ended.
+        release()
+        assert (server.communicate(timeout=30)[1], server.returncode) == ("", 0)
+    assert file_wallet.authenticate(token).balance == 5
+
+
+def test_granian_that_cannot_start_its_workers_says_why_and_ends(tmp_path):
+    program = "import sys, wallet; wallet.load_app = lambda _: 1 / 0; sys.exit(wallet.main())"
+    done = subprocess.run([sys.executable, "-c", program, "--server", "granian", "--port", "0"], timeout=60,
+                          capture_output=True, text=True, env=environment(), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "ZeroDivisionError" in done.stderr
+    assert "ERROR _granian: Unexpected exit from worker-1" in done.stderr
+
+
+def test_stop_of_granian_does_not_wait_for_ever():
+    with served("--dsn", "sqlite://", "--server", "granian", program=limited(STOP_TIMEOUT_S=1)) as server, \
+            connect(server.url) as half:
+        half.sendall(POST + b"Content-Length: 9999\r\n\r\n")
+        assert send(server.url, "GET", "/livez")[0] == 200
+        server.send_signal(signal.SIGTERM)
+        half.recv(1)
+        assert server.wait(timeout=10) == 0
+
+
+def test_many_workers_over_postgres_serve_one_wallet_and_stop_together(postgres_dsn):
+    arguments = "--dsn", postgres_dsn, "--server", "granian", "--workers", "2", "--log-level", "warning"
+    with served(*arguments) as server:
+        workers = workers_of(server)
+        assert len(workers) == 2
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        answers = together(*[lambda: send(server.url, "POST", "/api/transactions/topup", {"amount": 1}, token)] * 32)
+        assert {status for status, _, _ in answers} == {201}
+        assert send(server.url, "GET", "/api/account", token=token)[2]["balance"] == 32
+        server.send_signal(signal.SIGTERM)
+        assert (server.communicate(timeout=30)[1], server.returncode) == ("", 0)
+        wait_until_gone(workers)
+    with served(*arguments) as server:
+        workers = workers_of(server)
+        assert send(server.url, "GET", "/api/account", token=token)[2]["balance"] == 32
+        os.kill(workers[0], signal.SIGKILL)  # It ends with an error, so that whoever supervises it starts all anew.
+        log = server.communicate(timeout=30)[1]
+        assert (server.returncode, "Unexpected exit from worker-1" in log) == (1, True)
+        wait_until_gone(workers)
+
+
+@pytest.mark.parametrize("by", SERVERS)
+def test_it_listens_on_every_address_and_on_ipv6_if_asked(tmp_path, by):
     for host, listens, url in (("0.0.0.0", "0.0.0.0", "127.0.0.1"), ("::1", "[::1]", "[::1]"),
                                ("::", "[::]", "[::1]"), ("localhost", "127.0.0.1", "127.0.0.1")):
-        with served("--host", host, "--dsn", "sqlite://", cwd=tmp_path) as server:
+        with served("--host", host, "--dsn", "sqlite://", "--server", by, cwd=tmp_path) as server:
             assert f"listens on http://{listens}:" in server.banner
             assert server.url.startswith(f"http://{url}:")
             assert "memory, gone when it stops" in server.banner

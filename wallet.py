@@ -2299,6 +2299,12 @@ def find_sockets(port: int) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
                     found.detach()
 
 
+def cut(connection: socket.socket) -> None:
+    """End a connection, whoever has it. What was sent still arrives."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 class _Client(NamedTuple):
     """What the watch remembers of a connection from one look to the next."""
 
@@ -2410,8 +2416,7 @@ class _GranianWorker:
     def _cut(self, chosen: Callable[[_SocketInfo], bool]) -> None:
         for _, connection, info in self._connections():
             if chosen(info):
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+                cut(connection)
 
     def look(self) -> None:
         """Cut the connections whose clients take too long to send a request, or to read its answer.
@@ -2438,8 +2443,7 @@ class _GranianWorker:
             stuck_sender = stuck and info.is_read and not info.is_pending and quiet_s > REQUEST_TIMEOUT_S
             if slow_sender or stuck_sender or now - client.taken_at > ANSWER_TIMEOUT_S:
                 logger.info("closed a connection that was too slow")
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+                cut(connection)
 
     def watch(self, parent_id: int, opened: ExitStack) -> None:
         """Look after the connections until the process is told to stop, or has lost its parent; then stop it."""
@@ -2472,6 +2476,8 @@ class _GranianWorker:
             if elapsed_s > STOP_TIMEOUT_S:
                 self._cut(lambda info: True)
             main.join(0.02)
+        while self.working and time.monotonic() - started < STOP_TIMEOUT_S:  # Whose clients have gone.
+            time.sleep(0.01)
 
     def _stop_listening(self, deadline: float) -> None:
         """Wait until what the kernel has accepted for us is taken, and listen no more.
