@@ -414,7 +414,8 @@ SERVERS = ["waitress", "granian"]
 
 
 def limited(**limits):
-    """Return a program that is wallet.py with other limits."""
+    """Return a program that is wallet.py with other limits, and that looks for slow clients more often."""
+    limits = {"WATCH_INTERVAL_S": 0.2, **limits}
     return "-c", f"import sys, wallet; vars(wallet).update({limits}); sys.exit(wallet.main())"
 
 
@@ -2625,6 +2626,21 @@ def test_reader_that_takes_a_little_now_and_then_is_let_go_too(long_history, mon
         assert "too slow" in caplog.text
 
 
+def test_reader_that_takes_a_little_now_and_then_is_let_go_under_granian_too(long_history):
+    dsn = f"sqlite:///{long_history.wallet.database.location}"
+    with served("--dsn", dsn, "--server", "granian", program=limited(ANSWER_TIMEOUT_S=1)) as server, \
+            get_statement(server.url, long_history.token, 2**15) as connection:
+        received = 0
+        while received < 3 * wallet_module.UNREAD_BYTES_MAX:  # At first it reads as it should.
+            received += len(connection.recv(65536))
+        deadline = time.monotonic() + 15
+        while connection.recv(10_000):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        server.send_signal(signal.SIGTERM)
+        assert server.communicate(timeout=30)[1].count("too slow") == 1
+
+
 # Tokens, the issuer and freezing #####################################################################################
 
 
@@ -3398,7 +3414,19 @@ def test_client_that_never_reads_is_let_go(serving):
         assert send(url, "GET", "/livez")[0] == 200
 
 
-def test_client_that_reads_slowly_but_reads_is_served(monkeypatch):
+def test_client_that_does_not_read_its_answers_has_no_more_made_for_it_under_granian():
+    with served("--dsn", "sqlite://", "--server", "granian") as server:
+        with connect(server.url, receive_buffer_bytes=4096) as connection:
+            request = b"GET /openapi.yaml HTTP/1.1\r\n\r\n"
+            connection.sendall(request * (8192 // len(request)))
+            assert connection.recv(12) == b"HTTP/1.1 200"
+            time.sleep(0.5)  # The server answers meanwhile, as far as it does.
+        for process in workers_of(server):
+            os.kill(process, signal.SIGKILL)
+        assert 1 < server.communicate(timeout=30)[1].count("GET /openapi.yaml 200") < 8192 // len(request)
+
+
+def test_client_that_reads_slowly_but_reads_is_served(serving, monkeypatch):
     def listen(host, port):
         listener = plain_listen(host, port)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)  # Stands for a slow line.
@@ -3406,9 +3434,11 @@ def test_client_that_reads_slowly_but_reads_is_served(monkeypatch):
 
     plain_listen = wallet_module.listen
     monkeypatch.setattr(wallet_module, "listen", listen)
-    monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 2)
+    options = [(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)] if serving.server == "granian" else \
+        wallet_module.SOCKET_OPTIONS
     request, body = b"GET /openapi.yaml HTTP/1.1\r\n\r\n", (HERE / "openapi.yaml").read_bytes()
-    with running() as url, connect(url, receive_buffer_bytes=4096) as connection:
+    with serving(ANSWER_TIMEOUT_S=2, SOCKET_OPTIONS=options) as url, \
+            connect(url, receive_buffer_bytes=4096) as connection:
         sent, received, until = 0, 0, time.monotonic() + 5
         while time.monotonic() < until:
             while sent - received // len(body) < 3:
@@ -5260,7 +5290,7 @@ def test_second_signal_ends_it_at_once(tmp_path, second, by):
             wait_until_gone(processes)
 
 
-UNWATCHED = "import sys, wallet; wallet._GranianWorker.look = lambda self: None; wallet.REQUEST_TIMEOUT_S = 1; " \
+UNWATCHED = "import sys, wallet; wallet._GranianWorker.look = lambda self: None; wallet.REQUEST_TIMEOUT_S = 0; " \
             "sys.exit(wallet.main())"
 
 
@@ -5269,7 +5299,7 @@ def test_without_the_watch_a_slow_sender_would_stay_under_granian():
     with served("--dsn", "sqlite://", "--server", "granian", program=("-c", UNWATCHED)) as server, \
             connect(server.url) as slow:
         slow.sendall(POST + b"Content-Length: 9999\r\n\r\n")
-        slow.settimeout(3)
+        slow.settimeout(2)
         with pytest.raises(TimeoutError):
             slow.recv(1)
 

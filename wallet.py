@@ -2263,6 +2263,7 @@ class _SocketInfo(NamedTuple):
     received_bytes: int
     unsent_bytes: int
     sent_bytes: int
+    repeated_bytes: int  # Of those that were sent.
 
     @property
     def is_read(self) -> bool:
@@ -2279,7 +2280,7 @@ class _SocketInfo(NamedTuple):
 def read_socket(found: socket.socket) -> _SocketInfo:
     """Return what Linux tells about a TCP socket."""
     info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    return _SocketInfo(*struct.unpack_from("=B23xI16xI4xI64xQQ8xI52xQ", info))
+    return _SocketInfo(*struct.unpack_from("=B23xI16xI4xI64xQQ8xI52xQQ", info))
 
 
 def find_sockets(port: int) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
@@ -2309,9 +2310,9 @@ class _Client(NamedTuple):
     """What the watch remembers of a connection from one look to the next."""
 
     sent_bytes: int
-    taken_bytes: int
     pending_since: float  # The request that is coming, or waits for its answer.
-    taken_at: float  # When all that there was had been taken, or UNREAD_BYTES_MAX more of it.
+    due_bytes: int  # How much it is to have taken ANSWER_TIMEOUT_S after `taken_at`: what waited for it then.
+    taken_at: float
 
 
 class _GranianWorker:
@@ -2429,12 +2430,12 @@ class _GranianWorker:
         working = [since for since in list(self.working.values()) if since < looked_at]
         stuck = any(now - since > REQUEST_TIMEOUT_S for since in list(self.receiving.values()))
         for name, connection, info in self._connections():
-            new = _Client(info.sent_bytes, info.taken_bytes, now, now)
-            client = clients.get(name, new)
+            client = clients.get(name, _Client(info.sent_bytes, now, 0, now))
             if not info.is_pending or info.sent_bytes != client.sent_bytes:
                 client = client._replace(sent_bytes=info.sent_bytes, pending_since=now)
-            if info.is_read or info.taken_bytes - client.taken_bytes > UNREAD_BYTES_MAX:
-                client = client._replace(taken_bytes=info.taken_bytes, taken_at=now)
+            if info.is_read or info.taken_bytes >= client.due_bytes:
+                due_bytes = info.sent_bytes - info.repeated_bytes + info.unsent_bytes
+                client = client._replace(due_bytes=due_bytes, taken_at=now)
             self.clients[name] = client
             received_at = now - info.since_received_ms / 1000
             slow_sender = now - client.pending_since > REQUEST_TIMEOUT_S and max(working, default=0) < received_at - 0.1
