@@ -3365,6 +3365,24 @@ def test_under_granian_an_answer_is_sent_as_it_was_made_and_says_when_it_is_the_
         assert ask_worker(worker, "GET")[1:3] == ({"Connection": "close"}, b"all")
 
 
+def test_under_granian_a_stop_waits_for_what_the_kernel_has_accepted_and_then_nobody_can_connect():
+    with granian_worker(None) as (worker, listener), connect(f"http://127.0.0.1:{worker.port}"):
+        accept = threading.Timer(0.2, lambda: listener.accept()[0].close())
+        accept.start()
+        worker._stop_listening(time.monotonic() + 30)
+        accept.join()
+        assert is_refused(f"http://127.0.0.1:{worker.port}")
+
+
+def test_granian_that_ends_before_it_listens_closes_the_wallet():
+    wallet, alive = Wallet(), itertools.chain([True], itertools.repeat(False))
+    main, opened = SimpleNamespace(is_alive=lambda: next(alive)), contextlib.ExitStack()
+    opened.enter_context(wallet)
+    wallet_module._GranianWorker(create_app(wallet), 0, 1).watch(main, os.getppid(), opened)
+    with pytest.raises(Unavailable, match="closed"):
+        wallet.register("Ada")
+
+
 def test_under_granian_an_answer_that_breaks_off_cuts_the_connections_where_no_request_waits(monkeypatch, caplog):
     def break_off():
         yield b"half"

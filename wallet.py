@@ -2446,19 +2446,18 @@ class _GranianWorker:
                 logger.info("closed a connection that was too slow")
                 cut(connection)
 
-    def watch(self, parent_id: int, opened: ExitStack) -> None:
+    def watch(self, main: threading.Thread, parent_id: int, opened: ExitStack) -> None:
         """Look after the connections until the process is told to stop, or has lost its parent; then stop it."""
-        main = threading.main_thread()
         while main.is_alive() and not any(info.state == TCP_LISTEN for _, _, info in find_sockets(self.port)):
             time.sleep(0.01)
         for _, found, _ in find_sockets(self.port):
             for option in SOCKET_OPTIONS:  # The connections get them from the socket that listens.
                 found.setsockopt(*option)
-        while main.is_alive() and not (orphaned := os.getppid() != parent_id):
-            if signal.sigtimedwait([signal.SIGTERM], WATCH_INTERVAL_S):
-                break
+        told = False
+        while main.is_alive() and os.getppid() == parent_id and not told:
+            told = bool(signal.sigtimedwait([signal.SIGTERM], WATCH_INTERVAL_S))
             self.look()
-        self._stop(main, os.getppid() if orphaned else parent_id)
+        self._stop(main, parent_id if told else os.getppid())
         opened.close()
         logger.info("stopped")
 
@@ -2503,7 +2502,8 @@ def start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplicati
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with ExitStack() as opened:
         worker = _GranianWorker(opened.enter_context(load()), port, threads)
-        threading.Thread(target=worker.watch, args=(parent_id, opened.pop_all()), name="wallet watch").start()
+        arguments = threading.main_thread(), parent_id, opened.pop_all()
+        threading.Thread(target=worker.watch, args=arguments, name="wallet watch").start()
     return worker
 
 
