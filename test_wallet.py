@@ -3226,7 +3226,7 @@ def waitress_url():
 
 @pytest.fixture(scope="module")
 def granian_url():
-    limits = {"REQUEST_TIMEOUT_S": 1, "IDLE_TIMEOUT_S": 1}
+    limits = {"REQUEST_TIMEOUT_S": 1, "IDLE_TIMEOUT_S": 0.5}
     with served("--dsn", "sqlite://", "--server", "granian", program=limited(**limits)) as server:
         yield server.url
 

@@ -2286,8 +2286,8 @@ def read_socket(found: socket.socket) -> _SocketInfo:
 def find_sockets(port: int) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
     """Yield this process's TCP sockets at a port, each with a name of its own and what is known of it.
 
-    They stay what they are, another's: of a copied descriptor, which by then could be a database file's, the end
-    would be the end of SQLite's locks too.
+    Each is looked at in its place and left open. A copy of its descriptor could by then be one of a database file, and
+    to close that would end SQLite's locks.
     """
     for number in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # Each may be closed at any time.
@@ -2343,21 +2343,22 @@ class _GranianWorker:
             return self._refuse(error, environ, start_response)
         if environ["PATH_INFO"] == "/livez":  # It says that the process lives, when all places wait for the database.
             return self.app(environ, start)
-        with self._noted(self.working):
-            self.places.get()
-            try:
-                answer = self.app(environ, start)
-            finally:
-                self.places.put(None)
+        self.working[threading.get_ident()] = time.monotonic()
+        self.places.get()
+        try:
+            answer = self.app(environ, start)
+        finally:
+            self.places.put(None)
+            del self.working[threading.get_ident()]
         return answer if isinstance(answer, list) else self._stream(answer)
 
     @contextmanager
-    def _noted(self, since: dict[int, float]) -> Iterator[None]:
-        since[threading.get_ident()] = time.monotonic()
+    def _reading(self) -> Iterator[None]:
+        self.receiving[threading.get_ident()] = time.monotonic()
         try:
             yield
         finally:
-            del since[threading.get_ident()]
+            del self.receiving[threading.get_ident()]
 
     def _receive(self, environ: WSGIEnvironment) -> bytes:
         if environ["REQUEST_METHOD"] != environ["REQUEST_METHOD"].upper():
@@ -2371,7 +2372,7 @@ class _GranianWorker:
         length = bytes_max + 1 if declared is None else int(declared)
         if declared is not None and length > bytes_max:
             raise BodyTooLarge()
-        with self._noted(self.receiving):
+        with self._reading():
             body: bytes = environ["wsgi.input"].read(length)
         if len(body) > bytes_max:
             raise BodyTooLarge()
@@ -2390,7 +2391,7 @@ class _GranianWorker:
         """Answer, and then read on: closing while the client still sends would lose it the answer."""
         yield from document
         until = time.monotonic() + REQUEST_TIMEOUT_S
-        with self._noted(self.receiving):
+        with self._reading():
             while "HTTP_EXPECT" not in environ and time.monotonic() < until:
                 if not environ["wsgi.input"].read(BODY_BYTES_MAX):
                     break
@@ -2456,7 +2457,8 @@ class _GranianWorker:
         told = False
         while main.is_alive() and os.getppid() == parent_id and not told:
             told = bool(signal.sigtimedwait([signal.SIGTERM], WATCH_INTERVAL_S))
-            self.look()
+            with suppress(OSError):  # No descriptor may be left to list them.
+                self.look()
         self._stop(main, parent_id if told else os.getppid())
         opened.close()
         logger.info("stopped")
@@ -2538,7 +2540,8 @@ def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], a
     Server("wallet", *address, interface="wsgi", workers=workers, http="1", websockets=False,
            blocking_threads=CONNECTIONS_MAX,  # So that nobody waits for a thread that a slow sender has.
            backpressure=CONNECTIONS_MAX, backlog=CONNECTIONS_MAX, workers_kill_timeout=STOP_TIMEOUT_S + 5,
-           http1_settings=HTTP1Settings(header_read_timeout=IDLE_TIMEOUT_S * 1000, max_buffer_size=HEADER_BYTES_MAX),
+           http1_settings=HTTP1Settings(header_read_timeout=int(IDLE_TIMEOUT_S * 1000),
+                                        max_buffer_size=HEADER_BYTES_MAX),
            log_level="error", log_dictconfig={"handlers": {}, "loggers": {"_granian": {"propagate": True}}},
            ).serve(target_loader=partial(start_granian_worker, load, address[1], threads, os.getpid()),
                    wrap_loader=False)
