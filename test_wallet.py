@@ -410,6 +410,44 @@ def served(*arguments, program=("wallet.py",), cwd=None, **settings):
         process.communicate(timeout=30)
 
 
+SERVERS = ["waitress", "granian"]
+
+
+def limited(**limits):
+    """Return a program that is wallet.py with other limits, and that looks for slow clients more often."""
+    limits = {"WATCH_INTERVAL_S": 0.2, **limits}
+    return "-c", f"import sys, wallet; vars(wallet).update({limits}); sys.exit(wallet.main())"
+
+
+@pytest.fixture(params=SERVERS)
+def serving(request, monkeypatch):
+    """A function that serves a wallet on a file, or a new one, with other limits, by each of the servers.
+
+    waitress does it in this process, which can see what it does, and Granian in its own.
+    """
+
+    @contextmanager
+    def serve(wallet=None, **limits):
+        if request.param == "granian":
+            dsn = f"sqlite:///{wallet.database.location}" if wallet else "sqlite://"
+            with served("--dsn", dsn, "--server", "granian", program=limited(**limits)) as server:
+                yield server.url
+        else:
+            for name, value in limits.items():
+                monkeypatch.setattr(wallet_module, name, value)
+            with running(wallet) as url:
+                yield url
+
+    serve.server = request.param
+    return serve
+
+
+def workers_of(server):
+    """Return the ids of the processes that a server has started, its own where it has none."""
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    return [int(child) for child in children] or [server.pid]
+
+
 def command(*arguments, cwd=None, **settings):
     """Run the command line to its end."""
     return subprocess.run([sys.executable, str(HERE / "wallet.py"), *arguments], capture_output=True, text=True,
@@ -855,12 +893,13 @@ sys.exit(wallet.main())
 """
 
 
-@pytest.mark.parametrize(("durable_dsn", "program"), [
-    ("file", ("wallet.py",)), ("file", ("-c", LATE)), ("postgres", ("wallet.py",)),
-], ids=["file", "file-control", "postgres"], indirect=["durable_dsn"])
-def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, program):
+@pytest.mark.parametrize(("durable_dsn", "program", "by"), [
+    ("file", ("wallet.py",), "waitress"), ("file", ("-c", LATE), "waitress"), ("postgres", ("wallet.py",), "waitress"),
+    ("file", ("wallet.py",), "granian"),
+], ids=["file", "file-control", "postgres", "granian"], indirect=["durable_dsn"])
+def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, program, by):
     acknowledged = []
-    with served("--dsn", durable_dsn, "--log-level", "error", program=program) as server:
+    with served("--dsn", durable_dsn, "--log-level", "error", "--server", by, program=program) as server:
         tokens = [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
         enough = threading.Event()
 
@@ -881,7 +920,8 @@ def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, program):
         with ThreadPoolExecutor(4) as threads:
             futures = [threads.submit(work, token) for token in tokens]
             assert enough.wait(timeout=60)
-            server.kill()
+            for process in workers_of(server):
+                os.kill(process, signal.SIGKILL)
             unanswered = [future.result() for future in futures]
     with Wallet(durable_dsn) as wallet:
         check_books(wallet)
@@ -2454,8 +2494,8 @@ def get_statement(url, token, receive_buffer_bytes=4096):
     return connection
 
 
-def test_readers_of_statements_never_take_all_threads(long_history):
-    with running(long_history.wallet) as url, contextlib.ExitStack() as stack:
+def test_readers_of_statements_never_take_all_threads(long_history, serving):
+    with serving(long_history.wallet) as url, contextlib.ExitStack() as stack:
         for _ in range(wallet_module.STATEMENTS_MAX):
             stack.enter_context(get_statement(url, long_history.token))
         status, headers, problem = send(url, "GET", "/api/transactions.csv", token=long_history.token)
@@ -2467,38 +2507,54 @@ def test_readers_of_statements_never_take_all_threads(long_history):
             assert time.monotonic() < deadline
 
 
-def test_slow_readers_of_statements_leave_even_a_wallet_of_one_thread_to_the_others(long_history, tmp_path):
+@pytest.mark.parametrize("by", SERVERS)
+def test_slow_readers_of_statements_leave_even_a_wallet_of_one_thread_to_the_others(long_history, by):
     dsn = f"sqlite:///{long_history.wallet.database.location}"
-    with served("--dsn", dsn, "--threads", "1", cwd=tmp_path) as server, contextlib.ExitStack() as stack:
+    with served("--dsn", dsn, "--threads", "1", "--server", by) as server, contextlib.ExitStack() as stack:
         for _ in range(wallet_module.STATEMENTS_MAX):
             stack.enter_context(get_statement(server.url, long_history.token))
         assert send(server.url, "GET", "/api/account", token=long_history.token)[0] == 200
         assert send(server.url, "GET", "/api/transactions.csv", token=long_history.token)[0] == 503
 
 
-def test_statement_that_breaks_off_cannot_be_taken_for_a_whole_one(long_history, monkeypatch):
-    database, calls = long_history.wallet.database, iter(range(10**6))
-    read = database.read
+BREAKING = """
+import sys, wallet
+def break_off(transactions, chunks=wallet.csv_chunks):
+    for number, chunk in enumerate(chunks(transactions)):
+        if number == {chunks}:
+            raise wallet.Unavailable("broken")
+        yield chunk
+wallet.csv_chunks = break_off
+{change}
+sys.exit(wallet.main())
+"""
+CARELESS_END = "wallet._GranianWorker._cut = lambda self, chosen: None"  # So that Granian ends it as if it were whole.
 
-    def fail_later(function):
-        if next(calls) == 5:
-            raise Unavailable("broken")
-        return read(function)
 
-    monkeypatch.setattr(database, "read", fail_later)
-    with running(long_history.wallet) as url:
-        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+@pytest.mark.parametrize("chunks", [1, 5, 100])
+@pytest.mark.parametrize(("by", "change"), [("waitress", ""), ("granian", ""), ("granian", CARELESS_END)],
+                         ids=["waitress", "granian", "granian-control"])
+def test_statement_that_breaks_off_cannot_be_taken_for_a_whole_one(long_history, by, change, chunks):
+    dsn, program = f"sqlite:///{long_history.wallet.database.location}", BREAKING.format(chunks=chunks, change=change)
+    with served("--dsn", dsn, "--server", by, program=("-c", program)) as server:
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
         connection.request("GET", "/api/transactions.csv", headers={"Authorization": f"Bearer {long_history.token}"})
-        answer = connection.getresponse()
-        with pytest.raises(http.client.IncompleteRead):
-            answer.read()
+        if change:
+            assert connection.getresponse().read() is not None
+        elif (answer := connection.getresponse()).status == 200:
+            with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+                answer.read()
+        else:
+            assert (answer.status, by, chunks) == (500, "waitress", 1)  # It has sent nothing yet.
         connection.close()
-        assert send(url, "HEAD", "/api/transactions.csv", token=long_history.token)[0] == 200
+        assert send(server.url, "HEAD", "/api/transactions.csv", token=long_history.token)[0] == 200
+        server.send_signal(signal.SIGTERM)
+        assert "Unavailable: broken" in server.communicate(timeout=30)[1]
 
 
-def test_statement_may_take_longer_than_other_answers_while_it_is_read(long_history, monkeypatch):
-    monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 1)
-    with running(long_history.wallet) as url, get_statement(url, long_history.token, None) as connection:
+def test_statement_may_take_longer_than_other_answers_while_it_is_read(long_history, serving):
+    with serving(long_history.wallet, ANSWER_TIMEOUT_S=1) as url, \
+            get_statement(url, long_history.token, None) as connection:
         started, received = time.monotonic(), b""
         while time.monotonic() - started < 3:
             received += connection.recv(65536)
@@ -2508,7 +2564,7 @@ def test_statement_may_take_longer_than_other_answers_while_it_is_read(long_hist
             chunk = connection.recv(2**20)
             assert chunk
             received += chunk
-    with running(long_history.wallet) as url, get_statement(url, long_history.token) as connection:
+    with serving(long_history.wallet, ANSWER_TIMEOUT_S=1) as url, get_statement(url, long_history.token) as connection:
         assert send_slowly_until_closed(connection)  # Who reads nothing is let go.
 
 
@@ -2566,6 +2622,21 @@ def test_reader_that_takes_a_little_now_and_then_is_let_go_too(long_history, mon
             connection.recv(8192)
             time.sleep(0.1)
         assert "too slow" in caplog.text
+
+
+def test_reader_that_takes_a_little_now_and_then_is_let_go_under_granian_too(long_history):
+    dsn = f"sqlite:///{long_history.wallet.database.location}"
+    with served("--dsn", dsn, "--server", "granian", program=limited(ANSWER_TIMEOUT_S=1)) as server, \
+            get_statement(server.url, long_history.token, 2**15) as connection:
+        received = 0
+        while received < 3 * wallet_module.UNREAD_BYTES_MAX:  # At first it reads as it should.
+            received += len(connection.recv(65536))
+        deadline = time.monotonic() + 15
+        while connection.recv(10_000):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        server.send_signal(signal.SIGTERM)
+        assert server.communicate(timeout=30)[1].count("too slow") == 1
 
 
 # Tokens, the issuer and freezing #####################################################################################
@@ -3146,14 +3217,26 @@ RAW_REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def module_url():
+def waitress_url():
     with running() as url:
         yield url
 
 
+@pytest.fixture(scope="module")
+def granian_url():
+    limits = {"REQUEST_TIMEOUT_S": 1, "IDLE_TIMEOUT_S": 0.5}
+    with served("--dsn", "sqlite://", "--server", "granian", program=limited(**limits)) as server:
+        yield server.url
+
+
+@pytest.fixture(params=SERVERS)
+def module_url(request):
+    return request.getfixturevalue(f"{request.param}_url")
+
+
 @pytest.mark.parametrize(("request_", "status"), RAW_REFUSED.values(), ids=RAW_REFUSED.keys())
-def test_what_is_not_http_is_refused_in_the_same_form_and_the_connection_closed(module_url, request_, status):
-    head, _, body = raw_exchange(module_url, request_).partition(b"\r\n\r\n")
+def test_what_is_not_http_is_refused_in_the_same_form_and_the_connection_closed(waitress_url, request_, status):
+    head, _, body = raw_exchange(waitress_url, request_).partition(b"\r\n\r\n")
     line, *fields = head.decode().split("\r\n")
     headers = dict(field.split(": ", 1) for field in fields)
     assert line.split()[1] == str(status)
@@ -3161,6 +3244,32 @@ def test_what_is_not_http_is_refused_in_the_same_form_and_the_connection_closed(
     check_common(status, headers, body)
     assert status != 400 or "The request is not valid HTTP: " in json.loads(body)["detail"]
     assert "waitress" not in head.decode() + body.decode()
+    assert WRONG_TOKEN not in body.decode()
+
+
+# What Granian takes where waitress does not, and the answer of the wallet. It reads all of these in one way only: a
+# line may end without a carriage return, chunks come before a length, and headers of one name are one list.
+TAKEN_BY_GRANIAN = {
+    "bare line feed": 200, "white space that takes one seconds": 200,
+    "token before a bare line feed": 200, "two idempotency keys": 422, "length and chunks": 400, "bad chunk": 400,
+}
+REFUSED_BY_THE_WALLET_UNDER_GRANIAN = {"lower-case method", "chunked twice", "chunked, chunked",
+                                       "body too large to wait for", "body too large", "body far too large"}
+
+
+@pytest.mark.parametrize("name", RAW_REFUSED)
+def test_what_granian_refuses_by_itself_has_a_status_only_and_what_it_takes_is_read_in_one_way(granian_url, name):
+    request, status = RAW_REFUSED[name]
+    status = TAKEN_BY_GRANIAN.get(name, status)
+    head, _, body = raw_exchange(granian_url, request).partition(b"\r\n\r\n")
+    line, *fields = head.decode().lower().split("\r\n")
+    headers = http.client.parse_headers(io.BytesIO("\r\n".join(fields).encode()))
+    assert line.split()[1] == str(status)
+    if name in TAKEN_BY_GRANIAN or name in REFUSED_BY_THE_WALLET_UNDER_GRANIAN:
+        check_common(status, headers, body)
+    else:
+        assert (headers["Content-Length"], body) == ("0", b"")
+    assert headers["Connection"] == "close" or name in TAKEN_BY_GRANIAN
     assert WRONG_TOKEN not in body.decode()
 
 
@@ -3175,8 +3284,131 @@ def test_client_that_asks_before_it_sends_a_body_is_told_to_go_on_and_without_a_
     assert re.findall(rb"HTTP/1.1 (\d+)", raw_exchange(module_url, expecting + last)) == [b"200", b"401"]
 
 
-def test_client_that_does_not_read_its_answers_gets_no_more_of_them(module_url):
-    with connect(module_url, receive_buffer_bytes=4096) as connection:
+class GranianBody(io.BytesIO):
+    """What Granian gives to read a body from: it can tell its end, and not whether that came too early."""
+
+
+@contextmanager
+def granian_worker(app, threads=1):
+    """Yield an application as Granian's processes have it, and the listener of its port.
+
+    What Granian's own threads do there, no coverage sees.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield wallet_module._GranianWorker(app, listener.getsockname()[1], threads), listener
+
+
+def ask_worker(worker, method="POST", path="/api/register", sent=b"", **environ):
+    """Return the status, headers and document of an answer, and what was left of the body."""
+    started, body = [], GranianBody(sent)
+    answer = worker({"REQUEST_METHOD": method, "PATH_INFO": path, "CONTENT_TYPE": "application/json",
+                     "wsgi.input": body, "wsgi.input_terminated": True, **environ},
+                    lambda status, headers, error=None: started.append((int(status[:3]), dict(headers))))
+    return *started[0], b"".join(answer), body.read()
+
+
+@pytest.mark.parametrize(("environ", "sent", "status"), [
+    ({"CONTENT_LENGTH": "14"}, b'{"name":"Ada"}', 201),
+    ({"HTTP_TRANSFER_ENCODING": "Chunked"}, b'{"name":"Ada"}', 201),
+    ({"CONTENT_LENGTH": "15"}, b'{"name":"Ada"}', 400),  # Complete JSON, but not all of the request.
+    ({"HTTP_TRANSFER_ENCODING": "chunked,chunked"}, b'{"name":"Ada"}', 400),
+    ({"CONTENT_LENGTH": "65536"}, b'{"name":"Ada"}'.ljust(65536), 201),
+    ({"CONTENT_LENGTH": "65537"}, b'{"name":"Ada"}'.ljust(65537), 413),
+    ({"HTTP_TRANSFER_ENCODING": "chunked"}, b'{"name":"Ada"}'.ljust(10**6), 413),
+    ({"CONTENT_LENGTH": "65537", "PATH_INFO": "/api/transactions/batch"}, b" " * 65537, 401),
+    ({"CONTENT_LENGTH": str(2**20 + 1), "PATH_INFO": "/api/transactions/batch"}, b" " * (2**20 + 1), 413),
+    ({"REQUEST_METHOD": "post", "CONTENT_LENGTH": "14"}, b'{"name":"Ada"}', 400),
+    ({}, b"", 400),
+])
+def test_under_granian_only_what_came_whole_is_done_and_the_rest_is_heard_out(wallet, environ, sent, status):
+    before = wallet.database.read(lambda tx: tx("SELECT count(*) FROM accounts"))[0][0]
+    with granian_worker(create_app(wallet)) as (worker, _):
+        answer, headers, document, left = ask_worker(worker, sent=sent, **environ)
+        assert (worker.receiving, worker.working, worker.places.qsize()) == ({}, {}, 1)
+    check_common(answer, headers, document)
+    assert (answer, left) == (status, b"")
+    made = wallet.database.read(lambda tx: tx("SELECT count(*) FROM accounts"))[0][0] - before
+    assert made == (status == 201)
+    refused_here = status == 413 or "not valid HTTP" in document.decode()
+    assert headers.get("Connection") == ("close" if refused_here else None)
+
+
+def test_under_granian_who_waits_to_be_asked_for_a_body_or_sends_it_for_ever_is_not_heard_out(monkeypatch):
+    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 0)
+    with Wallet() as wallet, granian_worker(create_app(wallet)) as (worker, _):
+        for environ in ({}, {"HTTP_EXPECT": "100-continue"}):
+            status, _, _, left = ask_worker(worker, sent=b"x" * 10**6, CONTENT_LENGTH="1000000", **environ)
+            assert (status, len(left)) == (413, 10**6)
+
+
+def test_under_granian_livez_answers_when_all_places_are_taken_and_others_wait_for_one(wallet):
+    with granian_worker(create_app(wallet)) as (worker, _), ThreadPoolExecutor(1) as thread:
+        worker.places.get()
+        waiting = thread.submit(ask_worker, worker, "GET", "/readyz")
+        assert ask_worker(worker, "GET", "/livez")[0] == 200
+        assert not waiting.done()
+        worker.places.put(None)
+        assert waiting.result(timeout=30)[0] == 200
+
+
+def test_under_granian_an_answer_is_sent_as_it_was_made_and_says_when_it_is_the_last():
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        return answers.pop()
+
+    answers = [[b"all"], iter([b"a", b"l", b"l"]), [b"all"]]
+    with granian_worker(app) as (worker, _):
+        assert [ask_worker(worker, "GET")[1:3] for _ in range(2)] == [({}, b"all")] * 2
+        worker.stopping = True
+        assert ask_worker(worker, "GET")[1:3] == ({"Connection": "close"}, b"all")
+
+
+def test_under_granian_a_stop_waits_for_what_the_kernel_has_accepted_and_then_nobody_can_connect():
+    with granian_worker(None) as (worker, listener), connect(f"http://127.0.0.1:{worker.port}"):
+        accept = threading.Timer(0.2, lambda: listener.accept()[0].close())
+        accept.start()
+        worker._stop_listening(time.monotonic() + 30)
+        accept.join()
+        assert is_refused(f"http://127.0.0.1:{worker.port}")
+
+
+def test_granian_that_ends_before_it_listens_closes_the_wallet():
+    wallet, alive = Wallet(), itertools.chain([True], itertools.repeat(False))
+    main, opened = SimpleNamespace(is_alive=lambda: next(alive)), contextlib.ExitStack()
+    opened.enter_context(wallet)
+    wallet_module._GranianWorker(create_app(wallet), 0, 1).watch(main, os.getppid(), opened)
+    with pytest.raises(Unavailable, match="closed"):
+        wallet.register("Ada")
+
+
+def test_under_granian_an_answer_that_breaks_off_cuts_the_connections_where_no_request_waits(monkeypatch, caplog):
+    def break_off():
+        yield b"half"
+        raise RuntimeError("broken")
+
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        return break_off()
+
+    monkeypatch.setattr(wallet_module, "STOP_IDLE_S", 0.05)
+    with granian_worker(app) as (worker, listener), contextlib.ExitStack() as stack:
+        url = f"http://127.0.0.1:{worker.port}"
+        pairs = [(stack.enter_context(connect(url)), stack.enter_context(listener.accept()[0])) for _ in range(3)]
+        (broken, its), (waiting, other), (idle, _) = pairs
+        for client in (broken, waiting):
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        its.sendall(b"HTTP/1.1 200 OK\r\n")
+        assert broken.recv(8) == b"HTTP/1.1"
+        assert ask_worker(worker, "GET")[2] == b"half"
+        broken.recv(65536)
+        assert (broken.recv(1), idle.recv(1)) == (b"", b"")
+        other.sendall(b"HTTP/1.1 201")
+        assert waiting.recv(12) == b"HTTP/1.1 201"
+    assert "RuntimeError: broken" in caplog.text
+
+
+def test_client_that_does_not_read_its_answers_gets_no_more_of_them(waitress_url):
+    with connect(waitress_url, receive_buffer_bytes=4096) as connection:
         request = b"GET /openapi.yaml HTTP/1.1\r\n\r\n"
         connection.sendall(request * (8192 // len(request)))
         time.sleep(0.5)  # The server answers meanwhile, as far as it does.
@@ -3188,19 +3420,29 @@ def test_client_that_does_not_read_its_answers_gets_no_more_of_them(module_url):
     assert received.count(b"Connection: close") == 1
 
 
-def test_client_that_never_reads_is_let_go(monkeypatch):
-    monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 0)
-    with running() as url:
+def test_client_that_never_reads_is_let_go(serving):
+    with serving(ANSWER_TIMEOUT_S=1) as url:
         with connect(url, receive_buffer_bytes=4096) as connection:
             request = b"GET /openapi.yaml HTTP/1.1\r\n\r\n"
             with contextlib.suppress(ConnectionError):
                 connection.sendall(request * (8192 // len(request)))
             assert send_slowly_until_closed(connection)
-        monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 30)
         assert send(url, "GET", "/livez")[0] == 200
 
 
-def test_client_that_reads_slowly_but_reads_is_served(monkeypatch):
+def test_client_that_does_not_read_its_answers_has_no_more_made_for_it_under_granian():
+    with served("--dsn", "sqlite://", "--server", "granian") as server:
+        with connect(server.url, receive_buffer_bytes=4096) as connection:
+            request = b"GET /openapi.yaml HTTP/1.1\r\n\r\n"
+            connection.sendall(request * (8192 // len(request)))
+            assert connection.recv(12) == b"HTTP/1.1 200"
+            time.sleep(0.5)  # The server answers meanwhile, as far as it does.
+        for process in workers_of(server):
+            os.kill(process, signal.SIGKILL)
+        assert 1 < server.communicate(timeout=30)[1].count("GET /openapi.yaml 200") < 8192 // len(request)
+
+
+def test_client_that_reads_slowly_but_reads_is_served(serving, monkeypatch):
     def listen(host, port):
         listener = plain_listen(host, port)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)  # Stands for a slow line.
@@ -3208,9 +3450,11 @@ def test_client_that_reads_slowly_but_reads_is_served(monkeypatch):
 
     plain_listen = wallet_module.listen
     monkeypatch.setattr(wallet_module, "listen", listen)
-    monkeypatch.setattr(wallet_module, "ANSWER_TIMEOUT_S", 2)
+    options = [(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)] if serving.server == "granian" else \
+        wallet_module.SOCKET_OPTIONS
     request, body = b"GET /openapi.yaml HTTP/1.1\r\n\r\n", (HERE / "openapi.yaml").read_bytes()
-    with running() as url, connect(url, receive_buffer_bytes=4096) as connection:
+    with serving(ANSWER_TIMEOUT_S=2, SOCKET_OPTIONS=options) as url, \
+            connect(url, receive_buffer_bytes=4096) as connection:
         sent, received, until = 0, 0, time.monotonic() + 5
         while time.monotonic() < until:
             while sent - received // len(body) < 3:
@@ -3226,6 +3470,8 @@ def test_client_that_reads_slowly_but_reads_is_served(monkeypatch):
 def test_client_that_still_sends_hears_why_it_is_refused(module_url, monkeypatch):
     body = b"x" * 5_000_000
     assert raw_exchange(module_url, POST + b"Content-Length: 5000000\r\n\r\n" + body).startswith(b"HTTP/1.1 413")
+    chunks = b"Transfer-Encoding: chunked\r\n\r\n" + b"10000\r\n" + b"x" * 65536 + b"\r\n" + b"1\r\nx\r\n" * 9
+    assert raw_exchange(module_url, POST + chunks + b"0\r\n\r\n").startswith(b"HTTP/1.1 413")
     monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 0)
     with connect(module_url) as connection:
         connection.sendall(POST + b"Content-Length: 5000000\r\n\r\n")
@@ -3249,26 +3495,33 @@ def send_slowly_until_closed(connection):
     return False
 
 
-def test_client_that_sends_one_request_for_too_long_is_let_go(monkeypatch):
-    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 0)
-    with running() as url, connect(url) as slow:
-        slow.sendall(b"POST /api/register HTTP/1.1\r\nContent-Le")
+@pytest.mark.parametrize("part", [b"Content-Le", b"Content-Length: 9999\r\n\r\n",
+                                  b"Expect: 100-continue\r\nContent-Length: 9999\r\n\r\n"],
+                         ids=["headers", "body", "body that was asked for"])
+def test_client_that_sends_one_request_for_too_long_is_let_go(serving, part):
+    with serving(REQUEST_TIMEOUT_S=1) as url, connect(url) as slow:
+        slow.sendall(POST + part)
         assert send_slowly_until_closed(slow)
-        monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 30)
         assert send(url, "GET", "/livez")[0] == 200
 
 
-def test_half_request_behind_one_that_takes_its_time_is_not_blamed_for_it(file_wallet, monkeypatch):
+@pytest.mark.parametrize("before", [b"", b"GET /livez HTTP/1.1\r\n\r\n"], ids=["first", "behind another"])
+def test_client_that_sends_half_a_body_and_then_nothing_is_let_go(serving, before):
+    with serving(REQUEST_TIMEOUT_S=1) as url, connect(url) as stuck:
+        stuck.sendall(before + POST + b"Content-Length: 9\r\n\r\n{")
+        while stuck.recv(65536):
+            pass
+        assert send(url, "GET", "/livez")[0] == 200
+
+
+def test_half_request_behind_one_that_takes_its_time_is_not_blamed_for_it(file_wallet, serving):
     _, token = file_wallet.register("Ada")
-    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 1)
-    release = hold_the_writer(file_wallet)
     head = f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n" \
            "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
-    with running(file_wallet) as url, connect(url) as connection:
+    with serving(file_wallet, REQUEST_TIMEOUT_S=2, DATABASE_TIMEOUT_S=30) as url, connect(url) as connection:
+        release = hold_the_writer(file_wallet)
         connection.sendall(head.encode() + b'{"amount": 5}' + b"GET /livez HTTP/1.1\r\nConn")
-        wait_for_queue(file_wallet, 1)
-        time.sleep(2.5)  # The server looks for slow clients each second.
-        monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 30)
+        time.sleep(3.5)  # The server looks for slow clients each second.
         release()
         connection.sendall(b"ection: close\r\n\r\n")
         received = b""
@@ -3277,17 +3530,17 @@ def test_half_request_behind_one_that_takes_its_time_is_not_blamed_for_it(file_w
     assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"201", b"200"]
 
 
-def test_idle_connection_is_let_go(monkeypatch):
-    monkeypatch.setattr(wallet_module, "IDLE_TIMEOUT_S", 0)
-    with running() as url, contextlib.closing(connect(url)) as idle:
-        assert idle.recv(1) == b""
-        monkeypatch.setattr(wallet_module, "IDLE_TIMEOUT_S", 30)
+def test_idle_connection_is_let_go(serving):
+    with serving(IDLE_TIMEOUT_S=1) as url, connect(url) as idle, connect(url) as used:
+        used.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        assert used.recv(65536).startswith(b"HTTP/1.1 200")
+        assert (idle.recv(1), used.recv(1)) == (b"", b"")
         assert send(url, "GET", "/livez")[0] == 200
 
 
-def test_connections_above_the_limit_wait_for_one_to_end(monkeypatch, caplog):
-    monkeypatch.setattr(wallet_module, "CONNECTIONS_MAX", 6)  # Of which the server itself has two.
-    with running() as url, contextlib.ExitStack() as stack:
+def test_connections_above_the_limit_wait_for_one_to_end(serving):
+    limit = 6 if serving.server == "waitress" else 5  # waitress itself has two of them, and takes one too many.
+    with serving(CONNECTIONS_MAX=limit) as url, contextlib.ExitStack() as stack:
         idle = [stack.enter_context(contextlib.closing(connect(url))) for _ in range(5)]
         late = stack.enter_context(contextlib.closing(connect(url)))
         late.sendall(b"GET /livez HTTP/1.1\r\nConnection: close\r\n\r\n")
@@ -3315,7 +3568,7 @@ def test_queue_of_requests_is_not_logged(file_wallet, caplog):
 def test_pipelined_requests_are_answered_in_order(module_url):
     first = b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Request-Id: first\r\n\r\n"
     second = b"GET /nowhere HTTP/1.1\r\nHost: x\r\nX-Request-Id: second\r\nConnection: close\r\n\r\n"
-    assert re.findall(rb"X-Request-Id: (\w+)", raw_exchange(module_url, first + second)) == [b"first", b"second"]
+    assert re.findall(rb"(?i)X-Request-Id: (\w+)", raw_exchange(module_url, first + second)) == [b"first", b"second"]
 
 
 # Promise 5: nobody sees or moves another account's money #############################################################
@@ -4313,8 +4566,11 @@ def test_commit_that_never_ends_is_unknown_and_its_key_tells_later(new_schema, p
         check_books(wallet)
 
 
-def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_after(new_schema, postgres_server, capsys):
-    with served("--dsn", new_schema(on=postgres_server), "--log-level", "error") as server:
+@pytest.mark.parametrize("by", SERVERS)
+def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_after(
+        new_schema, postgres_server, capsys, by):
+    arguments = "--dsn", new_schema(on=postgres_server), "--log-level", "error", "--server", by
+    with served(*arguments) as server:
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
 
         def topup(number):
@@ -4440,6 +4696,23 @@ def test_postgres_that_cannot_be_used_is_one_line_and_exit_code_2(new_schema, po
     assert message in done.stderr
     assert "secret" not in done.stderr + done.stdout
     assert done.stdout == ""
+
+
+def test_missing_granian_is_one_line_with_the_command_that_installs_it(tmp_path):
+    program = "import sys, wallet; sys.modules['granian'] = None; sys.exit(wallet.main())"
+    done = subprocess.run([sys.executable, "-c", program, "--server", "granian"], capture_output=True, text=True,
+                          env=environment(), timeout=60, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "wallet: --server granian needs another package: pip install granian\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_granian_is_refused_where_there_is_no_tcp_info(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert wallet_module.main(["--server", "granian"]) == 2
+    assert capsys.readouterr().err == "wallet: --server granian runs on Linux only: leave it at waitress\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("missing", ["psycopg", "psycopg_pool"])
@@ -4822,6 +5095,11 @@ def test_version_is_told():
     (["--port", "x"], {}, "wallet: --port or WALLET_PORT must be an integer from 0 to 65535, not 'x'; see --help"),
     (["--port", "65536"], {}, "WALLET_PORT must be an integer from 0 to 65535"),
     (["--threads", "0"], {}, "WALLET_THREADS must be an integer from 1 to 64"),
+    (["--workers", "65"], {}, "WALLET_WORKERS must be an integer from 1 to 64"),
+    (["--workers", "2"], {}, "wallet: more than one worker needs Granian: add --server granian"),
+    (["--workers", "2"], {"WALLET_SERVER": "granian"}, "wallet: more than one worker needs Postgres: over SQLite one"),
+    (["--server", "granian", "--host", "203.0.113.1"], {}, "cannot listen on 203.0.113.1 port 0: "),
+    (["--server", "nginx"], {}, "WALLET_SERVER must be one of waitress, granian, not 'nginx'"),
     (["--log-level", "loud"], {}, "WALLET_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
     ([], {"WALLET_PORT": "tcp://10.0.0.1:4000"}, "WALLET_PORT must be an integer"),
     ([], {"WALLET_CURRENCY": "Dollar"}, "three capital letters"),
@@ -4842,10 +5120,11 @@ def test_bad_start_is_one_line_and_exit_code_2(tmp_path, arguments, settings, me
     assert list(tmp_path.iterdir()) == []
 
 
-def test_port_in_use_is_one_line_and_exit_code_2(tmp_path):
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        port = taken.getsockname()[1]
-        done = command("--port", str(port), cwd=tmp_path)
+@pytest.mark.parametrize("by", SERVERS)
+def test_port_in_use_is_one_line_and_exit_code_2(tmp_path, by):
+    with served("--dsn", "sqlite://", "--server", "granian") as server:  # Which would share it.
+        port = urlsplit(server.url).port
+        done = command("--port", str(port), "--server", by, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == f"wallet: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
 
@@ -4856,12 +5135,13 @@ def test_command_line_comes_before_the_environment(monkeypatch):
     assert wallet_module.load_settings(["--threads", "4"])["threads"] == 4
     assert wallet_module.load_settings() == {
         "dsn": "sqlite:///wallet.db", "host": "127.0.0.1", "port": 4000, "threads": 3, "currency": "",
-        "issuer-token": "", "log-level": "info", "command": None,
+        "issuer-token": "", "log-level": "info", "command": None, "server": "waitress", "workers": 1,
     }
 
 
-def test_it_serves_says_where_and_its_curls_can_be_pasted(tmp_path):
-    with served(cwd=tmp_path) as server:
+@pytest.mark.parametrize("by", SERVERS)
+def test_it_serves_says_where_and_its_curls_can_be_pasted(tmp_path, by):
+    with served("--server", by, cwd=tmp_path) as server:
         first_line, _, pasted = server.banner.partition("\n")
         assert first_line == f"wallet {wallet_module.__version__} listens on {server.url}, with its data in " \
                              f"{tmp_path}/wallet.db. Try it from another terminal:"
@@ -4882,8 +5162,9 @@ def test_it_serves_says_where_and_its_curls_can_be_pasted(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_finishes_what_runs_closes_the_database_and_exits_0(tmp_path, number):
-    with served("--log-level", "warning", cwd=tmp_path) as server:
+@pytest.mark.parametrize("by", SERVERS)
+def test_stop_finishes_what_runs_closes_the_database_and_exits_0(tmp_path, number, by):
+    with served("--log-level", "warning", "--server", by, cwd=tmp_path) as server:
         parts = urlsplit(server.url)
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
         idle = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
@@ -4904,7 +5185,7 @@ def test_stop_finishes_what_runs_closes_the_database_and_exits_0(tmp_path, numbe
         slow.close()
         idle.close()
         assert answer.startswith(b"HTTP/1.1 201")
-        assert b"Connection: close" in answer
+        assert b"connection: close" in answer.lower()
         assert server.wait(timeout=30) == 0
         assert server.stderr.read() == ""
     assert {path.name for path in tmp_path.iterdir()} == {"wallet.db"}  # Closed: the log is folded into the file.
@@ -4915,9 +5196,11 @@ def test_stop_finishes_what_runs_closes_the_database_and_exits_0(tmp_path, numbe
 PATIENT = "import sys, wallet; wallet.STOP_IDLE_S = 10; sys.exit(wallet.main())"
 
 
-def test_stop_under_load_drops_no_request_that_was_taken(durable_dsn):
+@pytest.mark.parametrize("by", SERVERS)
+def test_stop_under_load_drops_no_request_that_was_taken(durable_dsn, by):
     # No client pauses here for as long as STOP_IDLE_S, however busy the machine is, so each hears that it is the end.
-    with served("--log-level", "warning", "--dsn", durable_dsn, program=("-c", PATIENT)) as server:
+    arguments = "--log-level", "warning", "--dsn", durable_dsn, "--server", by
+    with served(*arguments, program=("-c", PATIENT)) as server:
         parts = urlsplit(server.url)
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
         acknowledged, dropped, enough = [], [], threading.Event()
@@ -4957,14 +5240,16 @@ def test_stop_under_load_drops_no_request_that_was_taken(durable_dsn):
         assert wallet.authenticate(token).balance == len(acknowledged)
 
 
-def test_stop_answers_the_connections_that_only_the_kernel_has_taken(tmp_path):
-    with served("--log-level", "warning", cwd=tmp_path) as server:
-        server.send_signal(signal.SIGSTOP)
+@pytest.mark.parametrize("by", SERVERS)
+def test_stop_answers_the_connections_that_only_the_kernel_has_taken(tmp_path, by):
+    with served("--log-level", "warning", "--server", by, cwd=tmp_path) as server:
+        (process,) = workers_of(server)
+        os.kill(process, signal.SIGSTOP)
         waiting = [connect(server.url) for _ in range(5)]
         for connection in waiting:
             connection.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
         server.send_signal(signal.SIGTERM)
-        server.send_signal(signal.SIGCONT)
+        os.kill(process, signal.SIGCONT)
         for connection in waiting:
             with connection:
                 assert connection.recv(12) == b"HTTP/1.1 200"
@@ -4981,28 +5266,143 @@ def test_stop_does_not_wait_for_ever(monkeypatch):
         assert half.recv(1) == b""
 
 
+def is_refused(url):
+    try:
+        socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=30).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # It had waited to be accepted when the listener was closed.
+        pass
+    return False
+
+
+def read_status(process):
+    try:
+        return Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return "State:\tZ"  # Gone, and buried too.
+
+
+def wait_until_gone(processes):
+    deadline = time.monotonic() + 5
+    while any("State:\tZ" not in status for status in map(read_status, processes)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_second_signal_ends_it_at_once(tmp_path, second):
-    with served(cwd=tmp_path) as server:
-        parts = urlsplit(server.url)
+@pytest.mark.parametrize("by", SERVERS)
+def test_second_signal_ends_it_at_once(tmp_path, second, by):
+    with served("--server", by, cwd=tmp_path) as server:
+        parts, processes = urlsplit(server.url), workers_of(server)
         with socket.create_connection((parts.hostname, parts.port), timeout=30) as half:
             half.sendall(b"POST /api/register HTTP/1.1\r\n")
             assert send(server.url, "GET", "/livez")[0] == 200
             server.send_signal(signal.SIGTERM)
-            refused = False
-            while not refused:
-                try:
-                    socket.create_connection((parts.hostname, parts.port), timeout=30).close()
-                except OSError:
-                    refused = True
+            while not is_refused(server.url):
+                pass
             server.send_signal(second)
             assert server.wait(timeout=5) == -second
+            wait_until_gone(processes)
 
 
-def test_it_listens_on_every_address_and_on_ipv6_if_asked(tmp_path):
+UNWATCHED = "import sys, wallet; wallet._GranianWorker.look = lambda self: None; wallet.REQUEST_TIMEOUT_S = 0; " \
+            "sys.exit(wallet.main())"
+
+
+def test_without_the_watch_a_slow_sender_would_stay_under_granian():
+    """The negative control of the tests about slow clients."""
+    with served("--dsn", "sqlite://", "--server", "granian", program=("-c", UNWATCHED)) as server, \
+            connect(server.url) as slow:
+        slow.sendall(POST + b"Content-Length: 9999\r\n\r\n")
+        slow.settimeout(2)
+        with pytest.raises(TimeoutError):
+            slow.recv(1)
+
+
+def test_worker_of_granian_that_loses_its_parent_finishes_what_runs_and_ends(file_dsn):
+    with served("--dsn", file_dsn, "--server", "granian", "--log-level", "warning") as server:
+        (worker,) = workers_of(server)
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        with connect(server.url) as slow:
+            head = f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n" \
+                   "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+            slow.sendall(head.encode() + b'{"amount"')
+            assert send(server.url, "GET", "/livez")[0] == 200
+            server.kill()
+            while not is_refused(server.url):
+                pass
+            slow.sendall(b": 5}")
+            assert slow.recv(65536).startswith(b"HTTP/1.1 201")
+        wait_until_gone([worker])
+    with Wallet(file_dsn) as wallet:
+        assert wallet.authenticate(token).balance == 5
+
+
+def test_stop_of_granian_finishes_the_request_of_a_client_that_has_gone(file_wallet):
+    _, token = file_wallet.register("Ada")
+    dsn = f"sqlite:///{file_wallet.database.location}"
+    with served("--dsn", dsn, "--server", "granian", "--log-level", "warning") as server:
+        release = hold_the_writer(file_wallet)
+        with connect(server.url) as gone:
+            head = f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n" \
+                   "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+            gone.sendall(head.encode() + b'{"amount": 5}')
+            assert send(server.url, "GET", "/api/account", token=token)[0] == 200
+        server.send_signal(signal.SIGTERM)
+        while not is_refused(server.url):
+            pass
+        time.sleep(1)  # By now, Granian has ended.
+        release()
+        assert (server.communicate(timeout=30)[1], server.returncode) == ("", 0)
+    assert file_wallet.authenticate(token).balance == 5
+
+
+def test_granian_that_cannot_start_its_workers_says_why_and_ends(tmp_path):
+    program = "import sys, wallet; wallet.load_app = lambda _: 1 / 0; sys.exit(wallet.main())"
+    done = subprocess.run([sys.executable, "-c", program, "--server", "granian", "--port", "0"], timeout=60,
+                          capture_output=True, text=True, env=environment(), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "ZeroDivisionError" in done.stderr
+    assert "ERROR _granian: Unexpected exit from worker-1" in done.stderr
+
+
+def test_stop_of_granian_does_not_wait_for_ever():
+    with served("--dsn", "sqlite://", "--server", "granian", program=limited(STOP_TIMEOUT_S=1)) as server, \
+            connect(server.url) as half:
+        half.sendall(POST + b"Content-Length: 9999\r\n\r\n")
+        assert send(server.url, "GET", "/livez")[0] == 200
+        server.send_signal(signal.SIGTERM)
+        half.recv(1)
+        assert server.wait(timeout=10) == 0
+
+
+def test_many_workers_over_postgres_serve_one_wallet_and_stop_together(postgres_dsn):
+    arguments = "--dsn", postgres_dsn, "--server", "granian", "--workers", "2", "--log-level", "warning"
+    with served(*arguments) as server:
+        workers = workers_of(server)
+        assert len(workers) == 2
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        answers = together(*[lambda: send(server.url, "POST", "/api/transactions/topup", {"amount": 1}, token)] * 32)
+        assert {status for status, _, _ in answers} == {201}
+        assert send(server.url, "GET", "/api/account", token=token)[2]["balance"] == 32
+        server.send_signal(signal.SIGTERM)
+        assert (server.communicate(timeout=30)[1], server.returncode) == ("", 0)
+        wait_until_gone(workers)
+    with served(*arguments) as server:
+        workers = workers_of(server)
+        assert send(server.url, "GET", "/api/account", token=token)[2]["balance"] == 32
+        os.kill(workers[0], signal.SIGKILL)  # It ends with an error, so that whoever supervises it starts all anew.
+        log = server.communicate(timeout=30)[1]
+        assert (server.returncode, "Unexpected exit from worker-1" in log) == (1, True)
+        wait_until_gone(workers)
+
+
+@pytest.mark.parametrize("by", SERVERS)
+def test_it_listens_on_every_address_and_on_ipv6_if_asked(tmp_path, by):
     for host, listens, url in (("0.0.0.0", "0.0.0.0", "127.0.0.1"), ("::1", "[::1]", "[::1]"),
                                ("::", "[::]", "[::1]"), ("localhost", "127.0.0.1", "127.0.0.1")):
-        with served("--host", host, "--dsn", "sqlite://", cwd=tmp_path) as server:
+        with served("--host", host, "--dsn", "sqlite://", "--server", by, cwd=tmp_path) as server:
             assert f"listens on http://{listens}:" in server.banner
             assert server.url.startswith(f"http://{url}:")
             assert "memory, gone when it stops" in server.banner
@@ -5215,8 +5615,8 @@ def test_readme_sessions_run_as_they_stand_and_show_what_comes(tmp_path):
 
 def test_versions_are_pinned_once_and_the_commands_are_the_same_everywhere():
     pinned = (HERE / "requirements.txt").read_text().split()
-    inline = re.search(r"# dependencies = (\[.*\])", (HERE / "wallet.py").read_text())[1]
-    assert json.loads(inline) == pinned
+    inline = re.search(r"# dependencies = (\[.*?\])\n# ///", (HERE / "wallet.py").read_text(), re.DOTALL)[1]
+    assert json.loads(inline.replace("#", "")) == pinned
     developers = (HERE / "requirements-dev.txt").read_text().splitlines()
     assert developers[0] == "-r requirements.txt"
     assert all("==" in line for line in developers[1:])

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["bottle==0.13.4", "psycopg[binary]==3.3.9", "psycopg-pool==3.3.3", "waitress==3.0.2"]
+# dependencies = ["bottle==0.13.4", "granian==2.8.7", "psycopg[binary]==3.3.9", "psycopg-pool==3.3.3",
+#                 "waitress==3.0.2"]
 # ///
 """Wallet: a small service that keeps money balances and is trusted with them.
 
@@ -37,7 +38,7 @@ The sections, in the order in which a reader needs them:
     Wallet                the money rules, and all SQL about money
     Databases             where the money is kept, and how a write is committed
     HTTP                  the routes, and the one place where answers are made
-    Serving               waitress within its limits, and the command line
+    Serving               waitress or Granian within their limits, and the command line
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ import signal
 import socket
 import sqlite3
 import string
+import struct
 import sys
 import threading
 import time
@@ -66,13 +68,14 @@ import zlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from http.client import responses as REASONS
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -85,7 +88,7 @@ from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from typing_extensions import Unpack
 
 __version__ = "0.1.0"
@@ -124,6 +127,7 @@ SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
 STOP_IDLE_S = 0.5  # A connection that was in use so recently may be sending its next request.
+WATCH_INTERVAL_S = 1  # Between two looks at Granian's connections.
 
 DATABASE_TIMEOUT_S = 5  # For SQLite's write lock, which another process may hold, and for all that one call asks of
 # Postgres, repeats and a restart of the server included: longer than either should take.
@@ -176,6 +180,10 @@ SETTINGS = (
     Setting("host", "127.0.0.1", "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
     Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
     Setting("threads", "8", "how many requests are worked on at once, and how many connections to Postgres are kept",
+            range(1, 65)),
+    Setting("server", "waitress", "what serves HTTP: waitress, or granian, which is faster and runs on Linux only",
+            ("waitress", "granian")),
+    Setting("workers", "1", "how many processes serve, each with --threads; more than one need granian and Postgres",
             range(1, 65)),
     Setting("currency", "", "three capital letters, fixed when the database is made; USD if not given then"),
     Setting("issuer-token", "",
@@ -2292,8 +2300,7 @@ class _Server(TcpWSGIServer):
         super().__init__(app, _sock=listener, bind_socket=False, sockinfo=sockinfo, adj=adjustments,
                          dispatcher=self._dispatchers[""])
         self._changed.append(self.trigger)
-        host, port = listener.getsockname()[:2]
-        self.url, self.stopping = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", False
+        self.url, self.stopping = url_of(*listener.getsockname()[:2]), False
 
     def poll(self, timeout_s: float) -> None:
         """Handle what happens next. (waitress's own loop looks at every connection, whenever one has something.)"""
@@ -2397,6 +2404,304 @@ def pin_process() -> None:
         os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
 
 
+TCP_CLOSE, TCP_LISTEN = 7, 10  # States of a socket, as in net/tcp_states.h of Linux.
+
+
+class _SocketInfo(NamedTuple):
+    """What Linux tells about a TCP socket: struct tcp_info of linux/tcp.h, which has all of this from 4.19 on."""
+
+    state: int
+    segments: int  # Sent and not acknowledged, or of a listening socket, connections that nobody has accepted yet.
+    since_sent_ms: int
+    since_received_ms: int
+    taken_bytes: int
+    received_bytes: int
+    unsent_bytes: int
+    sent_bytes: int
+    repeated_bytes: int  # Of those that were sent.
+
+    @property
+    def is_read(self) -> bool:
+        """Say whether the client has taken all that there is for it."""
+        return not (self.segments or self.unsent_bytes)
+
+    @property
+    def is_pending(self) -> bool:
+        """Say whether what came last came from the client: a request, or some of one."""
+        newer = self.since_received_ms < self.since_sent_ms or not self.sent_bytes
+        return bool(self.received_bytes) and newer and self.is_read
+
+
+def read_socket(found: socket.socket) -> _SocketInfo:
+    """Return what Linux tells about a TCP socket."""
+    info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    return _SocketInfo(*struct.unpack_from("=B23xI16xI4xI64xQQ8xI52xQQ", info))
+
+
+def find_sockets(port: int) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
+    """Yield this process's TCP sockets at a port, each with a name of its own and what is known of it.
+
+    Each is looked at in its place and left open. A copy of its descriptor could by then be one of a database file, and
+    to close that would end SQLite's locks.
+    """
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # Each may be closed at any time.
+            if (name := os.readlink(f"/proc/self/fd/{number}")).startswith("socket:"):
+                found = socket.socket(fileno=int(number))
+                try:
+                    if found.getsockname()[1:2] == (port,):
+                        yield name, found, read_socket(found)
+                finally:
+                    found.detach()
+
+
+def cut(connection: socket.socket) -> None:
+    """End a connection, whoever has it. What was sent still arrives."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Client(NamedTuple):
+    """What the watch remembers of a connection from one look to the next."""
+
+    sent_bytes: int
+    pending_since: float  # The request that is coming, or waits for its answer.
+    due_bytes: int  # How much it is to have taken ANSWER_TIMEOUT_S after `taken_at`: what waited for it then.
+    taken_at: float
+
+
+class _GranianWorker:
+    """The application in a process of Granian's, and what Granian has no means for.
+
+    Granian shows an application requests, in a thread for each from its headers on, and no connections. So a body is
+    read here, before its request takes one of `threads` places. And a thread watches this process's sockets: it cuts
+    those of slow clients, and stops the process without dropping a request.
+    """
+
+    def __init__(self, app: WSGIApplication, port: int, threads: int) -> None:
+        self.app, self.port, self.stopping = app, port, False
+        self.places: SimpleQueue[None] = SimpleQueue()  # A semaphore, quicker than Python's own.
+        for _ in range(threads):
+            self.places.put(None)
+        self.receiving: dict[int, float] = {}  # By thread: since when it reads a body.
+        self.working: dict[int, float] = {}  # By thread: since when it has all of the request that it answers.
+        self.clients: dict[str, _Client] = {}
+        self.looked_at = 0.0
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        def start(status: str, headers: list[tuple[str, str]], error: Any = None) -> Callable[[bytes], object]:
+            return start_response(status, [*headers, ("Connection", "close")] if self.stopping else headers, error)
+
+        try:
+            environ["wsgi.input"] = io.BytesIO(self._receive(environ))
+        except WalletError as error:
+            return self._refuse(error, environ, start_response)
+        if environ["PATH_INFO"] == "/livez":  # It says that the process lives, when all places wait for the database.
+            return self.app(environ, start)
+        self.working[threading.get_ident()] = time.monotonic()
+        self.places.get()
+        try:
+            answer = self.app(environ, start)
+        finally:
+            self.places.put(None)
+            del self.working[threading.get_ident()]
+        return answer if isinstance(answer, list) else self._stream(answer)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        self.receiving[threading.get_ident()] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self.receiving[threading.get_ident()]
+
+    def _receive(self, environ: WSGIEnvironment) -> bytes:
+        if environ["REQUEST_METHOD"] != environ["REQUEST_METHOD"].upper():
+            raise MalformedRequest("The request is not valid HTTP: the request line is malformed.")
+        encoding, declared = environ.get("HTTP_TRANSFER_ENCODING"), environ.get("CONTENT_LENGTH")
+        if encoding is None and declared is None:
+            return b""
+        if encoding is not None and encoding.lower() != "chunked":
+            raise MalformedRequest("The request is not valid HTTP: the length of the body must be told once.")
+        bytes_max = BATCH_BODY_BYTES_MAX if environ["PATH_INFO"] == "/api/transactions/batch" else BODY_BYTES_MAX
+        length = bytes_max + 1 if declared is None else int(declared)
+        if declared is not None and length > bytes_max:
+            raise BodyTooLarge()
+        with self._reading():
+            body: bytes = environ["wsgi.input"].read(length)
+        if len(body) > bytes_max:
+            raise BodyTooLarge()
+        if declared is not None and len(body) < length:
+            raise MalformedRequest("The request is not valid HTTP: the body is shorter than its length.")
+        return body
+
+    def _refuse(self, error: WalletError, environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
+        answer, request_id, started = error_response(error), make_request_id(""), time.perf_counter()
+        status, headers, document = render(answer, request_id)
+        log_access(environ["REQUEST_METHOD"], environ["PATH_INFO"], answer.status, started, request_id)
+        start_response(status, [*headers, ("Connection", "close")])
+        return self._hear_out(document, environ)
+
+    def _hear_out(self, document: Iterable[bytes], environ: WSGIEnvironment) -> Iterator[bytes]:
+        """Answer, and then read on: closing while the client still sends would lose it the answer."""
+        yield from document
+        until = time.monotonic() + REQUEST_TIMEOUT_S
+        with self._reading():
+            while "HTTP_EXPECT" not in environ and time.monotonic() < until:
+                if not environ["wsgi.input"].read(BODY_BYTES_MAX):
+                    break
+
+    def _stream(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Send an answer as it comes. One that breaks off must not be taken for a whole one.
+
+        Granian would end it properly, and does not tell its connection. But that is one of those where no request
+        waits, which may be closed at any time: they are all cut. (Another statement breaks off with it, and is seen
+        to.) It is looked for more than once, since its first bytes may not have left yet.
+        """
+        try:
+            yield from chunks
+        except Exception:
+            logger.exception("an answer broke off")
+            until = time.monotonic() + STOP_IDLE_S
+            while time.monotonic() < until:
+                self._cut(lambda info: not info.is_pending)
+                time.sleep(0.01)
+
+    def _connections(self) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
+        return (one for one in find_sockets(self.port) if one[2].state not in (TCP_CLOSE, TCP_LISTEN))
+
+    def _cut(self, chosen: Callable[[_SocketInfo], bool]) -> None:
+        for _, connection, info in self._connections():
+            if chosen(info):
+                cut(connection)
+
+    def look(self) -> None:
+        """Cut the connections whose clients take too long to send a request, or to read its answer.
+
+        Of a request that is sent too slowly, the thread that reads its body would wait for ever.
+        """
+        now, clients = time.monotonic(), self.clients
+        self.clients, looked_at, self.looked_at = {}, self.looked_at, now
+        # A request that was there at the last look, and since when all of it was: it is not what is still coming.
+        working = [since for since in list(self.working.values()) if since < looked_at]
+        stuck = any(now - since > REQUEST_TIMEOUT_S for since in list(self.receiving.values()))
+        for name, connection, info in self._connections():
+            client = clients.get(name, _Client(info.sent_bytes, now, 0, now))
+            if not info.is_pending or info.sent_bytes != client.sent_bytes:
+                client = client._replace(sent_bytes=info.sent_bytes, pending_since=now)
+            if info.is_read or info.taken_bytes >= client.due_bytes:
+                due_bytes = info.sent_bytes - info.repeated_bytes + info.unsent_bytes
+                client = client._replace(due_bytes=due_bytes, taken_at=now)
+            self.clients[name] = client
+            received_at = now - info.since_received_ms / 1000
+            slow_sender = now - client.pending_since > REQUEST_TIMEOUT_S and max(working, default=0) < received_at - 0.1
+            # Where an answer went out after some of the next request came, the latter does not show.
+            quiet_s = min(info.since_sent_ms, info.since_received_ms) / 1000
+            stuck_sender = stuck and info.is_read and not info.is_pending and quiet_s > REQUEST_TIMEOUT_S
+            if slow_sender or stuck_sender or now - client.taken_at > ANSWER_TIMEOUT_S:
+                logger.info("closed a connection that was too slow")
+                cut(connection)
+
+    def watch(self, main: threading.Thread, parent_id: int, opened: ExitStack) -> None:
+        """Look after the connections until the process is told to stop, or has lost its parent; then stop it."""
+        while main.is_alive() and not any(info.state == TCP_LISTEN for _, _, info in find_sockets(self.port)):
+            time.sleep(0.01)
+        for _, found, _ in find_sockets(self.port):
+            for option in SOCKET_OPTIONS:  # The connections get them from the socket that listens.
+                found.setsockopt(*option)
+        told = False
+        while main.is_alive() and os.getppid() == parent_id and not told:
+            told = bool(signal.sigtimedwait([signal.SIGTERM], WATCH_INTERVAL_S))
+            with suppress(OSError):  # No descriptor may be left to list them.
+                self.look()
+        self._stop(main, parent_id if told else os.getppid())
+        opened.close()
+        logger.info("stopped")
+
+    def _stop(self, main: threading.Thread, parent_id: int) -> None:
+        """Let Granian stop once no client can be about to use its connection: it closes those that are idle."""
+        started, self.stopping, told = time.monotonic(), True, False
+        logger.info("stopping: %d connections are open", len(list(self._connections())))
+        self._stop_listening(started + STOP_IDLE_S)
+        while main.is_alive():
+            if os.getppid() != parent_id:  # A second signal has ended it.
+                os._exit(1)
+            elapsed_s = time.monotonic() - started
+            if not told and (elapsed_s > STOP_IDLE_S or not any(self._connections())):
+                told = True
+                signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore[operator, misc]
+            if elapsed_s > STOP_TIMEOUT_S:
+                self._cut(lambda info: True)
+            main.join(0.02)
+        while self.working and time.monotonic() - started < STOP_TIMEOUT_S:  # Whose clients have gone.
+            time.sleep(0.01)
+
+    def _stop_listening(self, deadline: float) -> None:
+        """Wait until what the kernel has accepted for us is taken, and listen no more.
+
+        Granian would see a socket that was shut down as an error, again and again. So in its place it gets one that
+        nobody connects to.
+        """
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as nobodys:
+            nobodys.bind("")
+            nobodys.listen()
+            for _, found, info in find_sockets(self.port):
+                while info.state == TCP_LISTEN and info.segments and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                    info = read_socket(found)
+                if info.state == TCP_LISTEN:
+                    os.dup2(nobodys.fileno(), found.fileno(), inheritable=False)
+
+
+def start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplication]], port: int, threads: int,
+                         parent_id: int) -> WSGIApplication:
+    """Return the application for a new process of Granian's, and watch over it until it ends."""
+    pin_process()
+    with ExitStack() as opened:
+        worker = _GranianWorker(opened.enter_context(load()), port, threads)
+        arguments = threading.main_thread(), parent_id, opened.pop_all()
+        threading.Thread(target=worker.watch, args=arguments, name="wallet watch").start()
+    return worker
+
+
+def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], address: tuple[str, int], threads: int,
+                  workers: int, banner: str) -> None:
+    """Serve a WSGI application with Granian, at an IP address and a port, until SIGTERM or Ctrl-C.
+
+    `load` opens the application, once in each process: it must pickle. `banner` is printed when it can be reached.
+    """
+    from granian import Granian
+    from granian.http import HTTP1Settings
+
+    signals = signal.SIGTERM, signal.SIGINT
+
+    class Server(Granian):  # type: ignore[misc, valid-type]
+        def startup(self, *arguments: Any) -> None:
+            hang_up = signal.getsignal(signal.SIGHUP)
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # For good in the workers: `watch` waits for SIGTERM.
+            super().startup(*arguments)
+            signal.signal(signal.SIGHUP, hang_up)  # It would start the workers anew.
+            while not self.main_loop_interrupt.wait(0.01):  # Which is set if they fail.
+                with suppress(OSError), socket.create_connection(address):
+                    print(banner, flush=True)
+                    break
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+        def signal_handler_interrupt(self, *arguments: Any) -> None:
+            for number in signals:
+                signal.signal(number, signal.SIG_DFL)
+            super().signal_handler_interrupt(*arguments)
+
+    Server("wallet", *address, interface="wsgi", workers=workers, http="1", websockets=False,
+           blocking_threads=CONNECTIONS_MAX,  # So that nobody waits for a thread that a slow sender has.
+           backpressure=CONNECTIONS_MAX, backlog=CONNECTIONS_MAX, workers_kill_timeout=STOP_TIMEOUT_S + 5,
+           http1_settings=HTTP1Settings(header_read_timeout=int(IDLE_TIMEOUT_S * 1000),
+                                        max_buffer_size=HEADER_BYTES_MAX),
+           log_level="error", log_dictconfig={"handlers": {}, "loggers": {"_granian": {"propagate": True}}},
+           ).serve(target_loader=partial(start_granian_worker, load, address[1], threads, os.getpid()),
+                   wrap_loader=False)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens. Raises ConfigurationError."""
     try:
@@ -2437,9 +2742,20 @@ curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" -H Conte
 """
 
 
-def serve(app: App, listener: socket.socket, threads: int) -> None:
-    """Serve until SIGTERM or Ctrl-C, and finish what runs. A second signal ends the process at once."""
-    pin_process()
+def url_of(host: str, port: int) -> str:
+    """Return the URL of an address."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def make_banner(app: App, address: str) -> str:
+    """Return what is printed at the start."""
+    url = address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    more = "Only the issuer's token makes and fills accounts." if app.has_issuer else TRY.format(url=url)
+    return BANNER.format(version=__version__, address=address, location=app.wallet.database.location, more=more)
+
+
+def serve(app: App, listener: socket.socket, threads: int, banner: str) -> None:
+    """Serve with waitress until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
     server = _Server(app, listener, threads)
 
     def stop(*_: object) -> None:
@@ -2450,11 +2766,39 @@ def serve(app: App, listener: socket.socket, threads: int) -> None:
     signals = signal.SIGTERM, signal.SIGINT
     for number in signals:
         signal.signal(number, stop)
-    url = server.url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
-    more = "Only the issuer's token makes and fills accounts." if app.has_issuer else TRY.format(url=url)
-    location = app.wallet.database.location
-    print(BANNER.format(version=__version__, address=server.url, location=location, more=more), flush=True)
+    print(banner, flush=True)
     server.run()
+
+
+def check_server(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError if what serves is not there, or cannot serve like this."""
+    if settings["workers"] > 1 and settings["server"] == "waitress":
+        raise ConfigurationError("more than one worker needs Granian: add --server granian")
+    if settings["workers"] > 1 and settings["dsn"].startswith("sqlite:"):
+        raise ConfigurationError("more than one worker needs Postgres: over SQLite one process is faster, so leave"
+                                 " --workers at 1")
+    if settings["server"] == "granian":
+        if sys.platform != "linux":
+            raise ConfigurationError("--server granian runs on Linux only: leave it at waitress")
+        try:
+            import granian  # noqa: F401
+        except ImportError:
+            raise ConfigurationError("--server granian needs another package: pip install granian") from None
+
+
+def configure_logging(level: str) -> None:
+    """Log to stderr."""
+    logging.basicConfig(level=level.upper(), datefmt="%Y-%m-%dT%H:%M:%S%z",
+                        format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("psycopg").setLevel(logging.ERROR)  # Else, in an outage, many lines a second.
+
+
+@contextmanager
+def load_app(settings: Mapping[str, Any]) -> Iterator[App]:
+    """Open the application in a process of Granian's."""
+    configure_logging(settings["log-level"])
+    with open_wallet(settings) as wallet:
+        yield create_app(wallet, settings["issuer-token"])
 
 
 def copy_wallet(source_dsn: str, target_dsn: str) -> None:
@@ -2473,9 +2817,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Return 0, 2 where it could not be done, or 130 after Ctrl-C."""
     try:
         settings = load_settings(sys.argv[1:] if arguments is None else arguments)
-        logging.basicConfig(level=settings["log-level"].upper(), datefmt="%Y-%m-%dT%H:%M:%S%z",
-                            format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        logging.getLogger("psycopg").setLevel(logging.ERROR)  # Else, in an outage, many lines a second.
+        configure_logging(settings["log-level"])
         if settings["command"] == "copy":
             copy_wallet(settings["source"], settings["target"])
         elif settings["command"]:
@@ -2483,8 +2825,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 wallet.freeze(settings["account"], settings["command"] == "freeze")
                 print(settings["account"], "is frozen" if settings["command"] == "freeze" else "is not frozen")
         else:
+            check_server(settings)
+            # Granian shares its port with whoever asks, and a wallet must not cross a fork: so here both are opened
+            # only to see whether they can be.
             with listen(settings["host"], settings["port"]) as listener, open_wallet(settings) as wallet:
-                serve(create_app(wallet, settings["issuer-token"]), listener, settings["threads"])
+                app, address = create_app(wallet, settings["issuer-token"]), listener.getsockname()[:2]
+                banner = make_banner(app, url_of(*address))
+                if settings["server"] == "waitress":
+                    serve(app, listener, settings["threads"], banner)
+            if settings["server"] == "granian":
+                serve_granian(partial(load_app, settings), address, settings["threads"], settings["workers"], banner)
     except WalletError as error:
         print(f"wallet: {error}", file=sys.stderr)
         return 2
