@@ -75,7 +75,6 @@ from functools import partial
 from http.client import responses as REASONS
 from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -127,6 +126,7 @@ SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
 STOP_IDLE_S = 0.5  # A connection that was in use so recently may be sending its next request.
+GRANIAN_THREADS = 64  # As many may wait for their commit, the database or a slow sender; they share commits.
 WATCH_INTERVAL_S = 1  # Between two looks at Granian's connections.
 
 DATABASE_TIMEOUT_S = 5  # For SQLite's write lock, which another process may hold, and for all that one call asks of
@@ -179,11 +179,11 @@ SETTINGS = (
             "where the money is kept: sqlite:///FILE, sqlite:// in memory, or postgresql://USER:PASSWORD@HOST/DATABASE"),
     Setting("host", "127.0.0.1", "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
     Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
-    Setting("threads", "8", "how many requests are worked on at once, and how many connections to Postgres are kept",
+    Setting("threads", "8", "how many connections to Postgres are kept, and requests worked on at once by waitress",
             range(1, 65)),
     Setting("server", "waitress", "what serves HTTP: waitress, or granian, which is faster and runs on Linux only",
             ("waitress", "granian")),
-    Setting("workers", "1", "how many processes serve, each with --threads; more than one need granian and Postgres",
+    Setting("workers", "1", "how many processes serve; more than one need granian and Postgres, each with its threads",
             range(1, 65)),
     Setting("currency", "", "three capital letters, fixed when the database is made; USD if not given then"),
     Setting("issuer-token", "",
@@ -2473,16 +2473,13 @@ class _Client(NamedTuple):
 class _GranianWorker:
     """The application in a process of Granian's, and what Granian has no means for.
 
-    Granian shows an application requests, in a thread for each from its headers on, and no connections. So a body is
-    read here, before its request takes one of `threads` places. And a thread watches this process's sockets: it cuts
-    those of slow clients, and stops the process without dropping a request.
+    Granian shows an application requests, each in a thread from its headers on, and no connections. So a body is
+    read here. And a thread watches this process's sockets: it cuts those of slow clients, and stops the process
+    without dropping a request.
     """
 
-    def __init__(self, app: WSGIApplication, port: int, threads: int) -> None:
+    def __init__(self, app: WSGIApplication, port: int) -> None:
         self.app, self.port, self.stopping = app, port, False
-        self.places: SimpleQueue[None] = SimpleQueue()  # A semaphore, quicker than Python's own.
-        for _ in range(threads):
-            self.places.put(None)
         self.receiving: dict[int, float] = {}  # By thread: since when it reads a body.
         self.working: dict[int, float] = {}  # By thread: since when it has all of the request that it answers.
         self.clients: dict[str, _Client] = {}
@@ -2496,14 +2493,10 @@ class _GranianWorker:
             environ["wsgi.input"] = io.BytesIO(self._receive(environ))
         except WalletError as error:
             return self._refuse(error, environ, start_response)
-        if environ["PATH_INFO"] == "/livez":  # It says that the process lives, when all places wait for the database.
-            return self.app(environ, start)
         self.working[threading.get_ident()] = time.monotonic()
-        self.places.get()
         try:
             answer = self.app(environ, start)
         finally:
-            self.places.put(None)
             del self.working[threading.get_ident()]
         return answer if isinstance(answer, list) else self._stream(answer)
 
@@ -2578,13 +2571,15 @@ class _GranianWorker:
     def look(self) -> None:
         """Cut the connections whose clients take too long to send a request, or to read its answer.
 
-        Of a request that is sent too slowly, the thread that reads its body would wait for ever.
+        Of a request that is sent too slowly, the thread that reads its body would wait for ever. When such have half
+        of the threads, nobody has more time, though one who waits behind them may be taken for one of them.
         """
         now, clients = time.monotonic(), self.clients
+        patience_s = REQUEST_TIMEOUT_S if len(self.receiving) < GRANIAN_THREADS / 2 else 0
         self.clients, looked_at, self.looked_at = {}, self.looked_at, now
         # A request that was there at the last look, and since when all of it was: it is not what is still coming.
         working = [since for since in list(self.working.values()) if since < looked_at]
-        stuck = any(now - since > REQUEST_TIMEOUT_S for since in list(self.receiving.values()))
+        stuck = any(now - since > patience_s for since in list(self.receiving.values()))
         for name, connection, info in self._connections():
             client = clients.get(name, _Client(info.sent_bytes, now, 0, now))
             if not info.is_pending or info.sent_bytes != client.sent_bytes:
@@ -2594,10 +2589,10 @@ class _GranianWorker:
                 client = client._replace(due_bytes=due_bytes, taken_at=now)
             self.clients[name] = client
             received_at = now - info.since_received_ms / 1000
-            slow_sender = now - client.pending_since > REQUEST_TIMEOUT_S and max(working, default=0) < received_at - 0.1
+            slow_sender = now - client.pending_since > patience_s and max(working, default=0) < received_at - 0.1
             # Where an answer went out after some of the next request came, the latter does not show.
             quiet_s = min(info.since_sent_ms, info.since_received_ms) / 1000
-            stuck_sender = stuck and info.is_read and not info.is_pending and quiet_s > REQUEST_TIMEOUT_S
+            stuck_sender = stuck and info.is_read and not info.is_pending and quiet_s > patience_s
             if slow_sender or stuck_sender or now - client.taken_at > ANSWER_TIMEOUT_S:
                 logger.info("closed a connection that was too slow")
                 cut(connection)
@@ -2653,19 +2648,19 @@ class _GranianWorker:
                     os.dup2(nobodys.fileno(), found.fileno(), inheritable=False)
 
 
-def start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplication]], port: int, threads: int,
+def start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplication]], port: int,
                          parent_id: int) -> WSGIApplication:
     """Return the application for a new process of Granian's, and watch over it until it ends."""
     pin_process()
     with ExitStack() as opened:
-        worker = _GranianWorker(opened.enter_context(load()), port, threads)
+        worker = _GranianWorker(opened.enter_context(load()), port)
         arguments = threading.main_thread(), parent_id, opened.pop_all()
         threading.Thread(target=worker.watch, args=arguments, name="wallet watch").start()
     return worker
 
 
-def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], address: tuple[str, int], threads: int,
-                  workers: int, banner: str) -> None:
+def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], address: tuple[str, int], workers: int,
+                  banner: str) -> None:
     """Serve a WSGI application with Granian, at an IP address and a port, until SIGTERM or Ctrl-C.
 
     `load` opens the application, once in each process: it must pickle. `banner` is printed when it can be reached.
@@ -2693,13 +2688,12 @@ def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], a
             super().signal_handler_interrupt(*arguments)
 
     Server("wallet", *address, interface="wsgi", workers=workers, http="1", websockets=False,
-           blocking_threads=CONNECTIONS_MAX,  # So that nobody waits for a thread that a slow sender has.
-           backpressure=CONNECTIONS_MAX, backlog=CONNECTIONS_MAX, workers_kill_timeout=STOP_TIMEOUT_S + 5,
+           blocking_threads=GRANIAN_THREADS, backpressure=CONNECTIONS_MAX, backlog=CONNECTIONS_MAX,
+           workers_kill_timeout=STOP_TIMEOUT_S + 5,
            http1_settings=HTTP1Settings(header_read_timeout=int(IDLE_TIMEOUT_S * 1000),
                                         max_buffer_size=HEADER_BYTES_MAX),
            log_level="error", log_dictconfig={"handlers": {}, "loggers": {"_granian": {"propagate": True}}},
-           ).serve(target_loader=partial(start_granian_worker, load, address[1], threads, os.getpid()),
-                   wrap_loader=False)
+           ).serve(target_loader=partial(start_granian_worker, load, address[1], os.getpid()), wrap_loader=False)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -2834,7 +2828,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if settings["server"] == "waitress":
                     serve(app, listener, settings["threads"], banner)
             if settings["server"] == "granian":
-                serve_granian(partial(load_app, settings), address, settings["threads"], settings["workers"], banner)
+                serve_granian(partial(load_app, settings), address, settings["workers"], banner)
     except WalletError as error:
         print(f"wallet: {error}", file=sys.stderr)
         return 2
