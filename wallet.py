@@ -2750,6 +2750,7 @@ def make_banner(app: App, address: str) -> str:
 
 def serve(app: App, listener: socket.socket, threads: int, banner: str) -> None:
     """Serve with waitress until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
+    pin_process()
     server = _Server(app, listener, threads)
 
     def stop(*_: object) -> None:
