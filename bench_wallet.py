@@ -117,7 +117,9 @@ ROWS = [
       for measure in sorted(WAITRESS)),
     Row("waitress: topups of one account, beside many", Measure("waitress", "hot"), 0.90, (Measure("waitress"),)),
     Row("waitress: durable topups, 64 connections", Measure("waitress"), 0.50, (BARE_TOPUP,), aim=0.65),
-    Row("Postgres: topups, 64 connections", Measure("postgres"), 0.50, (BARE_TOPUP, Measure("pgbench")), min),
+    *(Row(f"{name} over Postgres: topups, 64 connections", Measure(f"{server}_postgres"), 0.50,
+          (Measure(f"bare_{server}"), Measure("pgbench")), min)
+      for name, server in (("Granian", "granian"), ("waitress", "waitress"))),
     Row("waitress: p99 of topups, 64 connections", Measure("waitress"), 100, figure="p99_ms"),
     Row("waitress: resident memory, 256 connections", Measure("waitress", "topup", 256), 80, figure="resident_mb"),
     Row("waitress: movements in batches of 100, 8 connections", Measure("waitress", "batch", 8), 0.50,
@@ -339,7 +341,7 @@ def plain_loop(path: str, synchronous: str) -> Target:
     def commit(movements: int, account: str) -> None:
         connection.execute("BEGIN IMMEDIATE")
         for _ in range(movements):
-            now_us, key = time.time_ns() // 1000, secrets.token_urlsafe(16)
+            now_us, key = time.time_ns() // 1000, wallet.make_key()
             ((sequence, balance, updated_at_us, _),) = connection.execute(wallet.POST, (
                 1, 0, now_us, now_us, account, 1, wallet.AMOUNT_MAX, 0, 1, account, key)).fetchall()
             connection.execute(wallet.INSERT_ENTRY, (
@@ -500,15 +502,12 @@ def fill(path: Path) -> dict[str, str]:
     return tokens
 
 
-# An account's topups of 1, as many as its second parameter says. The keys are spread as those that the wallet makes, so
-# that new ones come between them, but rise with the sequence.
-ALPHABET = "-0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"
-DIGITS = " || ".join(f"substr('{ALPHABET}', (place >> {shift} & 63) + 1, 1)" for shift in (18, 12, 6, 0))
+# An account's topups of 1, as many as its second parameter says, with keys like those that the wallet makes.
 FILL = f"""
     WITH RECURSIVE numbers (number) AS (SELECT 1 UNION ALL SELECT number + 1 FROM numbers WHERE number < ?2)
     INSERT INTO transactions
-    SELECT ?1, number, 'topup', 1, number, NULL, NULL, NULL, {DIGITS} || '{"-" * 18}', '{FINGERPRINT}', number
-    FROM (SELECT number, number * ((1 << 24) / ?2 - 1) AS place FROM numbers)"""
+    SELECT ?1, number, 'topup', 1, number, NULL, NULL, NULL, printf('%016x-{"-" * 16}', number), '{FINGERPRINT}', number
+    FROM numbers"""
 
 
 class Postgres(NamedTuple):
@@ -561,7 +560,8 @@ class Bench:
             "granian_start": lambda: self._start("granian"),
             "filled": self._filled,
             "empty": lambda: self._wallet("waitress"),
-            "postgres": lambda: self._wallet("waitress", self.postgres.dsn),
+            "waitress_postgres": lambda: self._wallet("waitress", self.postgres.dsn),
+            "granian_postgres": lambda: self._wallet("granian", self.postgres.dsn),
             "pgbench": lambda: pgbench(self.postgres.pgbench, self.postgres.dsn, self._folder / "movement.sql"),
             "plain": lambda: plain_loop(str(self._folder / "plain.db"), "FULL"),
             "plain_memory": lambda: plain_loop(":memory:", "FULL"),
