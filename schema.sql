@@ -39,7 +39,8 @@ CREATE TABLE IF NOT EXISTS accounts (
 -- that is refunded, of the hold that is captured or released, or of the other
 -- account of a transfer. The idempotency key is the client's or one made for
 -- the request, and the fingerprint is the SHA-256 of the request, in hex, so
--- that a key sent again with another request is noticed.
+-- that a key sent again with another request is noticed, or zeros for a request
+-- without a key, which cannot be sent again.
 CREATE TABLE IF NOT EXISTS transactions (
     account_id      TEXT   NOT NULL REFERENCES accounts (id),
     sequence        BIGINT NOT NULL CHECK (sequence >= 1),

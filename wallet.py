@@ -143,7 +143,8 @@ POSTGRES_DEFAULTS = {  # libpq's options, where the DSN does not say otherwise: 
 COPY_TIMEOUT_S = 24 * 3600  # For all of a wallet, in one transaction.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
 SQLITE_CHECKPOINT_PAGES = 4000  # 16 MB of log: to move it into the database takes syncs too, so not too often.
-SQLITE_CACHE_KB = 16_000  # For the connection that writes: the pages that a thousand busy accounts write to.
+SQLITE_CACHE_KB = 8_000  # For the connection that writes: the pages that hundreds of busy accounts write to.
+SQLITE_READER_CACHE_KB = 500  # For each of those that read. The system keeps the file in memory anyway.
 SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 2
@@ -367,6 +368,7 @@ class ConfigurationError(WalletError, status=500, code="configuration", title="T
 # The types of a transaction, and what each does to the balance.
 SIGN_BY_TYPE = {"topup": +1, "charge": -1, "refund": +1, "transfer_in": +1, "transfer_out": -1}
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
+UNKEYED = "0" * 64  # The fingerprint of a request without a key: it cannot come again.
 CHECKSUM_PLACES = [62**place for place in range(5, -1, -1)]
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -688,10 +690,11 @@ def parse_request(rules: Rules, account_id: str, *request: object, key: str | No
 
 def make_stamp(key: str | None, token: str | None, *request: object) -> Stamp:
     """Return the stamp of a request, with a key of its own if it came with none. Raises MalformedRequest."""
-    key = make_key() if key is None else parse_key(key)
+    token_hash = None if token is None else hash_token(token)
+    if key is None:
+        return Stamp(make_key(), UNKEYED, token_hash)
     parts = [dict(sorted(part.items())) if isinstance(part, dict) else part for part in request if part != {}]
-    fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return Stamp(key, fingerprint, None if token is None else hash_token(token))
+    return Stamp(parse_key(key), hashlib.sha256(json.dumps(parts).encode()).hexdigest(), token_hash)
 
 
 def parse_batch(values: object, account_id: str | None) -> list[Entry]:
@@ -1428,7 +1431,7 @@ class SQLiteDatabase(Database):
             check_usable(self._process_id, self._closed)
             reader = self._idle_readers.pop() if self._idle_readers else None
         try:
-            reader = reader or self._connect("PRAGMA query_only = ON")
+            reader = reader or self._connect("PRAGMA query_only = ON", SQLITE_READER_CACHE_KB)
             return function(_execute_on(reader))
         except sqlite3.DatabaseError as error:
             raise _unavailable(error) from error
@@ -1531,7 +1534,8 @@ class SQLiteDatabase(Database):
             # opened, since to close it would end the locks that another connection of this process holds.
             with suppress(FileExistsError):
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        connection = self._connect("PRAGMA fullfsync = ON")  # On macOS, fsync alone stops short of the disk.
+        # On macOS, fsync alone stops short of the disk.
+        connection = self._connect("PRAGMA fullfsync = ON", SQLITE_CACHE_KB)
         try:
             ((owner,),) = connection.execute("PRAGMA application_id").fetchall()
             ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
@@ -1539,7 +1543,6 @@ class SQLiteDatabase(Database):
                 raise ConfigurationError(f"{self._path} is the database of another program: name another file")
             self._use_wal(connection)
             connection.execute("PRAGMA synchronous = FULL")  # Each COMMIT is synced: a power cut loses none.
-            connection.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KB}")
             connection.execute(f"PRAGMA wal_autocheckpoint = {SQLITE_CHECKPOINT_PAGES}")
             connection.execute(f"PRAGMA application_id = {SQLITE_APPLICATION_ID}")
         except BaseException:
@@ -1559,12 +1562,13 @@ class SQLiteDatabase(Database):
                     raise
             time.sleep(random.uniform(0, RETRY_PAUSE_MAX_S))
 
-    def _connect(self, pragma: str) -> sqlite3.Connection:
+    def _connect(self, pragma: str, cache_kb: int) -> sqlite3.Connection:
         # Only the writer makes the file: a file that was removed must not come back empty.
         database = f"{Path(self._path).absolute().as_uri()}?mode=rw" if self._path else ":memory:"
         connection = sqlite3.connect(database, uri=True, timeout=DATABASE_TIMEOUT_S, isolation_level=None,
                                      check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(f"PRAGMA cache_size = -{cache_kb}")
         connection.execute(pragma)
         return connection
 
@@ -2507,14 +2511,6 @@ class _GranianWorker:
             del self.working[threading.get_ident()]
         return answer if isinstance(answer, list) else self._stream(answer)
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        self.receiving[threading.get_ident()] = time.monotonic()
-        try:
-            yield
-        finally:
-            del self.receiving[threading.get_ident()]
-
     def _receive(self, environ: WSGIEnvironment) -> bytes:
         if environ["REQUEST_METHOD"] != environ["REQUEST_METHOD"].upper():
             raise MalformedRequest("The request is not valid HTTP: the request line is malformed.")
@@ -2527,8 +2523,11 @@ class _GranianWorker:
         length = bytes_max + 1 if declared is None else int(declared)
         if declared is not None and length > bytes_max:
             raise BodyTooLarge()
-        with self._reading():
+        self.receiving[threading.get_ident()] = time.monotonic()
+        try:
             body: bytes = environ["wsgi.input"].read(length)
+        finally:
+            del self.receiving[threading.get_ident()]
         if len(body) > bytes_max:
             raise BodyTooLarge()
         if declared is not None and len(body) < length:
@@ -2545,11 +2544,13 @@ class _GranianWorker:
     def _hear_out(self, document: Iterable[bytes], environ: WSGIEnvironment) -> Iterator[bytes]:
         """Answer, and then read on: closing while the client still sends would lose it the answer."""
         yield from document
-        until = time.monotonic() + REQUEST_TIMEOUT_S
-        with self._reading():
-            while "HTTP_EXPECT" not in environ and time.monotonic() < until:
+        started = self.receiving[threading.get_ident()] = time.monotonic()
+        try:
+            while "HTTP_EXPECT" not in environ and time.monotonic() < started + REQUEST_TIMEOUT_S:
                 if not environ["wsgi.input"].read(BODY_BYTES_MAX):
                     break
+        finally:
+            del self.receiving[threading.get_ident()]
 
     def _stream(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """Send an answer as it comes. One that breaks off must not be taken for a whole one.
