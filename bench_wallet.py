@@ -4,7 +4,7 @@
     python bench_wallet.py [--rounds N] [--seconds N] [--only TEXT] [--check] [--json] [--plot FILE.svg]
 
 A figure alone says more about the machine than about the wallet. So each is divided by that of a limit, which was
-measured by the same means in the same round, right before or after it; what is printed is the median of these ratios:
+measured by the same means in the same round; what is printed is the median of these ratios:
 
     bare             a bare Bottle route that sends the same answer, under the same server with the same settings
     plain            the same movement in a plain sqlite3 loop, alone or 100 to a commit, on the same tables
@@ -313,7 +313,8 @@ def answers(url: str) -> bool:
 
 
 # What takes the places of the parameters in the wallet's two statements of a movement.
-UPDATE_NAMES = ("amount", "held", "now", "now", "account", "amount", "maximum", "held", "amount", "account", "key")
+UPDATE_NAMES = ("amount", "held", "now", "now", "account", "amount", "maximum", "held", "amount", "token", "account",
+                "key")
 INSERT_NAMES = ("account", "key", "fingerprint", "sequence", "type", "amount", "balance", *3 * ["null"], "updated_at")
 FINGERPRINT = "0" * 64
 
@@ -332,7 +333,8 @@ def plain_loop(path: str, synchronous: str) -> Target:
     """Return what runs the same movements in a plain sqlite3 loop, one or BATCH to a commit."""
     connection = sqlite3.connect(path, isolation_level=None)
     for statement in ("PRAGMA journal_mode = WAL", f"PRAGMA synchronous = {synchronous}", "PRAGMA foreign_keys = ON",
-                      *wallet.read_schema()):
+                      f"PRAGMA wal_autocheckpoint = {wallet.SQLITE_CHECKPOINT_PAGES}",
+                      f"PRAGMA cache_size = -{wallet.SQLITE_CACHE_KB}", *wallet.read_schema()):
         connection.execute(statement)
     accounts = [f"acc_{number:016}" for number in range(ACCOUNTS)]
     connection.executemany(f"INSERT INTO accounts VALUES (?, 'Bench', '{FINGERPRINT}', 0, 0, 0, 0, 0, 0)",
@@ -342,8 +344,8 @@ def plain_loop(path: str, synchronous: str) -> Target:
         connection.execute("BEGIN IMMEDIATE")
         for _ in range(movements):
             now_us, key = time.time_ns() // 1000, wallet.make_key()
-            ((sequence, balance, updated_at_us, _),) = connection.execute(wallet.POST, (
-                1, 0, now_us, now_us, account, 1, wallet.AMOUNT_MAX, 0, 1, account, key)).fetchall()
+            ((sequence, balance, updated_at_us),) = connection.execute(wallet.POST, (
+                1, 0, now_us, now_us, account, 1, wallet.AMOUNT_MAX, 0, 1, FINGERPRINT, account, key)).fetchall()
             connection.execute(wallet.INSERT_ENTRY, (
                 account, key, FINGERPRINT, sequence, "topup", 1, balance, None, None, None, updated_at_us))
         connection.execute("COMMIT")
@@ -372,18 +374,18 @@ def fill_in(sql: str, values: Sequence[str]) -> str:
 
 def pgbench(program: str, dsn: str, script: Path) -> Target:
     """Return what runs the same movements by pgbench, each statement parsed anew, as psycopg does here."""
-    # Its only random values are numbers, so the accounts have numbers, of five digits.
+    # Its only random values are numbers, so the accounts have numbers, of five digits: many, to be in nobody's way.
     values = {"amount": "1", "held": "0", "now": str(time.time_ns() // 1000), "maximum": str(wallet.AMOUNT_MAX),
               "account": "('acc_00000000000' || :number)", "key": "CAST(:key AS TEXT)", "type": "'topup'",
-              "fingerprint": f"'{FINGERPRINT}'", "null": "NULL",
+              "token": f"'{FINGERPRINT}'", "fingerprint": f"'{FINGERPRINT}'", "null": "NULL",
               "sequence": ":last_sequence", "balance": ":balance", "updated_at": ":updated_at"}
     update, insert = (fill_in(sql, [values[name] for name in names]) for sql, names in (
         (wallet.POST, UPDATE_NAMES), (wallet.INSERT_ENTRY, INSERT_NAMES)))
-    script.write_text(f"\\set number random(10000, {9999 + ACCOUNTS})\n\\set key random(1, {2**63 - 1})\n"
+    script.write_text(f"\\set number random(10000, 99999)\n\\set key random(1, {2**63 - 1})\n"
                       f"BEGIN;\n{update}\n\\gset\n{insert};\nCOMMIT;\n")
     with connect_postgres(dsn) as connection:
         connection.execute(f"""INSERT INTO accounts SELECT 'acc_00000000000' || number, 'Bench', '{FINGERPRINT}',
-                               0, 0, 0, 0, 0, 0 FROM generate_series(10000, {9999 + ACCOUNTS}) AS number""")
+                               0, 0, 0, 0, 0, 0 FROM generate_series(10000, 99999) AS number""")
     command = [program, "-n", "-M", "extended", "-f", str(script), "-j", "2"]
 
     def run(load: str, connections: int, seconds: int) -> Run:

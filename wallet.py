@@ -142,6 +142,7 @@ POSTGRES_DEFAULTS = {  # libpq's options, where the DSN does not say otherwise: 
     "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 COPY_TIMEOUT_S = 24 * 3600  # For all of a wallet, in one transaction.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
+CAUTIOUS_COMMITS = 20  # After one in which a write failed: to run all again costs more than that many savepoints.
 SQLITE_CHECKPOINT_PAGES = 4000  # 16 MB of log: to move it into the database takes syncs too, so not too often.
 SQLITE_CACHE_KB = 8_000  # For the connection that writes: the pages that hundreds of busy accounts write to.
 SQLITE_READER_CACHE_KB = 500  # For each of those that read. The system keeps the file in memory anyway.
@@ -453,9 +454,9 @@ class Stamp(NamedTuple):
     fingerprint: str
     token_hash: str | None = None
 
-    def check_token(self, token_hash: str) -> None:
-        """Raise Unauthorized if this came with a token, and it is not the one with this hash."""
-        if self.token_hash and not secrets.compare_digest(self.token_hash, token_hash):
+    def check_token(self, rows: Sequence[Row]) -> None:
+        """Raise Unauthorized if this came with a token, and it is not the one whose hash is the first of all rows."""
+        if self.token_hash and not (rows and secrets.compare_digest(self.token_hash, rows[0][0])):
             raise Unauthorized(headers=INVALID_TOKEN)
 
     def derive(self, account_id: str, index: int) -> Stamp:
@@ -570,7 +571,7 @@ def parse_key(value: object) -> str:
 
 
 def make_key() -> str:
-    """Return a new idempotency key, which rises with time: an index takes it at its end (as RFC 9562 has it)."""
+    """Return a new idempotency key. They rise with time, so that an account's come next to each other in an index."""
     return f"{time.time_ns():016x}-{secrets.token_urlsafe(12)}"
 
 
@@ -736,8 +737,9 @@ CLOCK = "CASE WHEN updated_at < ? THEN ? ELSE updated_at END"  # It takes the ti
 POST = f"""UPDATE accounts
     SET balance = balance + ?, held = held + ?, last_sequence = last_sequence + 1, updated_at = {CLOCK}
     WHERE id = ? AND frozen = 0 AND balance + ? <= ? AND held + ? BETWEEN 0 AND balance + ?
+        AND token_hash = coalesce(?, token_hash)
         AND NOT EXISTS (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
-    RETURNING last_sequence, balance, updated_at, token_hash"""
+    RETURNING last_sequence, balance, updated_at"""
 ACCOUNT = """
     SELECT token_hash, name, balance, balance - held + (
         SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
@@ -1020,7 +1022,7 @@ class Wallet:
     def _post(self, tx: Execute, entry: Entry, stamp: Stamp, later: list[Row] | None = None) -> Transaction:
         """Change the balance and what is held, and write down why, at most once for a stamp.
 
-        One UPDATE looks the key up, checks all bounds and takes the next sequence number, so that nothing
+        One UPDATE looks the key and the token up, checks all bounds and takes the next sequence number, so that nothing
         comes between. It finds no row where the key was used, or the money does not do. What is to be written
         down is left to the caller if there is a list for it, `later`. Raises AccountNotFound, Unauthorized,
         AccountFrozen, BalanceLimitExceeded, InsufficientFunds, IdempotencyKeyReused.
@@ -1028,15 +1030,14 @@ class Wallet:
         account_id, now_us = entry.account_id, time.time_ns() // 1000
         change = SIGN_BY_TYPE.get(entry.type, 0) * entry.amount
         update = partial(tx, POST, change, entry.held, now_us, now_us,
-                         account_id, change, AMOUNT_MAX, entry.held, change, account_id, stamp.key)
+                         account_id, change, AMOUNT_MAX, entry.held, change, stamp.token_hash, account_id, stamp.key)
         if not (posted := update()):
             if earlier := self._begin(tx, stamp, account_id):
                 return earlier
             self._refuse(tx, entry, change, now_us)
             self._end_expired(tx, account_id, now_us)
             posted = update()
-        ((sequence, balance, created_at_us, token_hash),) = posted
-        stamp.check_token(token_hash)
+        ((sequence, balance, created_at_us),) = posted
         metadata = json.dumps(entry.metadata, ensure_ascii=False) if entry.metadata else None
         row = (sequence, entry.type, entry.amount, balance, entry.description, metadata, entry.reference, created_at_us)
         if later is None:
@@ -1066,13 +1067,15 @@ class Wallet:
         Raises Unauthorized, IdempotencyKeyReused.
         """
         if stamp.token_hash:
-            rows = tx("SELECT token_hash FROM accounts WHERE id = ?", account_id)
-            stamp.check_token(rows[0][0] if rows else "")
+            stamp.check_token(tx("SELECT token_hash FROM accounts WHERE id = ?", account_id))
         if earlier := self._find_earlier(tx, stamp, account_id):
             return earlier
         now_us = time.time_ns() // 1000
         for locked in sorted({account_id, *others}):  # In one order everywhere, so that no two wait for each other.
-            tx(f"UPDATE accounts SET updated_at = {CLOCK} WHERE id = ?", now_us, now_us, parse_account_id(locked))
+            found = tx(f"UPDATE accounts SET updated_at = {CLOCK} WHERE id = ? RETURNING token_hash",
+                       now_us, now_us, parse_account_id(locked))
+            if locked == account_id:
+                stamp.check_token(found)
         return self._find_earlier(tx, stamp, account_id)
 
     def _find_earlier(self, tx: Execute, stamp: Stamp, account_id: str) -> Transaction | None:
@@ -1389,6 +1392,8 @@ class SQLiteDatabase(Database):
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)  # Told when nobody leads.
         self._queue: list[_Write] = []
+        self._batch: list[_Write] = []
+        self._cautious_commits = 0  # How many of the next to run under savepoints, since a write has failed lately.
         self._leader: _Write | None = None  # The one whose thread commits at the moment, for all in the queue.
         self._closed = False
         self._idle_readers: list[sqlite3.Connection] = []
@@ -1402,24 +1407,34 @@ class SQLiteDatabase(Database):
     def write(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` in the next transaction, alone or with others (see Database)."""
         write = _Write(function, threading.get_ident())
-        with self._lock:
-            if self._leader and self._leader.thread_id == write.thread_id:
-                raise RuntimeError("a write, or in memory a read, inside a write would wait for itself")
-            self._queue.append(write)
-            if self._leader is None:
-                self._appoint_leader()
         try:
+            with self._lock:
+                check_usable(self._process_id, self._closed)
+                if self._leader and self._leader.thread_id == write.thread_id:
+                    raise RuntimeError("a write, or in memory a read, inside a write would wait for itself")
+                self._queue.append(write)
+                if self._leader is None:
+                    self._appoint_leader()
             write.turn.acquire()
             if self._leader is write:
-                self._lead()
+                with self._lock:
+                    check_usable(self._process_id, self._closed)
+                    self._batch, self._queue = self._queue, []
+                self._commit(self._batch)
         except BaseException:  # Closed, or interrupted as by Ctrl-C: what nobody has begun, nobody will.
             with self._lock:
                 self._queue = [other for other in self._queue if other is not write]
-                if self._leader is write:
-                    self._appoint_leader()
             raise
-        if write.error:
-            raise write.error
+        finally:
+            if self._leader is write:
+                with self._lock:
+                    for other in self._batch:
+                        if other is not write:
+                            other.turn.release()
+                    self._batch = []
+                    self._appoint_leader()
+        if write.error or not write.done:  # Who led may have been interrupted.
+            raise write.error or OutcomeUnknown()
         result: T = write.result
         return result
 
@@ -1431,7 +1446,10 @@ class SQLiteDatabase(Database):
             check_usable(self._process_id, self._closed)
             reader = self._idle_readers.pop() if self._idle_readers else None
         try:
-            reader = reader or self._connect("PRAGMA query_only = ON", SQLITE_READER_CACHE_KB)
+            if not reader:
+                reader = self._connect()
+                reader.execute("PRAGMA query_only = ON")
+                reader.execute(f"PRAGMA cache_size = -{SQLITE_READER_CACHE_KB}")
             return function(_execute_on(reader))
         except sqlite3.DatabaseError as error:
             raise _unavailable(error) from error
@@ -1465,30 +1483,20 @@ class SQLiteDatabase(Database):
         else:
             self._quiet.notify_all()
 
-    def _lead(self) -> None:
-        with self._lock:
-            check_usable(self._process_id, self._closed)
-            batch, self._queue = self._queue, []
-        self._commit(batch)
-        with self._lock:
-            self._appoint_leader()
-
     def _commit(self, batch: list[_Write]) -> None:
-        """Run every write of `batch` in one transaction, note what became of each, and wake those who wait for it.
+        """Run every write of `batch` in one transaction, and note what became of each.
 
         A COMMIT that failed may be on the disk all the same. To run the batch again decides it: for
         this connection the log still ends where it did, so a COMMIT that succeeds overwrites the first.
         """
-        failure: Unavailable | None = OutcomeUnknown()
-        try:
-            failure = self._try_commit(batch)
-            if isinstance(failure, OutcomeUnknown) and self._try_commit(batch) is None:
+        failure = self._try_commit(batch)
+        if isinstance(failure, OutcomeUnknown):
+            succeeded = [write for write in batch if not write.error]
+            if self._try_commit(batch) is None and not any(write.error for write in succeeded):
                 failure = None
-        finally:
-            for write in batch:
-                write.error = type(failure)(str(failure)) if failure else write.error
-                if write is not self._leader:
-                    write.turn.release()
+        for write in batch:
+            write.error = type(failure)(str(failure)) if failure else write.error
+            write.done = True
 
     def _try_commit(self, batch: list[_Write]) -> Unavailable | None:
         """Return None once the batch is committed, else why it is not, or may not be."""
@@ -1496,11 +1504,15 @@ class SQLiteDatabase(Database):
         execute = self._writer.execute
         try:
             execute("BEGIN IMMEDIATE")
-            if not all(map(self._run, batch)):  # What one did must be undone. Among others, that takes a savepoint.
-                execute("ROLLBACK")
-                if len(batch) == 1:
-                    return None
-                execute("BEGIN IMMEDIATE")
+            # What a failed write did must be undone. Among others, that takes a savepoint.
+            if self._cautious_commits or not all(map(self._run, batch)):
+                if not self._cautious_commits:
+                    execute("ROLLBACK")
+                    if len(batch) == 1:
+                        return None
+                    execute("BEGIN IMMEDIATE")
+                    self._cautious_commits = CAUTIOUS_COMMITS
+                self._cautious_commits -= 1
                 for write in batch:
                     execute("SAVEPOINT one_write")
                     if not self._run(write):
@@ -1534,14 +1546,15 @@ class SQLiteDatabase(Database):
             # opened, since to close it would end the locks that another connection of this process holds.
             with suppress(FileExistsError):
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        # On macOS, fsync alone stops short of the disk.
-        connection = self._connect("PRAGMA fullfsync = ON", SQLITE_CACHE_KB)
+        connection = self._connect()
         try:
             ((owner,),) = connection.execute("PRAGMA application_id").fetchall()
             ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
             if owner != SQLITE_APPLICATION_ID and (owner or tables):
                 raise ConfigurationError(f"{self._path} is the database of another program: name another file")
             self._use_wal(connection)
+            connection.execute("PRAGMA fullfsync = ON")  # On macOS, fsync alone stops short of the disk.
+            connection.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KB}")
             connection.execute("PRAGMA synchronous = FULL")  # Each COMMIT is synced: a power cut loses none.
             connection.execute(f"PRAGMA wal_autocheckpoint = {SQLITE_CHECKPOINT_PAGES}")
             connection.execute(f"PRAGMA application_id = {SQLITE_APPLICATION_ID}")
@@ -1562,14 +1575,12 @@ class SQLiteDatabase(Database):
                     raise
             time.sleep(random.uniform(0, RETRY_PAUSE_MAX_S))
 
-    def _connect(self, pragma: str, cache_kb: int) -> sqlite3.Connection:
+    def _connect(self) -> sqlite3.Connection:
         # Only the writer makes the file: a file that was removed must not come back empty.
         database = f"{Path(self._path).absolute().as_uri()}?mode=rw" if self._path else ":memory:"
         connection = sqlite3.connect(database, uri=True, timeout=DATABASE_TIMEOUT_S, isolation_level=None,
                                      check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute(f"PRAGMA cache_size = -{cache_kb}")
-        connection.execute(pragma)
         return connection
 
 
@@ -1579,6 +1590,7 @@ class _Write:
 
     function: Callable[[Execute], Any]
     thread_id: int
+    done: bool = False
     result: Any = None
     error: Exception | None = None
     turn: threading.Lock = field(default_factory=threading.Lock)  # Let go when this is done, or is to lead.
@@ -2217,7 +2229,9 @@ class _Task(WSGITask):
 
     def finish(self) -> None:
         super().finish()
-        self.channel.flush()
+        with self.channel.outbuf_lock:
+            if self.channel.total_outbufs_len:
+                self.channel._flush_exception(self.channel._flush_some, do_close=False)
 
 
 class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 takes no argument here.
@@ -2263,12 +2277,6 @@ class _Channel(HTTPChannel):
     def service(self) -> None:
         self.server._answered.channel = self
         super().service()
-
-    def flush(self) -> None:
-        """Send what is written."""
-        with self.outbuf_lock:
-            if self.total_outbufs_len:
-                self._flush_exception(self._flush_some, do_close=False)
 
     def readable(self) -> bool:
         return self.lingering or not (self.requests or self.writable())
@@ -2319,8 +2327,10 @@ class _Server(TcpWSGIServer):
         while self._changed:
             self._watch(self._changed.popleft())
         for number, flags in self._poller.poll(timeout_s * 1000):
-            channel = self._map[number]
+            channel = self._map.get(number)
             serving = bool(getattr(channel, "requests", ()))
+            if channel is None:  # It was closed while the others were handled.
+                continue
             if flags & select.POLLOUT or not serving:
                 wasyncore.readwrite(channel, flags)
             # Few clients send more before they are answered, so it is waited for all the same until one does.
@@ -2334,12 +2344,14 @@ class _Server(TcpWSGIServer):
             if flags:
                 self._poller.register(number, flags)
             else:  # Else it would be told of a client that hangs up, again and again.
-                self._poller.unregister(number)
+                with suppress(KeyError):
+                    self._poller.unregister(number)
 
     def forget(self, number: int) -> None:
         """Wait for a channel no more, before its number is another's."""
         if self._watched.pop(number, 0):
-            self._poller.unregister(number)
+            with suppress(KeyError):  # A thread may close a channel while this looks at it.
+                self._poller.unregister(number)
 
     def del_channel(self, map: Any = None) -> None:
         """Stop to accept connections."""
@@ -2385,7 +2397,7 @@ class _Server(TcpWSGIServer):
     def stop(self) -> None:
         """Make `run` return. Any thread may call it, and a signal handler."""
         self.stopping = True
-        self.pull_trigger()
+        self.trigger.pull_trigger()
 
     def maintenance(self, now: float) -> None:
         """Close what is idle, and what takes too long to send a request or to read its answer."""
@@ -2408,11 +2420,11 @@ def events(channel: Any) -> int:
     return (select.POLLIN if channel.readable() else 0) | (select.POLLOUT if channel.writable() else 0)
 
 
-def pin_process() -> None:
+def pin_process(number: int) -> None:
     """Stay on one processor. Python's threads run one at a time anyway, and take turns several times cheaper there."""
-    with suppress(AttributeError, OSError):  # Only Linux has it.
+    with suppress(AttributeError, OSError):  # Only Linux has it, and a sandbox may forbid it.
         processors = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
+        os.sched_setaffinity(0, {processors[number % len(processors)]})
 
 
 TCP_CLOSE, TCP_LISTEN = 7, 10  # States of a socket, as in net/tcp_states.h of Linux.
@@ -2455,7 +2467,10 @@ def find_sockets(port: int) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
     Each is looked at in its place and left open. A copy of its descriptor could by then be one of a database file, and
     to close that would end SQLite's locks.
     """
-    for number in os.listdir("/proc/self/fd"):
+    numbers: list[str] = []
+    with suppress(OSError):  # No descriptor may be left to list them.
+        numbers = os.listdir("/proc/self/fd")
+    for number in numbers:
         with suppress(OSError):  # Each may be closed at any time.
             if (name := os.readlink(f"/proc/self/fd/{number}")).startswith("socket:"):
                 found = socket.socket(fileno=int(number))
@@ -2615,17 +2630,17 @@ class _GranianWorker:
         told = False
         while main.is_alive() and os.getppid() == parent_id and not told:
             told = bool(signal.sigtimedwait([signal.SIGTERM], WATCH_INTERVAL_S))
-            with suppress(OSError):  # No descriptor may be left to list them.
-                self.look()
-        self._stop(main, parent_id if told else os.getppid())
-        opened.close()
+            self.look()
+        with opened:
+            self._stop(main, parent_id if told else os.getppid())
         logger.info("stopped")
 
     def _stop(self, main: threading.Thread, parent_id: int) -> None:
         """Let Granian stop once no client can be about to use its connection: it closes those that are idle."""
         started, self.stopping, told = time.monotonic(), True, False
         logger.info("stopping: %d connections are open", len(list(self._connections())))
-        self._stop_listening(started + STOP_IDLE_S)
+        with suppress(OSError):  # No descriptor may be left for it.
+            self._stop_listening(started + STOP_IDLE_S)
         while main.is_alive():
             if os.getppid() != parent_id:  # A second signal has ended it.
                 os._exit(1)
@@ -2656,10 +2671,12 @@ class _GranianWorker:
                     os.dup2(nobodys.fileno(), found.fileno(), inheritable=False)
 
 
-def start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplication]], port: int,
-                         parent_id: int) -> WSGIApplication:
+def start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplication]], port: int, parent_id: int,
+                         number: int) -> WSGIApplication:
     """Return the application for a new process of Granian's, and watch over it until it ends."""
-    pin_process()
+    pin_process(number)
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # Who is woken waits until the other pauses.
     with ExitStack() as opened:
         worker = _GranianWorker(opened.enter_context(load()), port)
         arguments = threading.main_thread(), parent_id, opened.pop_all()
@@ -2676,9 +2693,12 @@ def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], a
     from granian import Granian
     from granian.http import HTTP1Settings
 
-    signals = signal.SIGTERM, signal.SIGINT
+    signals, first = (signal.SIGTERM, signal.SIGINT), random.randrange(1024)
 
     class Server(Granian):  # type: ignore[misc, valid-type]
+        def _spawn_worker(self, idx: int, target: Any, callback_loader: Any) -> Any:
+            return super()._spawn_worker(idx, target, partial(callback_loader, first + idx))
+
         def startup(self, *arguments: Any) -> None:
             hang_up = signal.getsignal(signal.SIGHUP)
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # For good in the workers: `watch` waits for SIGTERM.
@@ -2758,7 +2778,7 @@ def make_banner(app: App, address: str) -> str:
 
 def serve(app: App, listener: socket.socket, threads: int, banner: str) -> None:
     """Serve with waitress until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
-    pin_process()
+    pin_process(random.randrange(1024))
     server = _Server(app, listener, threads)
 
     def stop(*_: object) -> None:
@@ -2800,8 +2820,6 @@ def configure_logging(level: str) -> None:
 def load_app(settings: Mapping[str, Any]) -> Iterator[App]:
     """Open the application in a process of Granian's."""
     configure_logging(settings["log-level"])
-    if not settings["dsn"].startswith("sqlite:"):  # Its answers wake threads all the time, which can wait their turn.
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with open_wallet(settings) as wallet:
         yield create_app(wallet, settings["issuer-token"])
 
