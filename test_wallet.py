@@ -37,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as futures_wait
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -1304,6 +1305,56 @@ def test_interrupted_commit_leaves_no_write_half_done(sqlite_wallet):
     assert errors == {OutcomeUnknown, KeyboardInterrupt}
     assert wallet.account(ada.id).balance == 0
     assert wallet.topup(ada.id, 1).balance == 1
+
+
+@pytest.mark.parametrize("moment", ["_appoint_leader", "_commit"])
+def test_interrupt_before_anything_is_done_leaves_nobody_waiting(sqlite_wallet, monkeypatch, moment):
+    wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
+    plain, calls = getattr(wallet.database, moment), itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(wallet.database, moment, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        wallet.topup(ada.id, 100)
+    assert wallet.topup(ada.id, 1).balance == 1
+
+
+def test_interrupt_of_who_commits_for_others_leaves_none_of_them_waiting(sqlite_wallet, monkeypatch):
+    wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
+    def interrupted(batch):
+        raise KeyboardInterrupt
+
+    release = hold_the_writer(wallet)
+    with ThreadPoolExecutor(2) as threads:
+        waiting = []
+        for _ in range(2):
+            waiting.append(threads.submit(wallet.topup, ada.id, 5))
+            wait_for_queue(wallet, len(waiting))
+        monkeypatch.setattr(wallet.database, "_commit", interrupted)
+        release()
+        assert {type(one.exception(timeout=30)) for one in waiting} == {KeyboardInterrupt, OutcomeUnknown}
+    monkeypatch.undo()
+    assert wallet.topup(ada.id, 1).balance == 1
+
+
+def test_after_a_write_that_failed_among_others_the_next_commits_take_savepoints(sqlite_wallet):
+    wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
+    release, statements = hold_the_writer(wallet), []
+    with ThreadPoolExecutor(2) as threads:
+        charge, topup = threads.submit(wallet.charge, ada.id, 5), threads.submit(wallet.topup, ada.id, 5)
+        wait_for_queue(wallet, 2)
+        release()
+        assert (charge.exception() is None) == (topup.result().balance == 5 and wallet.account(ada.id).balance == 0)
+    wallet.database._cautious_commits = 3
+    wallet.database._writer.set_trace_callback(statements.append)
+    for _ in range(5):
+        wallet.database.write(lambda tx: tx("SELECT 1"))
+    wallet.database._writer.set_trace_callback(None)
+    assert (statements.count("SAVEPOINT one_write"), statements.count("COMMIT")) == (3, 5)
 
 
 # Promise 3: one idempotency key has at most one effect ###############################################################
@@ -2665,6 +2716,27 @@ def api_json(record):
     return json.loads(json.dumps(wallet_module.to_json(record)))
 
 
+def test_token_that_is_replaced_while_a_request_runs_moves_nothing_and_tells_nothing(wallet, ada):
+    old = wallet.replace_token(ada.id)
+    charge = wallet.topup(ada.id, 100) and wallet.charge(ada.id, 50, key="charge")
+    hold, bob = wallet.hold(ada.id, 10), wallet.register("Bob")[0]
+    requests = [
+        partial(wallet.topup, ada.id, 5), partial(wallet.charge, ada.id, 5), partial(wallet.charge, ada.id, 1000),
+        partial(wallet.charge, ada.id, 50, key="charge"), partial(wallet.refund, ada.id, charge.id, 1),
+        partial(wallet.transfer, ada.id, bob.id, 1), partial(wallet.hold, ada.id, 1),
+        partial(wallet.capture, ada.id, hold.id, 1), partial(wallet.release, ada.id, hold.id),
+        partial(wallet.batch, [{"type": "topup", "amount": 1}] * 2, account_id=ada.id)]
+    new = wallet.replace_token(ada.id)
+    before = wallet.account(ada.id), wallet.transactions(ada.id), wallet.holds(ada.id)
+    for request in requests:
+        with pytest.raises(Unauthorized):
+            request(token=old)
+    assert (wallet.account(ada.id), wallet.transactions(ada.id), wallet.holds(ada.id)) == before
+    with pytest.raises(Unauthorized):
+        wallet.topup("acc_" + "x" * 16, 5, token=new)
+    assert wallet.topup(ada.id, 5, token=new).balance == 55
+
+
 def test_of_many_who_replace_one_token_at_once_one_succeeds(concurrent_dsn):
     with Wallet(concurrent_dsn) as wallet:
         ada, old = wallet.register("Ada")
@@ -3538,6 +3610,34 @@ def test_idle_connection_is_let_go(serving):
         assert used.recv(65536).startswith(b"HTTP/1.1 200")
         assert (idle.recv(1), used.recv(1)) == (b"", b"")
         assert send(url, "GET", "/livez")[0] == 200
+
+
+def test_connection_that_is_closed_while_others_are_handled_harms_none(wallet):
+    with wallet_module.listen("127.0.0.1", 0) as listener, contextlib.ExitStack() as stack:
+        server = wallet_module._Server(create_app(wallet), listener, 1)
+        idle = stack.enter_context(connect(server.url))
+        while not server.active_channels:
+            server.poll(0.05)
+        (channel,) = server.active_channels.values()
+        channel.last_activity -= wallet_module.IDLE_TIMEOUT_S + 1
+        plain, server._poller = server._poller, SimpleNamespace(register=server._poller.register,
+                                                                unregister=server._poller.unregister)
+
+        def poll(timeout_ms):  # It finds a new client and the end of the idle one, and the time to look for idle ones.
+            idle.close()
+            stack.enter_context(connect(server.url))
+            while len(found := plain.poll(timeout_ms)) < 2:
+                pass
+            server.next_channel_cleanup = 0
+            return found
+
+        server.next_channel_cleanup, server._poller.poll = time.time() + 60, poll
+        server.poll(1)
+        assert channel not in server.active_channels.values()
+        assert len(server.active_channels) == 1
+        for dispatcher in server._dispatchers.values():
+            dispatcher.shutdown()
+        wallet_module.wasyncore.close_all(server._map)
 
 
 def test_connections_above_the_limit_wait_for_one_to_end(serving):
@@ -5384,6 +5484,9 @@ def test_many_workers_over_postgres_serve_one_wallet_and_stop_together(postgres_
     with served(*arguments) as server:
         workers = workers_of(server)
         assert len(workers) == 2
+        processors = [os.sched_getaffinity(worker) for worker in workers]
+        assert [len(one) for one in processors] == [1, 1]
+        assert processors[0] != processors[1] or os.sched_getaffinity(0) == processors[0]
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
         answers = together(*[lambda: send(server.url, "POST", "/api/transactions/topup", {"amount": 1}, token)] * 32)
         assert {status for status, _, _ in answers} == {201}
