@@ -260,10 +260,8 @@ class Server:
         """Stop it, and see that every balance equals the sum of its transactions."""
         self.process.terminate()
         self.process.wait(30)
-        if self.dsn:
-            with Wallet(self.dsn) as stopped:
-                if wrong := stopped.database.read(lambda tx: tx(wallet.WRONG_BOOKS)):
-                    raise BenchError(f"the books are wrong: {wrong[0][0]} in {stopped.database.location}")
+        if self.dsn and (wrong := query(self.dsn, wallet.WRONG_BOOKS)):
+            raise BenchError(f"the books are wrong: {wrong[0][0]} in {self.dsn.partition('?')[0]}")
 
     def _count(self) -> int:
         """Return the number of transactions, once what was under way has ended."""
@@ -457,11 +455,17 @@ def connect_postgres(dsn: str) -> Any:
 
 def count_transactions(dsn: str) -> int:
     """Return how many there are. None is ever deleted, so in SQLite it is the last row's number."""
+    counted = "coalesce(max(rowid), 0)" if dsn.startswith("sqlite:") else "count(*)"
+    return int(query(dsn, f"SELECT {counted} FROM transactions")[0][0])
+
+
+def query(dsn: str, sql: str) -> list[Any]:
+    """Return all rows that a statement finds, however long it takes."""
     if dsn.startswith("sqlite:///"):
         with closing(sqlite3.connect(dsn.removeprefix("sqlite:///"), timeout=5)) as connection:
-            return int(connection.execute("SELECT coalesce(max(rowid), 0) FROM transactions").fetchone()[0])
+            return connection.execute(sql).fetchall()
     with connect_postgres(dsn) as connection:
-        return int(connection.execute("SELECT count(*) FROM transactions").fetchone()[0])
+        return list(connection.execute(sql).fetchall())
 
 
 def register_accounts(dsn: str) -> list[str]:
@@ -582,6 +586,8 @@ class Bench:
 
     def _keep(self, server: Server) -> Server:
         self._stack.callback(server.stop)
+        if not shutil.which("wrk"):
+            raise BenchError("wrk is missing; install it with: apt-get install wrk, or: brew install wrk")
         server.run("read", 8, 1)  # The first requests are slower.
         return server
 
@@ -780,9 +786,6 @@ def main() -> int:
     if options.serve_bare:
         serve_bare(options.serve_bare)
         return 0
-    if not shutil.which("wrk"):
-        print("bench: wrk is missing; install it with: apt-get install wrk, or: brew install wrk", file=sys.stderr)
-        return 2
     # Not in /tmp, which is often in memory, where a sync costs nothing.
     place = "/var/tmp" if os.path.isdir("/var/tmp") else None
     try:

@@ -5729,6 +5729,22 @@ def test_versions_are_pinned_once_and_the_commands_are_the_same_everywhere():
     assert test_command in (HERE / ".ci" / "run").read_text()
 
 
+def run_bench(*arguments, **settings):
+    command = [sys.executable, str(HERE / "bench_wallet.py"), "--rounds", "1", "--seconds", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(**settings))
+
+
+def test_bench_says_how_to_install_what_it_needs_and_prints_ratios():
+    missing = run_bench("--only", "waitress: account reads", PATH="/nowhere")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr.splitlines()[-1].startswith("bench: wrk is missing; install it with: apt-get install wrk")
+    found = json.loads(run_bench("--only", "in process: topups in memory", "--json", PATH="/nowhere").stdout)
+    (row,) = found["rows"]
+    assert row["ratio"] == pytest.approx(row["rate_per_s"] / row["limit_per_s"])
+    assert row["met"] == (row["ratio"] >= row["bar"])
+    assert run_bench("--only", "no such row").stdout.startswith("| measure")
+
+
 def test_image_has_every_file_that_the_service_reads():
     dockerfile = (HERE / "Dockerfile").read_text()
     copied = set(re.findall(r"[\w.]+\.\w+", " ".join(re.findall(r"(?m)^COPY (.*)$", dockerfile))))
