@@ -234,7 +234,8 @@ class Server:
         line = self.process.stdout.readline() if self.process.stdout else ""
         address = re.search(r"http://127\.0\.0\.1:\d+", line)
         if not address:
-            self.process.kill()
+            with self.process:
+                self.process.kill()
             raise BenchError(f"the server did not start: {line or 'see above'}")
         self.url = address[0]
         while not answers(f"{self.url}/livez"):  # It may say so a moment before it does.
@@ -258,8 +259,8 @@ class Server:
 
     def stop(self) -> None:
         """Stop it, and see that every balance equals the sum of its transactions."""
-        self.process.terminate()
-        self.process.wait(30)
+        with self.process:
+            self.process.terminate()
         if self.dsn and (wrong := query(self.dsn, wallet.WRONG_BOOKS)):
             raise BenchError(f"the books are wrong: {wrong[0][0]} in {self.dsn.partition('?')[0]}")
 

@@ -2360,12 +2360,10 @@ class _Server(TcpWSGIServer):
 
     def pull_trigger(self) -> None:
         """Have the channel that this thread answers looked at again, if it waits for something else now."""
-        channel = getattr(self._answered, "channel", None)
-        if channel:
-            if self._watched.get(channel._fileno) == events(channel):
-                return
+        channel = self._answered.channel
+        if self._watched.get(channel._fileno) != events(channel):
             self._changed.append(channel)
-        super().pull_trigger()
+            super().pull_trigger()
 
     def add_task(self, task: _Channel) -> None:
         """Queue the first request of a connection to be answered."""
