@@ -2328,9 +2328,11 @@ class _Server(TcpWSGIServer):
             self._watch(self._changed.popleft())
         for number, flags in self._poller.poll(timeout_s * 1000):
             channel = self._map.get(number)
-            serving = bool(getattr(channel, "requests", ()))
-            if channel is None:  # It was closed while the others were handled.
+            if channel is None:  # It was closed while the others were handled, or by a thread while it was looked at.
+                with suppress(KeyError):
+                    self._poller.unregister(number)
                 continue
+            serving = bool(getattr(channel, "requests", ()))
             if flags & select.POLLOUT or not serving:
                 wasyncore.readwrite(channel, flags)
             # Few clients send more before they are answered, so it is waited for all the same until one does.
