@@ -50,6 +50,7 @@ import hashlib
 import io
 import json
 import logging
+import multiprocessing
 import os
 import random
 import re
@@ -87,6 +88,8 @@ from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 if TYPE_CHECKING:
+    from multiprocessing.synchronize import Semaphore
+
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from typing_extensions import Unpack
 
@@ -2620,13 +2623,14 @@ class _GranianWorker:
                 logger.info("closed a connection that was too slow")
                 cut(connection)
 
-    def watch(self, main: threading.Thread, parent_id: int, opened: ExitStack) -> None:
+    def watch(self, main: threading.Thread, parent_id: int, listening: Semaphore, opened: ExitStack) -> None:
         """Look after the connections until the process is told to stop, or has lost its parent; then stop it."""
         while main.is_alive() and not any(info.state == TCP_LISTEN for _, _, info in find_sockets(self.port)):
             time.sleep(0.01)
         for _, found, _ in find_sockets(self.port):
             for option in SOCKET_OPTIONS:  # The connections get them from the socket that listens.
                 found.setsockopt(*option)
+        listening.release()
         told = False
         while main.is_alive() and os.getppid() == parent_id and not told:
             told = bool(signal.sigtimedwait([signal.SIGTERM], WATCH_INTERVAL_S))
@@ -2672,14 +2676,14 @@ class _GranianWorker:
 
 
 def start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplication]], port: int, parent_id: int,
-                         number: int) -> WSGIApplication:
+                         listening: Semaphore, number: int) -> WSGIApplication:
     """Return the application for a new process of Granian's, and watch over it until it ends."""
     pin_process(number)
     with suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # Who is woken waits until the other pauses.
     with ExitStack() as opened:
         worker = _GranianWorker(opened.enter_context(load()), port)
-        arguments = threading.main_thread(), parent_id, opened.pop_all()
+        arguments = threading.main_thread(), parent_id, listening, opened.pop_all()
         threading.Thread(target=worker.watch, args=arguments, name="wallet watch").start()
     return worker
 
@@ -2694,6 +2698,7 @@ def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], a
     from granian.http import HTTP1Settings
 
     signals, first = (signal.SIGTERM, signal.SIGINT), random.randrange(1024)
+    listening = multiprocessing.Semaphore(0)
 
     class Server(Granian):  # type: ignore[misc, valid-type]
         def _spawn_worker(self, idx: int, target: Any, callback_loader: Any) -> Any:
@@ -2704,8 +2709,8 @@ def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], a
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # For good in the workers: `watch` waits for SIGTERM.
             super().startup(*arguments)
             signal.signal(signal.SIGHUP, hang_up)  # It would start the workers anew.
-            while not self.main_loop_interrupt.wait(0.01):  # Which is set if they fail.
-                with suppress(OSError), socket.create_connection(address):
+            while not self.main_loop_interrupt.is_set():  # As it is if they fail.
+                if listening.acquire(timeout=0.01):
                     print(banner, flush=True)
                     break
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
@@ -2721,7 +2726,8 @@ def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], a
            http1_settings=HTTP1Settings(header_read_timeout=int(IDLE_TIMEOUT_S * 1000),
                                         max_buffer_size=HEADER_BYTES_MAX),
            log_level="error", log_dictconfig={"handlers": {}, "loggers": {"_granian": {"propagate": True}}},
-           ).serve(target_loader=partial(start_granian_worker, load, address[1], os.getpid()), wrap_loader=False)
+           ).serve(target_loader=partial(start_granian_worker, load, address[1], os.getpid(), listening),
+                   wrap_loader=False)
 
 
 def listen(host: str, port: int) -> socket.socket:
