@@ -385,6 +385,23 @@ def send(url, method, path, body=None, token=None, connection=None, **headers):
     return answer.status, answer.headers, json.loads(document) if is_json else document
 
 
+def torture(value):
+    """Return the value of a parameter for the long form of a test, which `pytest -m torture` runs."""
+    return pytest.param(value, marks=pytest.mark.torture)
+
+
+@pytest.fixture
+def report(request, capfd):
+    """A function that prints the figures of a long form, whatever pytest captures and whichever process runs it."""
+
+    def print_figures(figures):
+        if request.node.get_closest_marker("torture"):
+            with capfd.disabled():
+                print(f"\n{datetime.now():%Y-%m-%d %H:%M} {request.node.name}: {figures}", file=sys.stderr, flush=True)
+
+    return print_figures
+
+
 def environment(**settings):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WALLET_")}
     return {**kept, "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "error", **settings}
@@ -867,7 +884,7 @@ class Model(RuleBasedStateMachine):
             assert self.wallet.holds(account, limit=100).holds == expected
 
 
-@pytest.mark.parametrize("examples", [20, pytest.param(1000, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("examples", [20, torture(1000)])
 def test_wallet_does_what_its_model_does(dsn, examples, monkeypatch):
     examples *= 5 if dsn == "sqlite://" and examples == 20 else 1  # There they are cheap.
     time_ns = time.time_ns
@@ -4500,8 +4517,8 @@ class Load:
         return replayed.count(False)
 
 
-@pytest.mark.parametrize("restarts", [10, pytest.param(50, marks=pytest.mark.torture)])
-def test_restarts_of_postgres_under_load_lose_nothing_and_double_nothing(new_schema, postgres_server, restarts, capsys):
+@pytest.mark.parametrize("restarts", [10, torture(50)])
+def test_restarts_of_postgres_under_load_lose_nothing_and_double_nothing(new_schema, postgres_server, restarts, report):
     dsn, waits = new_schema(on=postgres_server), []
     with served("--dsn", dsn, "--log-level", "error") as server:
         load = Load(server.url, [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
@@ -4512,9 +4529,8 @@ def test_restarts_of_postgres_under_load_lose_nothing_and_double_nothing(new_sch
             waits.append(load.wait_for_more(count=1))
         load.stop()
     assert load.check(dsn) == 0
-    with capsys.disabled():
-        print(f"\n{restarts} restarts, {len(load.kept)} answered, {len(load.open)} refused {load.statuses},"
-              f" serving again after {max(waits):.2f} s at most")
+    report(f"{restarts} restarts, {len(load.kept)} answered, {len(load.open)} refused {load.statuses},"
+           f" serving again after {max(waits):.2f} s at most")
     assert max(waits) < 2
 
 
@@ -4671,7 +4687,7 @@ def test_commit_that_never_ends_is_unknown_and_its_key_tells_later(new_schema, p
 
 @pytest.mark.parametrize("by", SERVERS)
 def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_after(
-        new_schema, postgres_server, capsys, by):
+        new_schema, postgres_server, report, by):
     arguments = "--dsn", new_schema(on=postgres_server), "--log-level", "error", "--server", by
     with served(*arguments) as server:
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
@@ -4705,9 +4721,8 @@ def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_aft
         assert "psycopg" not in log  # It would tell of each try to connect.
         assert re.search(r"ERROR wallet: postgresql://127\.0\.0\.1:\d+/postgres does not answer: ", log)
     slowest_s = max(answer[3] for answer in answers)
-    with capsys.disabled():
-        print(f"\nfrozen: 503 after {slowest_s:.2f} s at most, {len(livez)} /livez of {max(livez):.3f} s at most,"
-              f" well {recovered_s:.2f} s after")
+    report(f"503 after {slowest_s:.2f} s at most, {len(livez)} /livez of {max(livez):.3f} s at most,"
+           f" well {recovered_s:.2f} s after")
     assert slowest_s < 6
     assert max(livez) < 0.5
     assert recovered_s < 2
