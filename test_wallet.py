@@ -336,6 +336,8 @@ class Client:
 def check_common(status, headers, body, head=False):
     assert headers["Cache-Control"] == "no-store"
     assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; ")
+    assert (headers["Cross-Origin-Resource-Policy"], headers["Referrer-Policy"]) == ("same-origin", "no-referrer")
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,100}", headers["X-Request-Id"])
     if status >= 400:
         assert headers["Content-Type"] == "application/problem+json"
@@ -4004,6 +4006,18 @@ def test_damaged_file_is_refused_in_one_line_and_unavailable_while_it_runs(tmp_p
     assert re.fullmatch(r"wallet: cannot [^\n]+malformed[^\n]*\n", done.stderr)
 
 
+@pytest.mark.parametrize(("version", "warned"), [
+    ((3, 40, 1), True), ((3, 44, 5), True), ((3, 44, 6), False), ((3, 46, 1), True), ((3, 50, 6), True),
+    ((3, 50, 7), False), ((3, 51, 2), True), ((3, 51, 3), False), ((3, 53, 0), False)])
+def test_sqlite_with_a_bug_for_two_processes_is_warned_of_once(file_dsn, monkeypatch, caplog, version, warned):
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+    monkeypatch.setenv("WALLET_DSN", file_dsn)
+    wallet_module.warn_of_wal_reset_bug.cache_clear()
+    for _ in range(2):
+        create_app().wallet.close()
+    assert caplog.text.count("let no second process write to the file, or install SQLite 3.51.3") == warned
+
+
 def test_missing_schema_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(wallet_module, "__file__", str(tmp_path / "wallet.py"))
     with pytest.raises(ConfigurationError, match=r"cannot use memory.*schema\.sql"):
@@ -4953,6 +4967,31 @@ WANTING = ["SERIAL", "BIGSERIAL", "IDENTITY", "CREATE SEQUENCE", "nextval", "TRI
            "DEFERRABLE", "LOCK TABLE", "xmin", "ctid", "txid", "MERGE", "TRUNCATE", "EXCLUDE", "INHERITS", "TABLESPACE"]
 
 
+# What SQL is put together from, apart from constants: parts of it that are, each, one of a few constants.
+SQL_PARTS = {"columns", "condition", "end_sql", "into", "key", "marks", "of_each", "of_type", "one", "order", "table",
+             "values", "' DESC, '.join(columns)"}
+
+
+def foreign_parts(source):
+    """Return what is put into SQL as text, and is neither a constant nor one of SQL_PARTS."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+            if re.search(r"\b(SELECT|INSERT INTO|UPDATE \w+ SET|DELETE FROM|WHERE|ORDER BY|VALUES|PRAGMA)\b", text):
+                found |= {ast.unparse(part.value) for part in node.values if isinstance(part, ast.FormattedValue)}
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mod)):
+            assert not re.search(r"'[^']*\b(SELECT|INSERT INTO|DELETE FROM|WHERE)\b", ast.unparse(node))
+    return {part for part in found if not part.isupper()} - SQL_PARTS
+
+
+def test_no_value_is_ever_put_into_sql_as_text():
+    """The linter that looks for this cannot tell a constant from a value, so it leaves that to this test."""
+    source = (HERE / "wallet.py").read_text()
+    assert foreign_parts(source) == set()
+    assert foreign_parts(source + "\ntx(f\"SELECT 1 FROM accounts WHERE name = '{name}'\")") == {"name"}
+
+
 def sql_statements():
     """Return every SQL text of wallet.py that either engine may get, and of schema.sql."""
     tree = ast.parse((HERE / "wallet.py").read_text())
@@ -5777,7 +5816,6 @@ def test_contract_is_valid_and_served(api):
 def test_page_is_served_and_may_load_nothing(api):
     answer = api.send("GET", "/", status=200)
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
     assert "<h1>Wallet</h1>" in answer.text
 
 

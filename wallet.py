@@ -72,7 +72,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from functools import partial
+from functools import cache, partial
 from http.client import responses as REASONS
 from itertools import islice
 from pathlib import Path
@@ -150,8 +150,16 @@ SQLITE_CHECKPOINT_PAGES = 4000  # 16 MB of log: to move it into the database tak
 SQLITE_CACHE_KB = 8_000  # For the connection that writes: the pages that hundreds of busy accounts write to.
 SQLITE_READER_CACHE_KB = 500  # For each of those that read. The system keeps the file in memory anyway.
 SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
+SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Of 3.x, from which patch on (sqlite.org/wal.html#walresetbug).
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 2
+
+
+SECURITY_HEADERS = {  # Of every answer: no browser keeps it, runs anything in it, or shows it to another site.
+    "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer",
+}
 
 
 class Setting(NamedTuple):
@@ -1225,8 +1233,8 @@ class Wallet:
                 return self.database.read(lambda tx: tx(f"SELECT {columns} FROM {table} LIMIT 1"))
             return None
 
-        def make(sql: str) -> None:
-            self.database.write(lambda tx: tx(sql))
+        def make(sql: str, *parameters: str | int) -> None:
+            self.database.write(lambda tx: tx(sql, *parameters))
 
         rows = read("schema_version, currency", "wallet")
         if not rows:
@@ -1239,7 +1247,7 @@ class Wallet:
                                              " name another database, or another schema as the search_path")
             for statement in read_schema():
                 make(statement)
-            make(f"INSERT INTO wallet VALUES (1, {SCHEMA_VERSION}, '{currency or 'USD'}') ON CONFLICT (id) DO NOTHING")
+            make("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING", SCHEMA_VERSION, currency or "USD")
             rows = self.database.read(lambda tx: tx("SELECT schema_version, currency FROM wallet"))
         ((version, kept),) = rows
         while version in MIGRATIONS:
@@ -1896,9 +1904,7 @@ def get_openapi(wallet: Wallet, caller: None) -> Response:
 @_routes.get("/", public=True)
 def get_page(wallet: Wallet, caller: None) -> Response:
     """Serve the page."""
-    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-    return Response(200, read_file("wallet.html"), headers)
+    return Response(200, read_file("wallet.html"), {"Content-Type": "text/html; charset=utf-8"})
 
 
 def to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
@@ -2117,8 +2123,7 @@ def make_request_id(sent: str, issuer_token_hash: str = "") -> str:
 
 def render(answer: Response, request_id: str) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
     """Return the status line, the headers and the body, with all that every answer carries."""
-    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-               "X-Request-Id": request_id, **answer.headers}
+    headers = {"Content-Type": "application/json", "X-Request-Id": request_id, **SECURITY_HEADERS, **answer.headers}
     body: Iterable[bytes]
     if isinstance(answer.body, Iterator):
         body = answer.body
@@ -2156,7 +2161,19 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None) ->
 
 def open_wallet(settings: Mapping[str, Any], create: bool = True) -> Wallet:
     """Return the wallet that the settings name. Raises ConfigurationError."""
-    return Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"], create=create)
+    wallet = Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"], create=create)
+    if settings["dsn"].startswith("sqlite:///"):
+        warn_of_wal_reset_bug()
+    return wallet
+
+
+@cache
+def warn_of_wal_reset_bug() -> None:
+    """Log, once in a process, that this SQLite may damage a file to which several processes write."""
+    _, minor, patch = sqlite3.sqlite_version_info
+    if minor <= max(SQLITE_WAL_RESET_FIXES) and patch < SQLITE_WAL_RESET_FIXES.get(minor, sys.maxsize):
+        logger.warning("SQLite %s has a rare bug: let no second process write to the file, or install SQLite 3.51.3"
+                       " (sqlite.org/wal.html#walresetbug)", sqlite3.sqlite_version)
 
 
 # Serving and the command line #########################################################################
@@ -2777,7 +2794,7 @@ def url_of(host: str, port: int) -> str:
 
 def make_banner(app: App, address: str) -> str:
     """Return what is printed at the start."""
-    url = address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    url = address.replace("//0.0.0.0", "//127.0.0.1").replace("[::]", "[::1]")
     more = "Only the issuer's token makes and fills accounts." if app.has_issuer else TRY.format(url=url)
     return BANNER.format(version=__version__, address=address, location=app.wallet.database.location, more=more)
 
