@@ -221,24 +221,27 @@ def postgres_server():
         server.stop()
 
 
+@contextmanager
+def made_schema(base, options=""):
+    """Make a schema in the database of a DSN, and drop it in the end. Yield its own DSN."""
+    name = "test_" + uuid.uuid4().hex
+    with psycopg.connect(base, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {name}")
+    yield f"{base}{'&' if '?' in base else '?'}options=-csearch_path%3D{name}{options}"
+    with psycopg.connect(base, autocommit=True) as connection:
+        connection.execute(f"DROP SCHEMA {name} CASCADE")
+
+
 @pytest.fixture
 def new_schema(request):
     """A function that makes a schema of its own, dropped after the test, and returns its DSN."""
-    made = []
+    with contextlib.ExitStack() as made:
 
-    def make(options="", on=None):
-        base = on.dsn if on else os.environ.get("WALLET_TEST_POSTGRES")
-        base = base or request.getfixturevalue("postgres_server").dsn
-        name = "test_" + uuid.uuid4().hex
-        made.append((base, name))
-        with psycopg.connect(base, autocommit=True) as connection:
-            connection.execute(f"CREATE SCHEMA {name}")
-        return f"{base}{'&' if '?' in base else '?'}options=-csearch_path%3D{name}{options}"
+        def make(options="", on=None):
+            base = on.dsn if on else os.environ.get("WALLET_TEST_POSTGRES")
+            return made.enter_context(made_schema(base or request.getfixturevalue("postgres_server").dsn, options))
 
-    yield make
-    for base, name in made:
-        with psycopg.connect(base, autocommit=True) as connection:
-            connection.execute(f"DROP SCHEMA {name} CASCADE")
+        yield make
 
 
 SERIALIZABLE = "%20-cdefault_transaction_isolation%3Dserializable"
@@ -291,11 +294,24 @@ def file_dsn(tmp_path):
     return f"sqlite:///{tmp_path}/wallet.db"
 
 
-@pytest.fixture
-def wallet(dsn):
-    with Wallet(dsn) as wallet:
+@pytest.fixture(scope="session")
+def kept_schema(request):
+    """The DSN of a schema whose tables one test after another uses, and leaves empty: to make them takes long."""
+    base = os.environ.get("WALLET_TEST_POSTGRES") or request.getfixturevalue("postgres_server").dsn
+    with made_schema(base) as dsn:
+        yield dsn
+
+
+@pytest.fixture(params=["memory", "file", "postgres"])
+def wallet(request):
+    is_postgres = request.param == "postgres"
+    with Wallet(request.getfixturevalue("kept_schema") if is_postgres else make_dsn(request.param, request)) as wallet:
         yield wallet
-        check_books(wallet)
+        try:
+            check_books(wallet)
+        finally:
+            if is_postgres:
+                wallet.database.write(lambda tx: tx("TRUNCATE holds, transactions, accounts"))
 
 
 @pytest.fixture
@@ -425,12 +441,17 @@ def served(*arguments, program=("wallet.py",), cwd=None, **settings):
         process.url = re.search(pattern, process.banner)[1]
         yield process
     finally:
-        if process.poll() is None:
-            process.kill()
+        for running_one in {process.pid, *workers_of(process)} if process.poll() is None else ():
+            os.kill(running_one, signal.SIGKILL)
         process.communicate(timeout=30)
 
 
 SERVERS = ["waitress", "granian"]
+
+
+def complaints(log):
+    """Return a log without what it says about the version of SQLite, which is not the wallet's fault."""
+    return re.sub(r"(?m)^.*walresetbug\)\n", "", log)
 
 
 def limited(**limits):
@@ -466,6 +487,23 @@ def workers_of(server):
     """Return the ids of the processes that a server has started, its own where it has none."""
     children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
     return [int(child) for child in children] or [server.pid]
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys, caplog, tmp_path):
+    """A function that runs the command line here, in an empty folder, and returns the one line with which it ends."""
+
+    def run(*arguments, **settings):
+        monkeypatch.chdir(tmp_path)
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        assert wallet_module.main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert (out, caplog.text, list(tmp_path.iterdir())) == ("", "", [])
+        assert re.fullmatch(r"wallet: [^\n]+\n", err)
+        return err
+
+    return run
 
 
 def command(*arguments, cwd=None, **settings):
@@ -886,9 +924,9 @@ class Model(RuleBasedStateMachine):
             assert self.wallet.holds(account, limit=100).holds == expected
 
 
-@pytest.mark.parametrize("examples", [20, torture(1000)])
+@pytest.mark.parametrize("examples", [8, torture(1000)])
 def test_wallet_does_what_its_model_does(dsn, examples, monkeypatch):
-    examples *= 5 if dsn == "sqlite://" and examples == 20 else 1  # There they are cheap.
+    examples *= 5 if dsn == "sqlite://" and examples == 8 else 1  # There they are cheap.
     time_ns = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: Model.now_us * 1000 or time_ns())
     run_state_machine_as_test(
@@ -1678,7 +1716,8 @@ def test_opposing_transfers_never_deadlock_and_conserve_the_total(new_schema, po
         sql = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
         return int(postgres_server.query(sql)[0][0])
 
-    with kind(new_schema(on=postgres_server), connections=16) as wallet:
+    with postgres_server.configured(deadlock_timeout="20ms"), \
+            kind(new_schema(on=postgres_server), connections=16) as wallet:
         accounts = [wallet.register(name)[0].id for name in ("Ada", "Bob", "Cem")]
         for account in accounts:
             wallet.topup(account, 1000)
@@ -4009,12 +4048,11 @@ def test_damaged_file_is_refused_in_one_line_and_unavailable_while_it_runs(tmp_p
 @pytest.mark.parametrize(("version", "warned"), [
     ((3, 40, 1), True), ((3, 44, 5), True), ((3, 44, 6), False), ((3, 46, 1), True), ((3, 50, 6), True),
     ((3, 50, 7), False), ((3, 51, 2), True), ((3, 51, 3), False), ((3, 53, 0), False)])
-def test_sqlite_with_a_bug_for_two_processes_is_warned_of_once(file_dsn, monkeypatch, caplog, version, warned):
+def test_sqlite_with_a_bug_for_two_processes_is_warned_of(file_dsn, monkeypatch, caplog, version, warned):
     monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
     monkeypatch.setenv("WALLET_DSN", file_dsn)
-    wallet_module.warn_of_wal_reset_bug.cache_clear()
-    for _ in range(2):
-        create_app().wallet.close()
+    create_app().wallet.close()
+    create_app(Wallet()).wallet.close()
     assert caplog.text.count("let no second process write to the file, or install SQLite 3.51.3") == warned
 
 
@@ -4703,7 +4741,7 @@ def test_commit_that_never_ends_is_unknown_and_its_key_tells_later(new_schema, p
 def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_after(
         new_schema, postgres_server, report, by):
     arguments = "--dsn", new_schema(on=postgres_server), "--log-level", "error", "--server", by
-    with served(*arguments) as server:
+    with served(*arguments, program=limited(DATABASE_TIMEOUT_S=2)) as server:
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
 
         def topup(number):
@@ -4737,7 +4775,7 @@ def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_aft
     slowest_s = max(answer[3] for answer in answers)
     report(f"503 after {slowest_s:.2f} s at most, {len(livez)} /livez of {max(livez):.3f} s at most,"
            f" well {recovered_s:.2f} s after")
-    assert slowest_s < 6
+    assert slowest_s < 3
     assert max(livez) < 0.5
     assert recovered_s < 2
 
@@ -4816,18 +4854,16 @@ BAD_POSTGRES = {
 
 
 @pytest.mark.parametrize(("bad_dsn", "message"), BAD_POSTGRES.values(), ids=BAD_POSTGRES.keys())
-def test_postgres_that_cannot_be_used_is_one_line_and_exit_code_2(new_schema, postgres_server, bad_dsn, message):
+def test_postgres_that_cannot_be_used_is_one_line_and_exit_code_2(
+        new_schema, postgres_server, refusal, bad_dsn, message):
     postgres_server.query("DROP ROLE IF EXISTS wallet_ada")
     postgres_server.query("CREATE ROLE wallet_ada LOGIN PASSWORD 'right'")
     if not postgres_server.query("SELECT 1 FROM pg_database WHERE datname = 'sql_ascii'"):
         postgres_server.query("CREATE DATABASE sql_ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
     bad_dsn = bad_dsn.format(port=postgres_server.port, dsn=new_schema(on=postgres_server))
-    done = command("--port", "0", WALLET_DSN=bad_dsn)
-    assert done.returncode == 2
-    assert re.fullmatch(r"wallet: [^\n]+\n", done.stderr)
-    assert message in done.stderr
-    assert "secret" not in done.stderr + done.stdout
-    assert done.stdout == ""
+    told = refusal("--port", "0", WALLET_DSN=bad_dsn)
+    assert message in told
+    assert "secret" not in told
 
 
 def test_missing_granian_is_one_line_with_the_command_that_installs_it(tmp_path):
@@ -5268,13 +5304,10 @@ def test_version_is_told():
     (["--host", "203.0.113.1", "--port", "0"], {}, "cannot listen on 203.0.113.1 port 0: "),
     (["--host", "no.such.host.invalid"], {}, "cannot listen on no.such.host.invalid port 0: "),
 ])
-def test_bad_start_is_one_line_and_exit_code_2(tmp_path, arguments, settings, message):
-    done = command(*arguments, cwd=tmp_path, **{"WALLET_PORT": "0", **settings})
-    assert done.returncode == 2
-    assert re.fullmatch(r"wallet: [^\n]+\n", done.stderr)
-    assert message in done.stderr
-    assert "secret" not in done.stderr + done.stdout
-    assert list(tmp_path.iterdir()) == []
+def test_bad_start_is_one_line_and_exit_code_2(refusal, arguments, settings, message):
+    told = refusal(*arguments, **{"WALLET_PORT": "0", **settings})
+    assert message in told
+    assert "secret" not in told
 
 
 @pytest.mark.parametrize("by", SERVERS)
@@ -5308,7 +5341,7 @@ def test_it_serves_says_where_and_its_curls_can_be_pasted(tmp_path, by):
         assert [json.loads(line).get("code") for line in done.stdout.splitlines()] == [None, "insufficient_funds"]
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=30)
-    lines = [line.split(" ", 1)[1] for line in log.splitlines()]
+    lines = [line.split(" ", 1)[1] for line in complaints(log).splitlines()]
     assert [re.sub(r"\d+\.\d ms [0-9a-f]{16}$|\d+ connections", "_", line) for line in lines] == [
         "INFO wallet.access: POST /api/register 201 _",
         "INFO wallet.access: POST /api/transactions/topup 201 _",
@@ -5344,7 +5377,7 @@ def test_stop_finishes_what_runs_closes_the_database_and_exits_0(tmp_path, numbe
         assert answer.startswith(b"HTTP/1.1 201")
         assert b"connection: close" in answer.lower()
         assert server.wait(timeout=30) == 0
-        assert server.stderr.read() == ""
+        assert complaints(server.stderr.read()) == ""
     assert {path.name for path in tmp_path.iterdir()} == {"wallet.db"}  # Closed: the log is folded into the file.
     with Wallet(f"sqlite:///{tmp_path}/wallet.db") as wallet:
         assert wallet.authenticate(token).balance == 5
@@ -5511,7 +5544,7 @@ def test_stop_of_granian_finishes_the_request_of_a_client_that_has_gone(file_wal
             pass
         time.sleep(1)  # By now, Granian has ended.
         release()
-        assert (server.communicate(timeout=30)[1], server.returncode) == ("", 0)
+        assert (complaints(server.communicate(timeout=30)[1]), server.returncode) == ("", 0)
     assert file_wallet.authenticate(token).balance == 5
 
 
@@ -5547,7 +5580,7 @@ def test_many_workers_over_postgres_serve_one_wallet_and_stop_together(postgres_
         assert {status for status, _, _ in answers} == {201}
         assert send(server.url, "GET", "/api/account", token=token)[2]["balance"] == 32
         server.send_signal(signal.SIGTERM)
-        assert (server.communicate(timeout=30)[1], server.returncode) == ("", 0)
+        assert (complaints(server.communicate(timeout=30)[1]), server.returncode) == ("", 0)
         wait_until_gone(workers)
     with served(*arguments) as server:
         workers = workers_of(server)

@@ -72,7 +72,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from functools import cache, partial
+from functools import partial
 from http.client import responses as REASONS
 from itertools import islice
 from pathlib import Path
@@ -2156,22 +2156,20 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None) ->
     if wallet is None:
         settings = load_settings()
         wallet, issuer_token = open_wallet(settings), issuer_token or settings["issuer-token"]
+        warn_of_wal_reset_bug(settings["dsn"])
     return App(wallet, issuer_token)
 
 
 def open_wallet(settings: Mapping[str, Any], create: bool = True) -> Wallet:
     """Return the wallet that the settings name. Raises ConfigurationError."""
-    wallet = Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"], create=create)
-    if settings["dsn"].startswith("sqlite:///"):
-        warn_of_wal_reset_bug()
-    return wallet
+    return Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"], create=create)
 
 
-@cache
-def warn_of_wal_reset_bug() -> None:
-    """Log, once in a process, that this SQLite may damage a file to which several processes write."""
+def warn_of_wal_reset_bug(dsn: str) -> None:
+    """Log that this SQLite may damage a file to which several processes write, if it may."""
     _, minor, patch = sqlite3.sqlite_version_info
-    if minor <= max(SQLITE_WAL_RESET_FIXES) and patch < SQLITE_WAL_RESET_FIXES.get(minor, sys.maxsize):
+    fixed = minor > max(SQLITE_WAL_RESET_FIXES) or patch >= SQLITE_WAL_RESET_FIXES.get(minor, sys.maxsize)
+    if dsn.startswith("sqlite:///") and not fixed:
         logger.warning("SQLite %s has a rare bug: let no second process write to the file, or install SQLite 3.51.3"
                        " (sqlite.org/wal.html#walresetbug)", sqlite3.sqlite_version)
 
@@ -2875,6 +2873,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Granian shares its port with whoever asks, and a wallet must not cross a fork: so here both are opened
             # only to see whether they can be.
             with listen(settings["host"], settings["port"]) as listener, open_wallet(settings) as wallet:
+                warn_of_wal_reset_bug(settings["dsn"])
                 app, address = create_app(wallet, settings["issuer-token"]), listener.getsockname()[:2]
                 banner = make_banner(app, url_of(*address))
                 if settings["server"] == "waitress":
