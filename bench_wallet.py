@@ -787,8 +787,8 @@ def main() -> int:
     if options.serve_bare:
         serve_bare(options.serve_bare)
         return 0
-    # Not in /tmp, which is often in memory, where a sync costs nothing.
-    place = "/var/tmp" if os.path.isdir("/var/tmp") else None
+    # Not in /tmp, which is often in memory, where a sync costs nothing. A folder of our own is made in it.
+    place = "/var/tmp" if os.path.isdir("/var/tmp") else None  # nosec B108
     try:
         with tempfile.TemporaryDirectory(prefix="wallet-bench-", dir=place) as folder, ExitStack() as stack:
             met = report(options, Path(folder), stack)
