@@ -18,12 +18,14 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import resource
 import shutil
 import signal
 import socket
 import sqlite3
+import statistics
 import string
 import subprocess
 import sys
@@ -196,11 +198,43 @@ class PostgresServer:
                 self.query(f"ALTER SYSTEM RESET {name}")
             self.query("SELECT pg_reload_conf()")
 
+    def processes(self):
+        """Return the ids of all its processes, the one that starts the others first."""
+        main = int((self.server.pgdata / "postmaster.pid").read_text().split()[0])
+        return [main, *(row[0] for row in self.query("SELECT pid FROM pg_stat_activity"))]
+
+    def kill(self):
+        """Kill all of its processes. It is down until `restart`."""
+        processes = self.processes()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):  # The one that was asked.
+                os.kill(process, signal.SIGKILL)
+        wait_until_gone(processes)
+        for lock in ("postmaster.pid", f".s.PGSQL.{self.port}.lock"):  # Who is dead but not buried is taken for alive.
+            (self.server.pgdata / lock).unlink()
+
+    def kill_session(self):
+        """Kill the process that serves one client. The server ends all others then, and recovers by itself."""
+        others = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            os.kill(connection.execute(others).fetchone()[0], signal.SIGKILL)
+            with pytest.raises(psycopg.OperationalError):
+                connection.execute("SELECT pg_sleep(60)")
+
+    def wait(self):
+        """Wait until it takes connections."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                return self.query("SELECT 1")
+            except psycopg.OperationalError:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
     @contextmanager
     def frozen(self):
         """Stop every process of the server, so that it takes connections and requests, and answers nothing."""
-        main = int((self.server.pgdata / "postmaster.pid").read_text().split()[0])
-        processes = [main, *(row[0] for row in self.query("SELECT pid FROM pg_stat_activity"))]
+        processes = self.processes()
         for process in processes:
             with contextlib.suppress(ProcessLookupError):  # The one that was asked.
                 os.kill(process, signal.SIGSTOP)
@@ -385,9 +419,9 @@ def send(url, method, path, body=None, token=None, connection=None, **headers):
     return answer.status, answer.headers, json.loads(document) if is_json else document
 
 
-def torture(value):
-    """Return the value of a parameter for the long form of a test, which `pytest -m torture` runs."""
-    return pytest.param(value, marks=pytest.mark.torture)
+def torture(*values):
+    """Return the values of parameters for the long form of a test, which `pytest -m torture` runs."""
+    return pytest.param(*values, marks=pytest.mark.torture)
 
 
 @pytest.fixture
@@ -464,6 +498,54 @@ def workers_of(server):
     """Return the ids of the processes that a server has started, its own where it has none."""
     children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
     return [int(child) for child in children] or [server.pid]
+
+
+@dataclasses.dataclass
+class Intent:
+    """A request that a client notes down before it sends it, and the answers that it notes as they come."""
+
+    token: str
+    path: str
+    body: dict
+    key: str
+    answers: list = dataclasses.field(default_factory=list)  # The documents, as JSON.
+    first_answers: int = 0  # How many of them did not say that they were repeated.
+
+    @classmethod
+    def numbered(cls, number, token, other):
+        """Return the number-th intent: topups, charges, transfers and holds by turns, so that each has its money."""
+        path, body = (
+            ("/api/transactions/topup", {"amount": 4}), ("/api/transactions/charge", {"amount": 1}),
+            ("/api/transactions/transfer", {"amount": 1, "to": "acc_" + other[4:20]}), ("/api/holds", {"amount": 1}),
+        )[number % 4]
+        return cls(token, path, body, f"key-{number}")
+
+    def send(self, url, connection=None):
+        """Send it, again or for the first time. Return whether it was done; if not, it may be sent again."""
+        status, headers, document = send(url, "POST", self.path, self.body, self.token, connection,
+                                         Idempotency_Key=self.key)
+        if status == 503:
+            return False
+        assert status == 201, document
+        self.answers.append(json.dumps(document))
+        self.first_answers += "Idempotent-Replayed" not in headers
+        return True
+
+    def is_kept(self, tx):
+        """Return whether the database has what was answered, under this key."""
+        answered = json.loads(self.answers[0])
+        account, sequence = re.fullmatch("[a-z]{3}_(.{16})_([0-9]+)", answered["id"]).groups()
+        rows = tx("SELECT idempotency_key, amount FROM transactions WHERE account_id = ? AND sequence = ?",
+                  "acc_" + account, int(sequence))
+        return "acc_" + account == "acc_" + self.token[4:20] and rows == [(self.key, self.body["amount"])]
+
+
+def count_lost_and_doubled(wallet, intents):
+    """Hold the intents, each answered, against the database, which has nothing else: how many has it not, or twice?"""
+    check_books(wallet)
+    lost = wallet.database.read(lambda tx: sum(not intent.is_kept(tx) for intent in intents))
+    effects = len(intents) + sum("to" in intent.body for intent in intents)  # A transfer has a row on either side.
+    return lost, wallet.database.read(lambda tx: tx("SELECT count(*) FROM transactions"))[0][0] - effects + lost
 
 
 def command(*arguments, cwd=None, **settings):
@@ -898,61 +980,120 @@ def test_wallet_does_what_its_model_does(dsn, examples, monkeypatch):
 # Promise 2: a success that was answered is kept ######################################################################
 
 LATE = """
-import sys, threading, wallet
+import sys, wallet
 class Late(wallet.SQLiteDatabase):
-    # Answers first, and commits only every hundredth time: the mistake that the kill must find.
+    # Answers first, and would commit some time later: the mistake that the kill must find.
     def _try_commit(self, batch):
         self.count = getattr(self, "count", 0) + 1
         if not self._writer.in_transaction: self._writer.execute("BEGIN IMMEDIATE")
         for write in batch: self._run(write)
-        if self.count % 100 == 0 or self.count < 20: self._writer.execute("COMMIT")
+        if self.count < 20: self._writer.execute("COMMIT")
 wallet.SQLiteDatabase = Late
 sys.exit(wallet.main())
 """
 
 
-@pytest.mark.parametrize(("durable_dsn", "program", "by"), [
-    ("file", ("wallet.py",), "waitress"), ("file", ("-c", LATE), "waitress"), ("postgres", ("wallet.py",), "waitress"),
-    ("file", ("wallet.py",), "granian"),
-], ids=["file", "file-control", "postgres", "granian"], indirect=["durable_dsn"])
-def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, program, by):
-    acknowledged = []
-    with served("--dsn", durable_dsn, "--log-level", "error", "--server", by, program=program) as server:
-        tokens = [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
-        enough = threading.Event()
+class Crashes:
+    """A service that is killed again and again under the load of 8 clients, which journal what becomes of it."""
 
-        def work(token):
-            for number in range(100_000):
-                key = f"{token[:20]}-{number}"
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    status, _, _ = send(server.url, "POST", "/api/transactions/topup", {"amount": 1}, token,
-                                        Idempotency_Key=key)
-                    assert status == 201
-                    acknowledged.append((token, key))
-                    if len(acknowledged) >= 250:
-                        enough.set()
-                    continue
-                return key
-            raise AssertionError("the server was never killed")
+    def __init__(self, dsn, by, program=("wallet.py",), database=None):
+        self.arguments = "--dsn", dsn, "--server", by, "--log-level", "error"
+        self.dsn, self.program, self.database = dsn, program, database
+        self.draw = random.Random(6)
+        self.tokens = []
+        self.journals = [[] for _ in range(8)]  # Each client sends its last intent until that is answered.
+        self.acknowledged, self.count, self.lost = [], 0, 0  # Since the last start, in all, and of these.
+        self.killed = None
+        self.ready_s, self.recovered_s = [], []  # After a kill of the service only, and of its database too.
 
-        with ThreadPoolExecutor(4) as threads:
-            futures = [threads.submit(work, token) for token in tokens]
-            assert enough.wait(timeout=60)
-            for process in workers_of(server):
-                os.kill(process, signal.SIGKILL)
-            unanswered = [future.result() for future in futures]
-    with Wallet(durable_dsn) as wallet:
-        check_books(wallet)
-        replays = [wallet.topup("acc_" + token[4:20], 1, key=key).replayed for token, key in acknowledged]
-        if program != ("wallet.py",):
-            assert replays.count(False) > 0
-            return
-        assert replays.count(False) == 0
-        for token, key in zip(tokens, unanswered, strict=True):
-            wallet.topup("acc_" + token[4:20], 1, key=key)
-        totals = {token: wallet.authenticate(token).balance for token in tokens}
-        keys = {token: sum(1 for one, _ in acknowledged if one == token) + 1 for token in tokens}
-        assert totals == keys
+    @contextmanager
+    def started(self):
+        """Start the service, see how long that takes, and that it has all it had acknowledged."""
+        began = time.monotonic()
+        if self.killed == "database":
+            self.database.restart()
+        if self.killed == "session":
+            self.database.wait()
+        with served(*self.arguments, program=self.program) as server:
+            assert send(server.url, "GET", "/readyz")[0] == 200
+            times = self.recovered_s if self.killed in ("database", "session") else self.ready_s
+            times.append(time.monotonic() - began)
+            with Wallet(self.dsn) as wallet:
+                if self.database is None:
+                    assert wallet.database.read(lambda tx: tx("PRAGMA integrity_check")) == [("ok",)]
+                self.lost += wallet.database.read(lambda tx: sum(not one.is_kept(tx) for one in self.acknowledged))
+            self.count += len(self.acknowledged)
+            self.acknowledged = []
+            yield server
+
+    def crash(self, killed="service"):
+        """Start the service, and kill it under load at a random moment, and before it the database or a session."""
+        goal, enough = self.draw.randrange(250), threading.Event()
+
+        def work(client):
+            journal, connection = self.journals[client], http.client.HTTPConnection(urlsplit(server.url).netloc)
+            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+                while True:
+                    if not journal or journal[-1].answers:
+                        journal.append(Intent.numbered(len(journal), self.tokens[client], self.tokens[client - 1]))
+                    if journal[-1].send(server.url, connection):
+                        self.acknowledged.append(journal[-1])
+                        if len(self.acknowledged) >= goal:
+                            enough.set()
+
+        with self.started() as server:
+            self.tokens = self.tokens or [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+                                          for _ in self.journals]
+            with ThreadPoolExecutor(len(self.journals)) as threads:
+                futures = [threads.submit(work, client) for client in range(len(self.journals))]
+                try:
+                    assert enough.wait(timeout=60)
+                    time.sleep(self.draw.uniform(0, 0.005))
+                    if killed != "service":
+                        self.database.kill() if killed == "database" else self.database.kill_session()
+                        time.sleep(self.draw.uniform(0, 0.02))
+                finally:
+                    for process in {*workers_of(server), server.pid}:
+                        os.kill(process, signal.SIGKILL)
+                for future in futures:
+                    future.result()
+            self.killed = killed
+
+    def finish(self):
+        """Start it for the last time, have all answered, and return how many effects are lost and how many doubled."""
+        with self.started() as server:
+            assert all(journal[-1].answers or journal[-1].send(server.url) for journal in self.journals)
+        with Wallet(self.dsn) as wallet:
+            return count_lost_and_doubled(wallet, [intent for journal in self.journals for intent in journal])
+
+
+@pytest.mark.parametrize(("durable_dsn", "by", "kills"), [
+    ("file", "waitress", 2), torture("file", "waitress", 500), ("file", "granian", 2), torture("file", "granian", 500),
+    ("postgres", "waitress", 2), torture("postgres", "waitress", 50), torture("postgres", "granian", 50),
+], indirect=["durable_dsn"])
+def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, by, kills, request, report):
+    # The tests' own Postgres, since it is killed too.
+    database = request.getfixturevalue("postgres_server") if durable_dsn.startswith("postgres") else None
+    dsn = request.getfixturevalue("new_schema")(on=database) if database else durable_dsn
+    crashes = Crashes(dsn, by, database=database)
+    for number in range(kills):
+        crashes.crash(("database", "session", "service")[number % 3] if database else "service")
+    lost, doubled = crashes.finish()
+    assert (crashes.lost, lost, doubled) == (0, 0, 0)
+    after = {"the service": crashes.ready_s, "the database too": crashes.recovered_s}
+    report(f"{kills} kills, {crashes.count} acknowledged, {crashes.lost + lost} lost, {doubled} doubled"
+           + "".join(f"; after a kill of {what} ready in {max(times):.2f} s at most, {statistics.median(times):.2f} s"
+                     f" at the median of {len(times)}" for what, times in after.items() if times))
+    if kills > 2:
+        assert crashes.count >= 100 * kills
+        assert max(crashes.ready_s) <= 1
+
+
+def test_control_a_service_that_answers_before_it_commits_loses_by_a_kill_what_it_answered(file_dsn):
+    crashes = Crashes(file_dsn, "waitress", program=("-c", LATE))
+    crashes.crash()
+    with crashes.started():
+        assert crashes.lost > 0
 
 
 def test_what_was_written_is_there_after_reopening(durable_dsn):
