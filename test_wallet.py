@@ -19,12 +19,14 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import resource
 import shutil
 import signal
 import socket
 import sqlite3
+import statistics
 import string
 import subprocess
 import sys
@@ -198,11 +200,43 @@ class PostgresServer:
                 self.query(f"ALTER SYSTEM RESET {name}")
             self.query("SELECT pg_reload_conf()")
 
+    def processes(self):
+        """Return the ids of all its processes, the one that starts the others first."""
+        main = int((self.server.pgdata / "postmaster.pid").read_text().split()[0])
+        return [main, *(row[0] for row in self.query("SELECT pid FROM pg_stat_activity"))]
+
+    def kill(self):
+        """Kill all of its processes. It is down until `restart`."""
+        processes = self.processes()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):  # The one that was asked.
+                os.kill(process, signal.SIGKILL)
+        wait_until_gone(processes)
+        for lock in ("postmaster.pid", f".s.PGSQL.{self.port}.lock"):  # Who is dead but not buried is taken for alive.
+            (self.server.pgdata / lock).unlink()
+
+    def kill_session(self):
+        """Kill the process that serves one client. The server ends all others then, and recovers by itself."""
+        others = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            os.kill(connection.execute(others).fetchone()[0], signal.SIGKILL)
+            with pytest.raises(psycopg.OperationalError):
+                connection.execute("SELECT pg_sleep(60)")
+
+    def wait(self):
+        """Wait until it takes connections."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                return self.query("SELECT 1")
+            except psycopg.OperationalError:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
     @contextmanager
     def frozen(self):
         """Stop every process of the server, so that it takes connections and requests, and answers nothing."""
-        main = int((self.server.pgdata / "postmaster.pid").read_text().split()[0])
-        processes = [main, *(row[0] for row in self.query("SELECT pid FROM pg_stat_activity"))]
+        processes = self.processes()
         for process in processes:
             with contextlib.suppress(ProcessLookupError):  # The one that was asked.
                 os.kill(process, signal.SIGSTOP)
@@ -405,9 +439,9 @@ def send(url, method, path, body=None, token=None, connection=None, **headers):
     return answer.status, answer.headers, json.loads(document) if is_json else document
 
 
-def torture(value):
-    """Return the value of a parameter for the long form of a test, which `pytest -m torture` runs."""
-    return pytest.param(value, marks=pytest.mark.torture)
+def torture(*values):
+    """Return the values of parameters for the long form of a test, which `pytest -m torture` runs."""
+    return pytest.param(*values, marks=pytest.mark.torture)
 
 
 @pytest.fixture
@@ -443,8 +477,8 @@ def served(*arguments, program=("wallet.py",), cwd=None, **settings):
         process.url = re.search(pattern, process.banner)[1]
         yield process
     finally:
-        for running_one in {process.pid, *workers_of(process)} if process.poll() is None else ():
-            os.kill(running_one, signal.SIGKILL)
+        if process.poll() is None:
+            kill_service(process)
         process.communicate(timeout=30)
 
 
@@ -506,6 +540,57 @@ def refusal(monkeypatch, capsys, caplog, tmp_path):
         return err
 
     return run
+
+
+@dataclasses.dataclass
+class Intent:
+    """A request that a client notes down before it sends it, and the answers that it notes as they come."""
+
+    token: str
+    path: str
+    body: dict
+    key: str
+    answers: list = dataclasses.field(default_factory=list)  # The documents, and whether they said to be repeated.
+
+    @classmethod
+    def numbered(cls, number, token, other):
+        """Return the number-th intent: topups, charges, transfers and holds by turns, so that each has its money."""
+        path, body = (
+            ("/api/transactions/topup", {"amount": 4}), ("/api/transactions/charge", {"amount": 1}),
+            ("/api/transactions/transfer", {"amount": 1, "to": "acc_" + other[4:20]}), ("/api/holds", {"amount": 1}),
+        )[number % 4]
+        return cls(token, path, body, f"key-{number}")
+
+    def send(self, url, connection=None):
+        """Send it, again or for the first time. Return whether it was done; if not, it may be sent again."""
+        status, headers, document = send(url, "POST", self.path, self.body, self.token, connection,
+                                         Idempotency_Key=self.key)
+        if status == 503:
+            return False
+        assert status == 201, document
+        self.answers.append((json.dumps(document), "Idempotent-Replayed" in headers))
+        return True
+
+    def is_kept(self, tx):
+        """Return whether the database has what was answered, under this key."""
+        _, account, sequence = json.loads(self.answers[0][0])["id"].split("_")
+        rows = tx("SELECT idempotency_key, amount FROM transactions WHERE account_id = ? AND sequence = ?",
+                  "acc_" + account, int(sequence))
+        return account == self.token[4:20] and rows == [(self.key, self.body["amount"])]
+
+
+def count_lost_and_surplus(wallet, intents):
+    """Return how many of the answered intents are not in the database, and how many rows are there besides them."""
+    check_books(wallet)
+    count = "SELECT count(*) FROM transactions"
+    kept, rows = wallet.database.read(lambda tx: ([one for one in intents if one.is_kept(tx)], tx(count)[0][0]))
+    return len(intents) - len(kept), rows - sum(2 if "to" in intent.body else 1 for intent in kept)
+
+
+def kill_service(server):
+    """Kill all its processes."""
+    for process in {*workers_of(server), server.pid}:
+        os.kill(process, signal.SIGKILL)
 
 
 def command(*arguments, cwd=None, **settings):
@@ -940,61 +1025,121 @@ def test_wallet_does_what_its_model_does(dsn, examples, monkeypatch):
 # Promise 2: a success that was answered is kept ######################################################################
 
 LATE = """
-import sys, threading, wallet
+import sys, wallet
 class Late(wallet.SQLiteDatabase):
-    # Answers first, and commits only every hundredth time: the mistake that the kill must find.
+    # Answers first, and would commit some time later: the mistake that the kill must find.
     def _try_commit(self, batch):
         self.count = getattr(self, "count", 0) + 1
         if not self._writer.in_transaction: self._writer.execute("BEGIN IMMEDIATE")
         for write in batch: self._run(write)
-        if self.count % 100 == 0 or self.count < 20: self._writer.execute("COMMIT")
+        if self.count < 20: self._writer.execute("COMMIT")
 wallet.SQLiteDatabase = Late
 sys.exit(wallet.main())
 """
 
 
-@pytest.mark.parametrize(("durable_dsn", "program", "by"), [
-    ("file", ("wallet.py",), "waitress"), ("file", ("-c", LATE), "waitress"), ("postgres", ("wallet.py",), "waitress"),
-    ("file", ("wallet.py",), "granian"),
-], ids=["file", "file-control", "postgres", "granian"], indirect=["durable_dsn"])
-def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, program, by):
-    acknowledged = []
-    with served("--dsn", durable_dsn, "--log-level", "error", "--server", by, program=program) as server:
-        tokens = [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
-        enough = threading.Event()
+class Crashes:
+    """A service that is killed again and again under the load of 8 clients, which journal what becomes of it."""
 
-        def work(token):
-            for number in range(100_000):
-                key = f"{token[:20]}-{number}"
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    status, _, _ = send(server.url, "POST", "/api/transactions/topup", {"amount": 1}, token,
-                                        Idempotency_Key=key)
-                    assert status == 201
-                    acknowledged.append((token, key))
-                    if len(acknowledged) >= 250:
-                        enough.set()
-                    continue
-                return key
-            raise AssertionError("the server was never killed")
+    def __init__(self, dsn, by, program=("wallet.py",), database=None):
+        self.arguments = "--dsn", dsn, "--server", by, "--log-level", "error"
+        self.dsn, self.program, self.database = dsn, program, database
+        self.draw = random.Random(6)
+        self.tokens = []
+        self.journals = [[] for _ in range(8)]  # Each client sends its last intent until that is answered.
+        self.acknowledged, self.count, self.lost = [], 0, 0  # Since the last start, in all, and of these.
+        self.killed, self.killed_at, self.sound = "service", None, 0
+        self.ready_s, self.recovered_s = [], []  # After a kill of the service only, and of its database too.
 
-        with ThreadPoolExecutor(4) as threads:
-            futures = [threads.submit(work, token) for token in tokens]
-            assert enough.wait(timeout=60)
-            for process in workers_of(server):
-                os.kill(process, signal.SIGKILL)
-            unanswered = [future.result() for future in futures]
-    with Wallet(durable_dsn) as wallet:
-        check_books(wallet)
-        replays = [wallet.topup("acc_" + token[4:20], 1, key=key).replayed for token, key in acknowledged]
-        if program != ("wallet.py",):
-            assert replays.count(False) > 0
-            return
-        assert replays.count(False) == 0
-        for token, key in zip(tokens, unanswered, strict=True):
-            wallet.topup("acc_" + token[4:20], 1, key=key)
-        totals = {token: wallet.authenticate(token).balance for token in tokens}
-        keys = {token: sum(1 for one, _ in acknowledged if one == token) + 1 for token in tokens}
-        assert totals == keys
+    @contextmanager
+    def started(self):
+        """Start the service, see how long that takes, and that it has all it had acknowledged."""
+        began = self.killed_at or time.monotonic()
+        with served(*self.arguments, program=self.program) as server:
+            assert send(server.url, "GET", "/readyz")[0] == 200
+            (self.ready_s if self.killed == "service" else self.recovered_s).append(time.monotonic() - began)
+            with Wallet(self.dsn) as wallet:
+                if self.database is None:
+                    assert wallet.database.read(lambda tx: tx("PRAGMA integrity_check")) == [("ok",)]
+                    self.sound += 1
+                self.lost += wallet.database.read(lambda tx: sum(not one.is_kept(tx) for one in self.acknowledged))
+            self.count += len(self.acknowledged)
+            self.acknowledged = []
+            yield server
+
+    def crash(self, killed="service"):
+        """Start the service, and kill it under load at a random moment, and before it the database or a session."""
+        goal, enough = self.draw.randrange(250), threading.Event()
+
+        def work(client):
+            journal, connection = self.journals[client], http.client.HTTPConnection(urlsplit(server.url).netloc)
+            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+                while True:
+                    if not journal or journal[-1].answers:
+                        journal.append(Intent.numbered(len(journal), self.tokens[client], self.tokens[client - 1]))
+                    if journal[-1].send(server.url, connection):
+                        self.acknowledged.append(journal[-1])
+                        if len(self.acknowledged) >= goal:
+                            enough.set()
+
+        with self.started() as server:
+            self.tokens = self.tokens or [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+                                          for _ in self.journals]
+            with ThreadPoolExecutor(len(self.journals)) as threads:
+                futures = [threads.submit(work, client) for client in range(len(self.journals))]
+                try:
+                    assert enough.wait(timeout=60)
+                    time.sleep(self.draw.uniform(0, 0.005))
+                    if killed != "service":
+                        self.database.kill() if killed == "database" else self.database.kill_session()
+                        time.sleep(self.draw.uniform(0, 0.02))
+                finally:
+                    kill_service(server)
+                    self.killed, self.killed_at = killed, time.monotonic()
+                    if killed == "database":
+                        self.database.restart()
+                    elif killed == "session":
+                        self.database.wait()
+                for future in futures:
+                    future.result()
+
+    def finish(self):
+        """Start it for the last time, have all answered, and return how many effects are lost and how many doubled."""
+        with self.started() as server:
+            assert all(intent.answers or intent.send(server.url) for journal in self.journals for intent in journal)
+        with Wallet(self.dsn) as wallet:
+            return count_lost_and_surplus(wallet, [intent for journal in self.journals for intent in journal])
+
+
+@pytest.mark.parametrize(("durable_dsn", "by", "kills"), [
+    ("file", "waitress", 2), torture("file", "waitress", 500), ("file", "granian", 1), torture("file", "granian", 500),
+    ("postgres", "waitress", 2), torture("postgres", "waitress", 50), torture("postgres", "granian", 50),
+], indirect=["durable_dsn"])
+def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, by, kills, request, report):
+    # The tests' own Postgres, since it is killed too.
+    database = request.getfixturevalue("postgres_server") if durable_dsn.startswith("postgres") else None
+    dsn = request.getfixturevalue("new_schema")(on=database) if database else durable_dsn
+    crashes = Crashes(dsn, by, database=database)
+    for number in range(kills):
+        crashes.crash(("database", "session", "service")[number % 3] if database else "service")
+    lost, doubled = crashes.finish()
+    assert (crashes.lost, lost, doubled) == (0, 0, 0)
+    after = {"the service": crashes.ready_s, "the database too": crashes.recovered_s}
+    report(f"{kills} kills, {crashes.count} acknowledged, {crashes.lost + lost} lost, {doubled} doubled,"
+           f" {crashes.sound} times seen that the file is sound"
+           + "".join(f"; after a kill of {what} ready in {max(times):.2f} s at most, {statistics.median(times):.2f} s"
+                     f" at the median of {len(times)}" for what, times in after.items() if times))
+    if kills >= 50:
+        assert crashes.count >= 100 * kills
+        assert max(crashes.ready_s) <= 1
+
+
+def test_control_a_service_that_answers_before_it_commits_loses_by_a_kill_what_it_answered(file_dsn):
+    crashes = Crashes(file_dsn, "waitress", program=("-c", LATE))
+    crashes.crash()
+    assert len(crashes.acknowledged) > 8 * 20  # More than the commits that it makes can hold.
+    with crashes.started():
+        assert crashes.lost > 0
 
 
 def test_what_was_written_is_there_after_reopening(durable_dsn):
@@ -1483,15 +1628,132 @@ def test_32_concurrent_sends_of_one_key_have_one_effect_and_equal_answers(concur
     assert sum(answer.replayed for answer in answers) == 31
 
 
-def test_32_concurrent_sends_of_one_key_over_http_have_one_effect_and_equal_answers(wallet):
-    ada, token = wallet.register("Ada")
-    with running(wallet) as url:
-        path, body = "/api/transactions/topup", {"amount": 5}
-        answers = together(*[lambda: send(url, "POST", path, body, token, Idempotency_Key="order-17")] * 32)
-    assert wallet.account(ada.id).balance == 5
-    assert {status for status, _, _ in answers} == {201}
-    assert len({json.dumps(document) for _, _, document in answers}) == 1
-    assert sum("Idempotent-Replayed" in headers for _, headers, _ in answers) == 31
+FORGETFUL = """
+import os, sys, wallet
+# Knows a key only where it came first, as who keeps keys in memory does.
+parse_key = wallet.parse_key
+wallet.parse_key = lambda key: f"{parse_key(key)}-{os.getpid()}"
+sys.exit(wallet.main())
+"""
+
+
+class Pair:
+    """Two processes that serve one database, one by each server, of which either may be restarted."""
+
+    def __init__(self, dsn, program=("wallet.py",)):
+        self.dsn, self.program = dsn, program
+        self.stacks = [contextlib.ExitStack() for _ in SERVERS]
+        self.services = [self.start(number) for number in range(len(SERVERS))]
+        self.unanswered = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for stack in self.stacks:
+            stack.close()
+
+    def start(self, number):
+        arguments = "--dsn", self.dsn, "--server", SERVERS[number], "--log-level", "error"
+        return self.stacks[number].enter_context(served(*arguments, program=self.program))
+
+    def restart(self, number, by):
+        service = self.services[number]
+        if by == signal.SIGKILL:
+            kill_service(service)
+        else:
+            service.send_signal(by)
+            assert service.wait(timeout=30) == 0
+        self.stacks[number].close()
+        self.services[number] = self.start(number)
+
+    def send(self, intent, first, connections):
+        """Send it to one of the two, then to the other and so on, until it is answered. Return by whom it was."""
+        for attempt in range(first, first + 10_000):
+            url = self.services[attempt % 2].url
+            connection = connections.setdefault(url, http.client.HTTPConnection(urlsplit(url).netloc, timeout=100))
+            try:
+                if intent.send(url, connection):
+                    return url
+            except (OSError, http.client.HTTPException):
+                connection.close()
+            self.unanswered.append(intent)
+        raise AssertionError("neither of them answers")
+
+    def send_32_times_at_once(self, intents, restarts=0):
+        """Send each from 32 clients at once, and restart the two by turns, so often in all, each time in its midst."""
+        due, done, numbers = threading.Semaphore(0), threading.Semaphore(1), itertools.count()
+
+        def count():
+            every = len(intents) // (restarts or 1)
+            if restarts and next(numbers) % every == every // 2:
+                assert done.acquire(timeout=60)
+                due.release()
+
+        def restart():
+            for number in range(restarts):
+                assert due.acquire(timeout=60)
+                self.restart(number % 2, by=signal.SIGTERM if number % 4 > 1 else signal.SIGKILL)
+                done.release()
+
+        barrier = threading.Barrier(32, count)
+
+        def work(client):
+            connections = {}
+            for intent in intents:
+                barrier.wait(timeout=60)
+                self.send(intent, client, connections)
+            for connection in connections.values():
+                connection.close()
+
+        assert together(restart, *[partial(work, client) for client in range(32)]) == [None] * 33
+
+    def send_again_and_changed(self, intents):
+        """Send each once more, and once with another amount. Return how many of the latter were refused."""
+        refused, connections = 0, {}
+        for number, intent in enumerate(intents):
+            url = self.send(intent, number, connections)
+            status, _, document = send(url, "POST", intent.path, {**intent.body, "amount": 5}, intent.token,
+                                       connections[url], Idempotency_Key=intent.key)
+            refused += (status, document["code"]) == (422, "idempotency_key_reused")
+        for connection in connections.values():
+            connection.close()
+        return refused
+
+
+def make_intents(url, count):
+    """Return intents of 4 new accounts."""
+    tokens = [send(url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
+    return [Intent.numbered(number, tokens[number // 4 % 4], tokens[number // 4 % 4 - 1]) for number in range(count)]
+
+
+@pytest.mark.parametrize(("keys", "restarts"), [(4, 1), torture(1000, 40)])
+def test_32_sends_of_each_key_to_two_processes_across_restarts_have_one_effect_and_equal_answers(
+        durable_dsn, keys, restarts, report):
+    with Pair(durable_dsn) as pair:
+        intents = make_intents(pair.services[0].url, keys)
+        pair.send_32_times_at_once(intents, restarts)
+        refused = pair.send_again_and_changed(intents)
+    with Wallet(durable_dsn) as wallet:
+        lost, doubled = count_lost_and_surplus(wallet, intents)
+    unequal = sum(len({document for document, _ in intent.answers}) > 1 for intent in intents)
+    report(f"{keys} keys, {sum(len(intent.answers) for intent in intents)} answers, {len(pair.unanswered)} sends with"
+           f" none, {restarts} restarts: {keys - lost + doubled} effects, {unequal} keys with unequal answers,"
+           f" {refused} changed requests refused")
+    assert (lost, doubled, unequal, refused) == (0, 0, 0, keys)
+    assert {len(intent.answers) for intent in intents} == {33}
+    assert max(sum(not repeated for _, repeated in intent.answers) for intent in intents) == 1
+
+
+def test_control_a_service_that_keeps_keys_to_itself_has_two_effects_of_one(file_dsn):
+    with Pair(file_dsn, program=("-c", FORGETFUL)) as pair:
+        intents = make_intents(pair.services[0].url, 1)
+        pair.send_32_times_at_once(intents)
+        refused = pair.send_again_and_changed(intents)
+    with Wallet(file_dsn) as wallet:
+        assert count_lost_and_surplus(wallet, intents)[1] == 2  # Neither is under the key that was sent.
+    assert len({document for document, _ in intents[0].answers}) == 2
+    assert refused == 1
 
 
 def test_key_means_nothing_where_nothing_is_remembered(api, wallet):
