@@ -18,8 +18,11 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import resource
+import select
+import selectors
 import shutil
 import signal
 import socket
@@ -33,6 +36,7 @@ import time
 import tracemalloc
 import urllib.request
 import uuid
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as futures_wait
 from contextlib import contextmanager
@@ -3544,6 +3548,266 @@ def test_control_a_server_that_takes_the_length_before_the_chunks_makes_two_of_o
     assert ([5, 666] in [amounts for _, amounts in done.values()], len(ambiguous) > 20) == (True, True)
 
 
+HOSTILE = [
+    b"\0", b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\r\n ", b"\t", b"\x0b", b"\x7f", b"\x1b[31m", b"\xff", b"\xc0\x80",
+    b"\xed\xa0\x80", b"\xef\xbb\xbf", "\u2028٣💰".encode(), b"%00", b"%0d%0a", b"%ff", b"%", b"+", b"&", b"=", b"?",
+    b"#", b"../" * 20, b"//", b"'; DROP TABLE accounts --", b"%s%n{0}", b"<script>", b"\\u0000", b"\\ud800", b"\\",
+    b'"', b"'", b"{", b"}", b"[", b"]", b",", b":", b";", b"[" * 5000, b'{"a":' * 2000, b"NaN", b"-Infinity", b"null",
+    b"true", b"0", b"-1", b"+1", b"1.0", b"1e999", b"0x2", b"1_000", b"9007199254740992", b"9" * 5000, b"x" * 300,
+    b" " * 70, b"HEAD", b"OPTIONS", b"TRACE", b"HTTP/1.0", b"HTTP/2.0", b"0\r\n\r\n", b"X: y\r\n z", b"Host: y\r\n",
+    b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip\r\n",
+    b"Expect: 100-continue\r\n", b"Connection: close\r\n", b"Connection: keep-alive\r\n",
+    b"Authorization: Bearer x\r\n", b"Idempotency-Key: 1\r\n", b"Content-Type: text/plain\r\n",
+]
+MOVED = {"amount": 12, "description": "Order 17", "metadata": {"order": "17"}}
+CORPUS = [  # Of each operation some valid requests. ME and OTHER are accounts, TOKEN is of ME, and N is of an entry.
+    ("POST", "/api/register", {"name": "Ada Łovelace"}), ("POST", "/api/account/token", None),
+    ("GET", "/api/account", None), ("GET", "/api/account?at=2026-11-22T09:30:00.5%2B01:00", None),
+    *[("POST", "/api/transactions/topup", MOVED)] * 3, ("POST", "/api/transactions/charge", MOVED),
+    ("POST", "/api/transactions/transfer", {"to": "acc_OTHER", **MOVED}),
+    ("POST", "/api/transactions/batch", {"transactions": [{"type": "topup", **MOVED}, {"type": "charge", **MOVED}]}),
+    ("POST", "/api/transactions/txn_ME_N/refund", {"amount": 5}), ("POST", "/api/transactions/txn_ME_N/refund", None),
+    ("GET", "/api/transactions?limit=3&cursor=txn_ME_N&type=topup&since=2020-01-01T00:00:00Z", None),
+    ("GET", "/api/transactions?after=0&until=2030-01-01T00:00:00Z", None), ("GET", "/api/transactions/txn_ME_N", None),
+    ("GET", "/api/transactions.csv?type=charge", None), ("POST", "/api/holds", {"expires_in_s": 60, **MOVED}),
+    ("GET", "/api/holds?limit=5", None), ("GET", "/api/holds/hld_ME_N", None),
+    ("POST", "/api/holds/hld_ME_N/capture", {"amount": 5}), ("POST", "/api/holds/hld_ME_N/release", None),
+    ("GET", "/livez", None), ("HEAD", "/readyz", None), ("GET", "/openapi.yaml", None), ("GET", "/", None),
+]
+
+
+VALUES = [
+    0, 1, -1, 1.5, 10**15, 2**53, 10**40, float("inf"), True, None, "", "x", " ", "x" * 600, "\ud800", "\0\n",
+    "acc_OTHER", [], [1], {}, {"a": "b"}, {"a": 1}, {"\ud800": ""}, {str(number): "x" for number in range(21)},
+    {"a" * 41: ""}, [{"type": "topup", "amount": 1}] * 1001, [{}] * 30, [None, 5, "x"],
+    [{"type": "charge", "amount": 1, "account": "acc_OTHER"}],
+]
+
+
+class Mutants:
+    """Requests of the corpus, changed by a seeded generator: as a whole, or in one part before that is framed."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+        self.tokens = []  # Of the accounts that were made or got a new one, the latest last.
+
+    def learn(self, body):
+        """Note a token that an answer shows. Only few accounts are in use at a time, so that no history is long."""
+        for token in re.findall(rb'"token": "(wlt_\w+)"', body):
+            self.tokens = [*[one for one in self.tokens if one[:20] != token[:20]][-7:], token]
+
+    def cut(self, data):
+        """Return three parts of some bytes, cut anywhere."""
+        first, second = sorted(self.random.choices(range(len(data) + 1), k=2))
+        return data[:first], data[first:second], data[second:]
+
+    def mutate(self, data):
+        start, part, end = self.cut(data)
+        kind = self.random.randrange(10)
+        if kind < 3:
+            return start + self.random.choice(HOSTILE) + (part + end if kind < 2 else end)
+        if kind == 3:
+            return start + bytes([self.random.randrange(256)]) + (part + end)[1:]
+        if kind == 4:
+            return start + end
+        if kind == 5:
+            return start + part * self.random.choice([2, 2, 3, 50]) + end
+        if kind == 6:
+            return data[:len(start)]
+        if kind == 7:
+            lines = data.split(b"\r\n")
+            lines.insert(self.random.randrange(len(lines)), self.random.choice(lines))
+            return b"\r\n".join(lines)
+        if kind == 8:
+            return re.sub(rb"\d+", lambda _: self.random.choice([b"0", b"2", b"13", b"-1", b"99999999999999999999"]),
+                          data, count=self.random.randrange(1, 4))
+        return start + self.cut(self.make(self.random.choice(["body", "target"])))[1] + end
+
+    def make(self, mutated):
+        method, target, document = self.random.choice(CORPUS)
+        if document and mutated == "values":
+            document = {**document, self.random.choice([*document, "metadata", "unknown"]): self.random.choice(VALUES)}
+        text = "" if document is None else json.dumps(document, ensure_ascii=self.random.random() < 0.5)
+        body = text.encode(errors="surrogatepass")
+        target = target.encode()
+        for _ in range(self.random.choice([1, 1, 2, 4])):
+            body = self.mutate(body) if mutated == "body" and body else body
+            target = self.mutate(target) if mutated == "target" else target
+        fields = [b"Host: x", b"Authorization: Bearer TOKEN", b"Content-Type: application/json", b"X-Request-Id: r"]
+        if self.random.random() < 0.3:
+            fields.append(b"Idempotency-Key: k%d" % self.random.randrange(50))
+        if body and self.random.random() < 0.2:
+            fields.append(b"Transfer-Encoding: chunked")
+            at = self.random.randrange(len(body))
+            chunks = [b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:at], body[at:]) if part]
+            body = b"".join(chunks) + b"0\r\n\r\n"
+        elif body:
+            fields.append(b"Content-Length: %d" % len(body))
+        request = b"\r\n".join([method.encode() + b" " + target + b" HTTP/1.1", *fields, b"", body])
+        for _ in range(self.random.choice([1, 1, 2, 4]) if mutated == "whole" else 0):
+            request = self.mutate(request)
+        return request
+
+    def __next__(self):
+        """Return what is sent next, with what makes it valid filled in: mostly one request, and sometimes several."""
+        parts, count = ["values", "body", "target", "whole", "nothing"], self.random.choice([1] * 9 + [3])
+        data = b"".join(map(self.make, self.random.choices(parts, [3, 2, 2, 4, 2], k=count)))
+        token, other = self.random.choices(self.tokens, k=2)
+        for name, value in ((b"TOKEN", token), (b"ME", token[4:20]), (b"OTHER", other[4:20])):
+            data = data.replace(name, value)
+        return data.replace(b"_N", b"_%d" % self.random.randrange(1, 30))
+
+
+class Connection:
+    """A connection of an attack: what was sent on it last, and what came of that and is no whole answer yet."""
+
+    def __init__(self, url, patient):
+        self.socket, self.sent, self.received = connect(url), [], b""
+        self.patient = patient  # It leaves it to the server to end what is incomplete.
+        self.since = self.ended = 0.0
+
+    def send(self, data):
+        self.sent, self.since = [*self.sent[-2:], data], time.monotonic()
+        with contextlib.suppress(OSError):  # The server may have closed it by now.
+            self.socket.sendall(data)
+
+
+class Attack:
+    """Sends mutants over many connections at once, and checks whatever comes back."""
+
+    CONNECTIONS, QUIET_S, HUNG_S = 24, 0.03, 20
+
+    def __init__(self, url, server, seed, count):
+        self.url, self.server, self.left, self.mutants = url, server, count, Mutants(seed)
+        self.mutants.learn(json.dumps(send(url, "POST", "/api/register", {"name": "Ada"})[2]).encode())
+        self.statuses, self.open, self.selector = Counter(), set(), selectors.DefaultSelector()
+
+    def run(self):
+        swept = time.monotonic()
+        try:
+            while self.left > 0 or self.open:
+                while self.left > 0 and len(self.open) < self.CONNECTIONS:
+                    self.begin()
+                for key, _ in self.selector.select(self.QUIET_S):
+                    self.hear(key.data)
+                if time.monotonic() > swept + self.QUIET_S:
+                    swept = time.monotonic()
+                    for connection in list(self.open):
+                        self.wait_no_longer(connection)
+        finally:
+            for connection in list(self.open):
+                self.close(connection)
+
+    def begin(self):
+        connection = Connection(self.url, patient=self.left % 50 == 0)
+        self.open.add(connection)
+        self.selector.register(connection.socket, selectors.EVENT_READ, connection)
+        self.attack(connection)
+
+    def attack(self, connection):
+        self.left -= 1
+        connection.send(next(self.mutants))
+
+    def close(self, connection):
+        self.open.remove(connection)
+        self.selector.unregister(connection.socket)
+        connection.socket.close()
+
+    def hear(self, connection):
+        """Take what has come, and go on once that is all of an answer."""
+        chunk = b""
+        with contextlib.suppress(ConnectionResetError):
+            chunk = connection.socket.recv(2**18)
+        received = connection.received = connection.received + chunk
+        try:
+            answered, last = self.check(connection, ended=not chunk)
+        except Exception as error:
+            raise AssertionError(connection.sent, received) from error
+        if not chunk or (answered and len(connection.sent) == 3 and self.mutants.random.random() < 0.1):
+            self.close(connection)
+        elif answered and not last and not connection.ended and self.left > 0:
+            self.attack(connection)
+
+    def check(self, connection, ended):
+        """Check the answers that are there. Say whether the last one is whole, and whether none comes after it."""
+        answered = last = False
+        while connection.received and (answer := read_answer(connection.received, ended)):
+            status, headers, body, connection.received = answer
+            check_answer(self.server, status, headers, body)
+            self.statuses[status] += 1
+            self.mutants.learn(body)
+            answered, last = not connection.received, headers.get("Connection", "").lower() == "close"
+        return answered, last
+
+    def wait_no_longer(self, connection):
+        """End what is incomplete after a moment: then the server has to close the connection."""
+        quiet_s = time.monotonic() - connection.since
+        assert quiet_s < self.HUNG_S, ("hung", connection.sent, connection.received)
+        if quiet_s > self.QUIET_S and not connection.ended and not connection.patient:
+            connection.ended = True
+            with contextlib.suppress(OSError):
+                connection.socket.shutdown(socket.SHUT_WR)
+
+
+def attack(dsn, server, count, careless=""):
+    """Send so many mutants to a server that answers /livez all the while.
+
+    Return the statuses that came, the mutants per second, and how many bytes its memory has grown by, after a tenth.
+    """
+    limits = limited(REQUEST_TIMEOUT_S=0.5, IDLE_TIMEOUT_S=0.5)
+    program = limits[0], f"import wallet\n{careless}\n{limits[1]}"
+    arguments = "--dsn", dsn, "--server", server, "--log-level", "error"
+    with served(*arguments, program=program) as process, ThreadPoolExecutor(2) as threads:
+        log, done = threads.submit(process.stderr.read), threading.Event()
+
+        def ask():
+            while not done.wait(0.1):
+                assert send(process.url, "GET", "/livez")[0] == 200
+
+        def run(part, count):
+            """Return the statuses that came, and the resident memory in bytes after it."""
+            attack = Attack(process.url, server, part, count)
+            attack.run()
+            pages = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in workers_of(process)]
+            return attack.statuses, sum(pages) * resource.getpagesize()
+
+        asked, started = threads.submit(ask), time.monotonic()
+        try:
+            (first, bytes_before), (second, bytes_after) = run(1, count // 10), run(2, count - count // 10)
+        finally:
+            elapsed_s = time.monotonic() - started
+            done.set()
+            process.terminate()
+            process.wait(30)
+        asked.result()
+        assert (process.returncode, "Traceback" in log.result()) == (0, False), log.result()
+    with Wallet(dsn) as wallet:
+        check_books(wallet)
+    return first + second, count / elapsed_s, bytes_after - bytes_before
+
+
+@pytest.mark.parametrize("count", [2000, torture(1_000_000)])
+@pytest.mark.parametrize("server", SERVERS)
+def test_mutated_requests_get_the_answers_of_the_contract_and_no_connection_hangs(file_dsn, server, count, report):
+    statuses, rate, grown_bytes = attack(file_dsn, server, count)
+    assert statuses.total() > count / 2
+    assert {200, 201, 400, 401, 402, 404, 405, 415, 422} <= statuses.keys()
+    assert statuses[201] > count / 50
+    assert grown_bytes < 50_000_000
+    report(f"{count:,} mutants, {rate:,.0f} each second: {statuses.total():,} answers ({dict(statuses)}), 0 faults; "
+           f"memory grew by {grown_bytes / 1e6:.0f} MB")
+
+
+@pytest.mark.parametrize(("server", "careless"), [
+    ("waitress", "wallet.parse_query = lambda text, names: dict(pair.split('=') for pair in text.split('&') if pair)"),
+    ("granian", "wallet.error_response = lambda error: wallet.Response("
+                "error.status, b'<p>No</p>', {'Content-Type': 'text/html'})"),
+], ids=["fault", "HTML"])
+def test_control_a_fault_and_an_error_in_html_are_found_by_mutated_requests(file_dsn, server, careless):
+    with pytest.raises(AssertionError, match="internal_error" if server == "waitress" else "text/html"):
+        attack(file_dsn, server, 2000, careless)
+
+
 def test_client_that_asks_before_it_sends_a_body_is_told_to_go_on_and_without_a_body_is_answered(module_url):
     with connect(module_url) as connection:
         connection.sendall(POST + b"Expect: 100-continue\r\nContent-Length: 14\r\nConnection: close\r\n\r\n")
@@ -3834,6 +4098,21 @@ def test_connection_that_is_closed_while_others_are_handled_harms_none(wallet):
         server.poll(1)
         assert channel not in server.active_channels.values()
         assert len(server.active_channels) == 1
+        for dispatcher in server._dispatchers.values():
+            dispatcher.shutdown()
+        wallet_module.wasyncore.close_all(server._map)
+
+
+def test_connection_that_ends_while_an_answer_waits_for_it_is_no_fault(caplog):
+    with wallet_module.listen("127.0.0.1", 0) as listener:
+        server = wallet_module._Server(None, listener, 1)
+        with connect(server.url):
+            while not server.active_channels:
+                server.poll(0.05)
+            (channel,) = server.active_channels.values()
+            channel.outbufs[-1].append(b"x")
+        wallet_module.wasyncore.readwrite(channel, select.POLLIN | select.POLLOUT)
+        assert (server.active_channels, caplog.text) == ({}, "")
         for dispatcher in server._dispatchers.values():
             dispatcher.shutdown()
         wallet_module.wasyncore.close_all(server._map)

@@ -2294,6 +2294,10 @@ class _Channel(HTTPChannel):
         return bool(unsent_bytes >= BODY_BYTES_MAX or (unsent_bytes and not self.requests)
                     or self.will_close or self.close_when_flushed)
 
+    def handle_write(self) -> None:
+        if self.connected:  # Else what was read has just ended it.
+            super().handle_write()
+
     def handle_read(self) -> None:
         if self.lingering:
             self.recv(BODY_BYTES_MAX)  # At its end it calls handle_close.
