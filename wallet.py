@@ -2196,8 +2196,8 @@ class _Parser(HTTPRequestParser):
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
-        request_line, lower = header_plus.partition(b"\r\n")[0].rstrip(), header_plus.lower()
-        if not re.fullmatch(rb"[!-~]+ [^\x00-\x20\x7f]+( HTTP/[0-9]\.[0-9])?", request_line):
+        request_line, lower = header_plus.partition(b"\r\n")[0], header_plus.lower()
+        if not re.fullmatch(rb"[!-~]+ [^\x00-\x20\x7f]+ HTTP/1\.[01]", request_line):
             raise ParsingError("the request line is malformed")
         if re.search(rb"\n[ \t]|[ \t]{64}", lower):
             raise ParsingError("a header is folded, or has too much white space")
@@ -2237,12 +2237,16 @@ class _ErrorTask(ErrorTask):
 
 
 class _Task(WSGITask):
-    """Ends the connection after this answer if the server is stopping, or the client does not read."""
+    """Ends the connection after this answer if the server is stopping, or the client does not read.
+
+    And after a body in chunks: waitress passes over blank lines between them, and looks into no trailers, so that
+    another server may see its end elsewhere. What follows there is not taken for a request.
+    """
 
     def start(self) -> None:
         super().start()
         last = self.channel.server.stopping and len(self.channel.requests) == 1
-        if last or self.channel.total_outbufs_len > UNREAD_BYTES_MAX:
+        if last or self.request.chunked or self.channel.total_outbufs_len > UNREAD_BYTES_MAX:
             self.set_close_on_finish()
 
     def finish(self) -> None:
@@ -2304,6 +2308,10 @@ class _Channel(HTTPChannel):
         unsent_bytes = self.total_outbufs_len
         return bool(unsent_bytes >= BODY_BYTES_MAX or (unsent_bytes and not self.requests)
                     or self.will_close or self.close_when_flushed)
+
+    def handle_write(self) -> None:
+        if self.connected:  # Else what was read has just ended it.
+            super().handle_write()
 
     def handle_read(self) -> None:
         if self.lingering:
@@ -2530,8 +2538,13 @@ class _GranianWorker:
         self.looked_at = 0.0
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        # Granian does not tell a length that came beside chunks (RFC 9112, section 6.1), nor chunks that are malformed.
+        # So what follows them is not taken for a request.
+        chunked = "HTTP_TRANSFER_ENCODING" in environ
+
         def start(status: str, headers: list[tuple[str, str]], error: Any = None) -> Callable[[bytes], object]:
-            return start_response(status, [*headers, ("Connection", "close")] if self.stopping else headers, error)
+            last = self.stopping or chunked
+            return start_response(status, [*headers, ("Connection", "close")] if last else headers, error)
 
         try:
             environ["wsgi.input"] = io.BytesIO(self._receive(environ))
