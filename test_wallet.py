@@ -466,11 +466,11 @@ def environment(**settings):
 
 
 @contextmanager
-def served(*arguments, program=("wallet.py",), cwd=None, **settings):
-    """Run the service as a process of its own, on a free port. Yield it, with its URL and banner."""
+def served(*arguments, program=("wallet.py",), under=(), cwd=None, **settings):
+    """Run the service as a process of its own, `under` another program or not. Yield it, with its URL and banner."""
     program = [str(HERE / part) if part == "wallet.py" else part for part in program]
     process = subprocess.Popen(
-        [sys.executable, *program, "--port", "0", *arguments],
+        [*under, sys.executable, *program, "--port", "0", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(**settings),
     )
     try:
@@ -1163,6 +1163,222 @@ def test_writer_asks_for_a_sync_at_every_commit(file_wallet):
     pragmas = {name: file_wallet.database._writer.execute(f"PRAGMA {name}").fetchone()[0]
                for name in ("synchronous", "journal_mode", "fullfsync", "foreign_keys")}
     assert pragmas == {"synchronous": 2, "journal_mode": "wal", "fullfsync": 1, "foreign_keys": 1}
+
+
+# A power cut: what strace saw of a server is replayed up to any moment, and what may be on the disk then is opened.
+STRACED = ("openat,?creat,write,pwrite64,writev,pwritev,?pwritev2,fsync,fdatasync,ftruncate,fallocate,?unlink,unlinkat,"
+           "?rename,renameat,?renameat2,sendto")
+SYNCHRONOUS = """
+import sys, wallet
+class Database(wallet.SQLiteDatabase):
+    def _open_writer(self, create):
+        connection = super()._open_writer(create)
+        connection.execute("PRAGMA synchronous = {}")
+        return connection
+wallet.SQLiteDatabase, wallet.SQLITE_CHECKPOINT_PAGES = Database, 20
+sys.exit(wallet.main())
+"""
+
+
+def strace(*options):
+    """Return the beginning of a command that runs under strace. Skip the test where that may not trace."""
+    tried = subprocess.run(["strace", "-D", "-f", "-o", "/dev/null", "true"], capture_output=True, text=True,
+                           timeout=60)
+    if tried.returncode or tried.stderr:
+        pytest.skip(f"strace may not trace here: {tried.stderr.strip()}")
+    return "strace", "-D", "-f", *options
+
+
+def read_trace(path, folder):
+    """Return what a server did with its database, and what it answered, in the order in which that may have had effect.
+
+    A write may be on the disk, and an answer with its client, once its call has begun. A sync has its effect when it
+    ends, on what was written before it began.
+    """
+    files = {str(folder).encode(): "."}
+    files |= {f"{folder}/wallet.db{end}".encode(): f"wallet.db{end}" for end in ("", "-wal", "-journal")}
+    begun, calls, events = {}, [], []
+    for number, line in enumerate(path.read_text().splitlines()):
+        thread, text = line.split(maxsplit=1)
+        if text.endswith(" <unfinished ...>"):
+            begun[thread] = number, text[:-17]
+        elif text.startswith("<... "):
+            first, before = begun.pop(thread)
+            calls.append((first, number, before + text.partition(" resumed>")[2]))
+        else:
+            calls.append((number, number, text))
+    for first, last, text in [*calls, *((first, None, text) for first, text in begun.values())]:
+        call = text.partition("(")[0]
+        strings = [bytes.fromhex(part.replace("\\x", "")) for part in re.findall(r'[<"]([\\x0-9a-f]*)[">]', text)]
+        file = next((files[part] for part in strings[:2] if part in files), None)
+        assert file is None or call == "openat" or " = -1" not in text, text
+        if call == "sendto" and strings[1].startswith(b"HTTP/1.1 201"):
+            events.append((first, "answer", None, json.loads(strings[1].partition(b"\r\n\r\n")[2])))
+        elif file is None or (call == "openat" and ("O_CREAT" not in text or " = -1" in text)):
+            continue
+        elif call in ("fsync", "fdatasync"):
+            events += [(last, "sync", file, first)] if text.endswith(" = 0") else []  # Else it was killed there.
+        elif call == "pwrite64":
+            events.append((first, "write", file, int(re.search(r'", \d+, (\d+)', text)[1]), strings[1]))
+        else:
+            size = int(re.search(r"ftruncate.*, (\d+)", text)[1]) if call == "ftruncate" else None
+            events.append((first, {"openat": "make", "unlink": "remove", "ftruncate": "truncate"}[call], file, size))
+    return sorted(events, key=lambda event: event[0])
+
+
+class CutDisk:
+    """What of the files in a trace is on the disk for sure, and what else a power cut may leave there.
+
+    Of each write since a file's last sync it leaves all, nothing, or any sectors of 512 bytes. A file that was made or
+    removed since the folder's last sync is there or not, whether its content was synced or not. No -shm is left.
+    """
+
+    def __init__(self):
+        self.names = {}  # What each has stood for since the folder's last sync: a file, or None where it was removed.
+
+    def happen(self, position, kind, name, *arguments):
+        versions = self.names.setdefault(name, [(-1, None)])
+        file = versions[-1][1]
+        if kind == "make" and file is None:
+            versions.append((position, SimpleNamespace(synced=bytearray(), since=[])))
+        elif kind == "remove":
+            versions.append((position, None))
+        elif kind in ("write", "truncate"):
+            file.since.append((position, *arguments))
+        elif kind == "sync" and name == ".":
+            for versions in self.names.values():
+                while len(versions) > 1 and versions[1][0] < arguments[0]:
+                    del versions[0]
+        elif kind == "sync":
+            while file.since and file.since[0][0] < arguments[0]:
+                self.change(file.synced, *file.since.pop(0)[1:])
+
+    def change(self, content, offset, data=None, sectors=lambda: True):
+        if data is None:
+            content[:] = content[:offset].ljust(offset, b"\0")
+            return
+        start = offset
+        while start < offset + len(data):
+            end = min(offset + len(data), start - start % 512 + 512)
+            if sectors():
+                content.extend(bytes(max(0, start - len(content))))
+                content[start:end] = data[start - offset:end - offset]
+            start = end
+
+    def leave(self, folder, chance, kept, torn):
+        """Make the files that a power cut may leave, where such a share of what is not synced is kept, or torn."""
+        for old in folder.iterdir():
+            old.unlink()
+        for name, versions in self.names.items():
+            _, file = versions[0] if not kept else versions[-1] if kept == 1 else chance.choice(versions)
+            if file is None:
+                continue
+            content = bytearray(file.synced)
+            for _, *written in file.since:
+                if chance.random() < kept:
+                    self.change(content, *written)
+                elif chance.random() < torn:
+                    share = chance.random()
+                    self.change(content, *written, sectors=lambda share=share: chance.random() < share)
+            (folder / name).write_bytes(content)
+
+
+def record(dsn, folder, program, kills):
+    """Serve clients, killed as a thread begins its so-manieth sync, and at last stopped. Return what strace saw."""
+    kinds = {"topup": 1, "charge": 1, "transfer": 2, "batch": 4}  # And how many movements each makes.
+    tokens, done = [], [0, 0, 0]  # How much each client has had answered: it asks again for what was not.
+
+    def work(client, url, until):
+        with contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)) as connection:
+            while done[client] < until:
+                kind = [*kinds][done[client] % 4]
+                body = {"amount": 100 if kind == "topup" else 7,
+                        "description": f"{kinds[kind]} movements: {client} {done[client]}"}
+                if kind == "transfer":
+                    body["to"] = "acc_" + tokens[client - 1][4:20]
+                if kind == "batch":
+                    body = {"transactions": [{"type": "charge", **body}] * 4}
+                status, _, _ = send(url, "POST", f"/api/transactions/{kind}", body, tokens[client], connection,
+                                    Idempotency_Key=str(done[client]))
+                assert status == 201
+                done[client] += 1
+
+    for kill in [*kills, None]:
+        # Where strace looks at some calls only, it is fast and sends no signals.
+        ending = ["-e", f"inject=fsync,fdatasync:signal=KILL:when={kill}"] if kill else ["--seccomp-bpf"]
+        tracing = strace("-y", "-xx", "-s", "1000000", "-A", "-o", str(folder / "trace"), "-e", f"trace={STRACED}")
+        with served("--dsn", dsn, "--log-level", "error", "--threads", "3", program=program,
+                    under=[*tracing, *ending]) as server:
+            tokens = tokens or [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in done]
+            for more in 1, 500 if kill else 12:  # First, what was not answered before.
+                outcomes = together(*[partial(work, client, server.url, done[client] + more) for client in range(3)])
+            expected = (OSError, http.client.HTTPException) if kill else type(None)
+            assert all(isinstance(outcome, expected) for outcome in outcomes), outcomes
+            server.send_signal(signal.SIGTERM)
+            server.wait(timeout=30)
+    return read_trace(folder / "trace", Path(dsn[10:]).parent)
+
+
+def examine(folder, answered):
+    """Open what a power cut left, as a restart does. Return how much of what was answered is missing."""
+    with Wallet(f"sqlite:///{folder}/wallet.db") as wallet:
+        check_books(wallet)
+        accounts = wallet.database.read(lambda tx: tx("SELECT id FROM accounts"))
+        rows = wallet.database.read(lambda tx: tx(
+            "SELECT account_id, sequence, amount, balance, description FROM transactions"))
+    assert all(count == int(description.split()[0]) for description, count in Counter(row[4] for row in rows).items())
+    found = {f"txn_{id[4:]}_{sequence}": (amount, balance) for id, sequence, amount, balance, _ in rows}
+    found |= {id: (None, 0) for id, in accounts}
+    return sum(found.get(id) != kept for id, kept in answered.items())
+
+
+def replay(events, images, folder, chance):
+    """Cut the power at so many moments, and right after each answer. Return how many, what was lost and what broke."""
+    disk, answered, lost, broken = CutDisk(), {}, 0, []
+    moments = Counter(chance.randrange(len(events)) for _ in range(images))
+    for number, (position, kind, *arguments) in enumerate(events):
+        cuts = [chance.choice([(0, 0), (1, 0), (chance.random(), chance.random())]) for _ in range(moments[number])]
+        if kind == "answer":
+            movements = arguments[1].get("transactions", [arguments[1]])
+            answered |= {one["id"]: (one.get("amount"), one["balance"]) for one in movements}
+            cuts.append((0, 0))
+        else:
+            disk.happen(position, kind, *arguments)
+        for kept, torn in cuts:
+            disk.leave(folder, chance, kept, torn)
+            try:
+                lost += examine(folder, answered)
+            except Exception as error:  # A wallet that is broken may say anything.
+                broken.append(error)
+        images += kind == "answer"
+    return Counter(images=images, answers=len(answered), lost=lost), broken
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace: apt install strace")
+@pytest.mark.parametrize(("synchronous", "recordings", "images"), [
+    ("FULL", 1, 150), ("NORMAL", 1, 30),
+    pytest.param("FULL", 40, 500, marks=pytest.mark.torture), pytest.param("NORMAL", 4, 500, marks=pytest.mark.torture),
+])
+def test_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path, synchronous, recordings, images, report):
+    program = ("-c", SYNCHRONOUS.format(synchronous)) if synchronous != "FULL" else limited(SQLITE_CHECKPOINT_PAGES=20)
+    counts, broken = Counter(), []
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as left:
+        for number in range(recordings):
+            folder, chance = tmp_path / str(number), random.Random(number)
+            (folder / "data").mkdir(parents=True)
+            dsn = f"sqlite:///{folder}/data/wallet.db"
+            events = record(dsn, folder, program, kills=[30 + number % 20] if synchronous == "FULL" else [])
+            shutil.rmtree(folder)
+            found, errors = replay(events, images, Path(left), chance)
+            counts, broken = counts + found + Counter(event[1] for event in events), broken + errors
+            # A disk that says that it has synced the database, and has not, would lose some.
+            unsynced = [event for event in events if event[1:3] != ("sync", "wallet.db")][:len(events) // 3]
+            lying, errors = replay(unsynced, 0, Path(left), chance)
+            assert lying["lost"] or errors
+    report(f"{synchronous}: {counts['images']:,} power cuts among {counts['write']:,} writes, {counts['sync']:,} syncs"
+           f" and {counts['answer']:,} answers: {counts['lost']:,} answers lost, {len(broken)} wallets broken")
+    assert (counts["lost"] > 0) == (synchronous != "FULL")
+    assert broken == []
 
 
 def test_write_that_waited_for_a_batch_that_failed_is_never_told_that_it_was_done(file_dsn, monkeypatch):

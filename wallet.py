@@ -1568,6 +1568,8 @@ class SQLiteDatabase(Database):
             connection.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KB}")
             connection.execute("PRAGMA synchronous = FULL")  # Each COMMIT is synced: a power cut loses none.
             connection.execute(f"PRAGMA wal_autocheckpoint = {SQLITE_CHECKPOINT_PAGES}")
+            # Written at every start, since its sync is also that of what a killed process left in the log without one:
+            # it can be read from now on, and be answered to whoever sends its key again.
             connection.execute(f"PRAGMA application_id = {SQLITE_APPLICATION_ID}")
         except BaseException:
             connection.close()
