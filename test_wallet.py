@@ -3637,7 +3637,7 @@ def test_connection_that_is_closed_while_others_are_handled_harms_none(wallet):
         while not server.active_channels:
             server.poll(0.05)
         (channel,) = server.active_channels.values()
-        channel.last_activity -= wallet_module.IDLE_TIMEOUT_S + 1
+        channel._last_activity -= wallet_module.IDLE_TIMEOUT_S + 1
         plain, server._poller = server._poller, SimpleNamespace(register=server._poller.register,
                                                                 unregister=server._poller.unregister)
 
@@ -3646,10 +3646,10 @@ def test_connection_that_is_closed_while_others_are_handled_harms_none(wallet):
             stack.enter_context(connect(server.url))
             while len(found := plain.poll(timeout_ms)) < 2:
                 pass
-            server.next_channel_cleanup = 0
+            server._next_maintenance = 0
             return found
 
-        server.next_channel_cleanup, server._poller.poll = time.time() + 60, poll
+        server._next_maintenance, server._poller.poll = time.monotonic() + 60, poll
         server.poll(1)
         assert channel not in server.active_channels.values()
         assert len(server.active_channels) == 1

@@ -2132,10 +2132,10 @@ _encode = json.JSONEncoder(ensure_ascii=False, default=to_json).encode
 
 
 def log_access(method: str, path: str, status: int, started: float, request_id: str) -> None:
-    """Log one request: never its query or body, nor a token that someone put into its path."""
+    """Log one request: never its query or body, nor a token that someone put into what is logged."""
     if access_logger.isEnabledFor(logging.INFO):
         duration_ms = (time.perf_counter() - started) * 1000
-        access_logger.info("%s %s %d %.1f ms %s", method, loggable(path)[:200], status, duration_ms, request_id)
+        access_logger.info("%s %d %.1f ms %s", loggable(f"{method} {path}")[:200], status, duration_ms, request_id)
 
 
 def loggable(text: str) -> str:
@@ -2172,7 +2172,7 @@ class _Parser(HTTPRequestParser):
 
     def __init__(self, adj: Adjustments) -> None:
         super().__init__(adj)
-        self.started = time.time()
+        self.started = time.monotonic()
 
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
@@ -2266,11 +2266,21 @@ class _Channel(HTTPChannel):
         sent: bool = super()._flush_some(do_close)
         self.taken_bytes += waiting_bytes - self.total_outbufs_len
         if not self.total_outbufs_len or self.taken_bytes > UNREAD_BYTES_MAX:
-            self.flushed, self.taken_bytes = time.time(), 0
+            self.flushed, self.taken_bytes = time.monotonic(), 0
         return sent
+
+    @property
+    def last_activity(self) -> float:
+        """When something was received or sent last, by a clock that nobody sets: waitress's own may jump by a day."""
+        return self._last_activity
+
+    @last_activity.setter
+    def last_activity(self, _: float) -> None:
+        self._last_activity = time.monotonic()
 
     def add_channel(self, map: Any = None) -> None:
         super().add_channel(map)
+        self.flushed = time.monotonic()
         self.server._changed.append(self)
 
     def del_channel(self, map: Any = None) -> None:
@@ -2301,6 +2311,8 @@ class _Server(TcpWSGIServer):
     """waitress with every limit explicit, a deadline for slow requests, and a stop that drops none."""
 
     channel_class = _Channel
+    next_channel_cleanup = float("inf")  # waitress would do it by a clock that may be set: see `readable`.
+    _next_maintenance = 0.0
 
     def __init__(self, app: App, listener: socket.socket, threads: int) -> None:
         # /livez has a thread of its own: it says that the process lives when all others wait for the database. So do
@@ -2311,7 +2323,7 @@ class _Server(TcpWSGIServer):
             dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
             dispatcher.set_thread_count(counts[path])
         adjustments = Adjustments(
-            ident="", cleanup_interval=1, connection_limit=CONNECTIONS_MAX,
+            ident="", connection_limit=CONNECTIONS_MAX,
             max_request_header_size=HEADER_BYTES_MAX, max_request_body_size=BODY_BYTES_MAX + 1,
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
         adjustments.socket_options = SOCKET_OPTIONS
@@ -2390,7 +2402,7 @@ class _Server(TcpWSGIServer):
             self.poll(0.05)
             for channel in list(self.active_channels.values()):
                 idle = not (channel.requests or channel.request or channel.total_outbufs_len)
-                if channel.lingering or (idle and time.time() - channel.last_activity > STOP_IDLE_S):
+                if channel.lingering or (idle and time.monotonic() - channel.last_activity > STOP_IDLE_S):
                     channel.handle_close()
         for dispatcher in self._dispatchers.values():
             dispatcher.shutdown(timeout=1)
@@ -2402,6 +2414,14 @@ class _Server(TcpWSGIServer):
         self.stopping = True
         self.trigger.pull_trigger()
 
+    def readable(self) -> bool:
+        """Say whether to accept connections. Each second, see to those that are there."""
+        now = time.monotonic()
+        if now >= self._next_maintenance:
+            self._next_maintenance = now + 1
+            self.maintenance(now)
+        return bool(super().readable())
+
     def maintenance(self, now: float) -> None:
         """Close what is idle, and what takes too long to send a request or to read its answer."""
         for channel in list(self.active_channels.values()):  # Other threads may close one meanwhile.
@@ -2411,7 +2431,7 @@ class _Server(TcpWSGIServer):
                 channel.request.started = now  # It is not read while an earlier one is answered.
             idle = not channel.requests and now - channel.last_activity > IDLE_TIMEOUT_S
             slow_sender = channel.request and now - channel.request.started > REQUEST_TIMEOUT_S
-            slow_reader = now - max(channel.flushed, channel.creation_time) > ANSWER_TIMEOUT_S
+            slow_reader = now - channel.flushed > ANSWER_TIMEOUT_S
             if slow_sender or slow_reader:
                 logger.info("closed a connection that was too slow")
             if idle or slow_sender or slow_reader or channel.will_close:
