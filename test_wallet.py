@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import resource
 import shutil
@@ -33,6 +34,7 @@ import time
 import tracemalloc
 import urllib.request
 import uuid
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as futures_wait
 from contextlib import contextmanager
@@ -1699,27 +1701,167 @@ def test_opposing_transfers_never_deadlock_and_conserve_the_total(new_schema, po
         assert (deadlocks() > before) == (kind is UnorderedWallet)
 
 
-def test_transfers_under_load_conserve_the_total_on_each_engine(concurrent_dsn):
-    with Wallet(concurrent_dsn) as wallet:
-        accounts = [wallet.register(str(number))[0].id for number in range(4)]
-        for account in accounts:
-            wallet.topup(account, 50)
+class FaultyConnection:
+    """A connection of which every tenth COMMIT or so fails before it happens, and as many after it did."""
 
-        def work(number):
-            refused = 0
-            for step in range(20):
-                try:
-                    amount = 7 + step if step else 201  # The first is more than there is at all.
-                    wallet.transfer(accounts[number % 4], accounts[(number + step % 3 + 1) % 4], amount)
-                except InsufficientFunds:
-                    refused += 1
-            return refused
+    def __init__(self, connection):
+        self.connection, self.random, self.failed = connection, random.Random(6), 0
 
-        refused = together(*[lambda number=number: work(number) for number in range(8)])
-        assert all(isinstance(count, int) for count in refused), refused
-        assert 8 <= sum(refused) < 160
-        assert sum(wallet.account(account).balance for account in accounts) == 200
-        check_books(wallet)
+    def __getattr__(self, name):
+        return getattr(self.connection, name)
+
+    def execute(self, sql, parameters=()):
+        chance = self.random.random() if sql == "COMMIT" else 1
+        if chance > 0.1:
+            cursor = self.connection.execute(sql, parameters)
+        if chance < 0.2:
+            self.failed += 1
+            raise sqlite3.OperationalError("disk I/O error")
+        return cursor
+
+
+class CarelessBank(Wallet):
+    """Reads both balances, and writes what it makes of them: how money is made and lost elsewhere."""
+
+    def transfer(self, account_id, to, amount, *, key):
+        changes = [(account_id, "transfer_out", to, -amount), (to, "transfer_in", account_id, amount)]
+        balances = {one: self.account(one).balance for one in (account_id, to)}
+        if balances[account_id] < amount:
+            raise InsufficientFunds()
+
+        def write(tx):
+            if tx("SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?", account_id, key):
+                return
+            for one, type, other, change in sorted(changes):
+                ((sequence,),) = tx("UPDATE accounts SET balance = ?, last_sequence = last_sequence + 1 WHERE id = ?"
+                                    " RETURNING last_sequence", balances[one] + change, one)
+                tx("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL, NULL, ?, ?, ?, 0)", one, sequence, type,
+                   amount, balances[one] + change, other, key, "f" * 64)
+
+        self.database.write(write)
+
+
+class Bank:
+    """Jepsen's bank test: threads that move money between a few accounts, and look at all of them at once.
+
+    https://github.com/jepsen-io/jepsen/blob/main/jepsen/src/jepsen/tests/bank.clj
+    """
+
+    SNAPSHOT = """SELECT a.id, a.balance, a.last_sequence, t.balance FROM accounts a
+                  JOIN transactions t ON t.account_id = a.id AND t.sequence = a.last_sequence ORDER BY 1"""
+
+    def __init__(self, wallet, snapshots, fault):
+        self.wallet, self.fault = wallet, fault
+        self.accounts = [wallet.register(f"No. {number}")[0].id for number in range(8)]
+        for account in self.accounts:
+            wallet.topup(account, 100)
+        self.done, self.unavailable = [], threading.Event()
+        self.counts, self.anomalies, self.lock = Counter(), Counter(), threading.Lock()
+        assert together(*[partial(self.work, number, snapshots // 16) for number in range(16)]) == [None] * 16
+
+    def work(self, number, snapshots):
+        """Transfer, look at all accounts four times, and so on."""
+        rng, counts, last_seen, readers = random.Random(number), Counter(), {}, [self.wallet.database.read]
+        with contextlib.ExitStack() as stack:
+            if path := vars(self.wallet.database).get("_path"):
+                # The second way to look: a connection that knows nothing of the wallet.
+                plain = stack.enter_context(contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)))
+                readers.append(lambda function: function(lambda sql: plain.execute(sql).fetchall()))
+            while counts["snapshots"] < snapshots:
+                if counts["snapshots"] % 256 == 16 * number % 256:
+                    self.fault(self)
+                self.transfer(rng, counts, f"{number} {counts['transfers']}")
+                for read in readers * (4 // len(readers)):
+                    with contextlib.suppress(Unavailable):
+                        self.look(read(lambda tx: tx(self.SNAPSHOT)), last_seen)
+                        counts["snapshots"] += 1
+        with self.lock:
+            self.counts += counts
+
+    def transfer(self, rng, counts, key):
+        sender, receiver = rng.sample(self.accounts, 2)
+        amount, counts["transfers"] = rng.randint(1, 150), counts["transfers"] + 1
+        while True:
+            try:
+                self.wallet.transfer(sender, receiver, amount, key=key)
+                self.done.append((sender, key, amount))
+            except InsufficientFunds:
+                counts["refused"] += 1
+            except Unavailable as error:
+                counts["unknown" if isinstance(error, OutcomeUnknown) else "unavailable"] += 1
+                self.unavailable.set()
+                continue
+            return
+
+    def look(self, rows, last_seen):
+        anomalies = {"total": len(rows) != 8 or sum(row[1] for row in rows) != 800}
+        for account, balance, sequence, written in rows:
+            anomalies["negative"] = anomalies.get("negative") or balance < 0
+            anomalies["history"] = anomalies.get("history") or balance != written
+            anomalies["order"] = anomalies.get("order") or sequence < last_seen.get(account, 0)
+            last_seen[account] = sequence
+        with self.lock:
+            self.anomalies.update(kind for kind, found in anomalies.items() if found)
+
+    def check(self):
+        """Assert that no snapshot was wrong, and that exactly what was answered is written down."""
+        assert not self.anomalies
+        sql = "SELECT account_id, idempotency_key, amount FROM transactions WHERE type = 'transfer_out'"
+        assert sorted(self.wallet.database.read(lambda tx: tx(sql))) == sorted(self.done)
+        check_books(self.wallet)
+
+
+@pytest.mark.parametrize("snapshots", [960, torture(100_000)])
+@pytest.mark.parametrize(("engine", "kind"), [("file", Wallet), ("postgres", Wallet), ("serializable", Wallet),
+                                              ("file", CarelessBank), ("postgres", CarelessBank)])
+def test_transfers_conserve_the_total_in_every_snapshot_whatever_fails(request, engine, kind, snapshots, report,
+                                                                       monkeypatch):
+    faults, fault_runs = Counter(), threading.Lock()
+    if engine == "file":
+        server, dsn = None, request.getfixturevalue("file_dsn")
+        monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.05)
+    else:
+        server = request.getfixturevalue("postgres_server")
+        dsn = request.getfixturevalue("new_schema")(SERIALIZABLE if engine == "serializable" else "", on=server)
+
+    def terminate(bank):
+        sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'wallet'"
+        faults["sessions terminated"] += len(server.query(sql))
+        if faults["restarts"] < faults["sessions terminated"] // 100:
+            faults["restarts"] += 1
+            server.restart("immediate")
+
+    def lock(bank):
+        with contextlib.closing(sqlite3.connect(bank.wallet.database._path, isolation_level=None)) as other:
+            bank.unavailable.clear()
+            with contextlib.suppress(sqlite3.OperationalError):  # The wallet's threads may have it all the time.
+                other.execute("BEGIN IMMEDIATE")
+                faults["locks"] += 1
+                bank.unavailable.wait(timeout=1)
+
+    def fault(bank):
+        if fault_runs.acquire(blocking=False):
+            try:
+                (terminate if server else lock)(bank)
+            finally:
+                fault_runs.release()
+
+    with kind(dsn, connections=16) as wallet:
+        if not server:
+            wallet.database._writer = FaultyConnection(wallet.database._writer)
+        bank = Bank(wallet, snapshots if kind is Wallet else 960, fault)
+        if not server:
+            faults["failed commits"] = wallet.database._writer.failed
+        if kind is CarelessBank:
+            assert bank.anomalies["total"] > 0
+            return
+        bank.check()
+    counts = bank.counts
+    assert counts["snapshots"] >= snapshots
+    assert counts["refused"] >= 0.2 * counts["transfers"]
+    report(f"0 anomalies in {counts['snapshots']:,} snapshots, {counts['transfers']:,} transfers, {counts['refused']:,}"
+           f" of them refused for funds; faults: {dict(faults)}; told unavailable {counts['unavailable']:,} times and"
+           f" unknown {counts['unknown']:,} times")
 
 
 def test_hold_sets_money_aside_and_all_spending_is_checked_against_what_is_available(wallet, ada):
