@@ -2042,6 +2042,156 @@ def test_hold_that_expires_in_the_middle_of_a_request_is_one_or_the_other(dsn, m
         check_books(wallet)
 
 
+FAKETIME = next(Path("/usr").glob("lib*/**/faketime/libfaketimeMT.so.1"), None)
+# While it leaves the monotonic clock alone, as who sets the clock does, libfaketime lets Python's sleep fail.
+AWAKE = "import select, sys, time; time.sleep = lambda seconds: select.select((), (), (), seconds); import wallet\n"
+RAW_CLOCK = """
+raw = "CASE WHEN ? > 0 THEN ? END"  # Stamps with what the clock says, whatever it said before.
+wallet.POST, wallet.CLOCK = wallet.POST.replace(wallet.CLOCK, raw), raw
+"""
+DAY_S = 24 * 3600
+
+
+class JumpingClock:
+    """The system clock of one server, which it lets jump, and what must hold of its holds at every moment."""
+
+    def __init__(self, folder):
+        self.file = folder / "offset"
+        # The last of them lets threads wait for each other by the clock that is left alone too.
+        self.settings = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(self.file), "FAKETIME_NO_CACHE": "1",
+                         "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_FORCE_MONOTONIC_FIX": "0"}
+        self.set(0)
+
+    def set(self, offset_s):
+        new = self.file.with_suffix(".new")
+        new.write_text(f"{offset_s:+d}")
+        new.replace(self.file)
+        self.offset_s = offset_s
+
+    def check(self, url, account, hold):
+        """Assert that the server has this time, and that it says of a hold what its stored time says."""
+        shown = send(url, "POST", "/api/register", {"name": "What time is it?"})[2]["created_at"]
+        behind = datetime.now(timezone.utc) + timedelta(seconds=self.offset_s) - datetime.fromisoformat(shown)
+        assert abs(behind) < timedelta(hours=1)
+        expired = shown >= hold["expires_at"]  # Hours lie between them.
+        found = send(url, "GET", f"/api/holds/{hold['id']}", token=account["token"])[2]
+        assert (found["status"], found["expires_at"]) == ("expired" if expired else "active", hold["expires_at"])
+        available = send(url, "GET", "/api/account", token=account["token"])[2]["available"]
+        assert available == (100 if expired else 40)
+        status, _, refused = send(url, "POST", "/api/transactions/charge", {"amount": available + 1}, account["token"])
+        assert (status, refused["available"]) == (402, available)
+        for type in ("topup", "charge"):  # At every time there is an entry.
+            assert send(url, "POST", f"/api/transactions/{type}", {"amount": 1}, account["token"])[0] == 201
+        return expired
+
+
+def spend_and_hold(url, tokens, number, stopped):
+    """Do all that takes the time, over and over. Return how often each answer came."""
+    rng, (account, token), answers = random.Random(number), tokens[number], Counter()
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+
+    def post(path, **body):
+        status, _, document = send(url, "POST", f"/api/{path}", body, token, connection)
+        answers[status] += 1
+        return document
+
+    while not stopped.is_set():
+        post("transactions/topup", amount=50)
+        holds = [post("holds", amount=rng.randint(1, 30), expires_in_s=hours * 3600) for hours in (1, 12, 36)]
+        post("transactions/charge", amount=rng.randint(1, 60))
+        post("transactions/transfer", to=tokens[number - 1][0], amount=rng.randint(1, 30))
+        for hold, end in zip(holds, rng.sample(("capture", "release", None), 3), strict=True):
+            if end and "id" in hold:
+                post(f"holds/{hold['id']}/{end}")
+    connection.close()
+    return answers
+
+
+def check_pages(wallet, rng):
+    """Assert that a history from and until a time is what the times in it say."""
+    for (account,) in wallet.database.read(lambda tx: tx("SELECT id FROM accounts WHERE balance > 0")):
+        history = list(wallet.statement(account))
+        for _ in range(5):
+            time = rng.choice(history).created_at
+            assert list(wallet.statement(account, since=time)) == [one for one in history if one.created_at >= time]
+            assert list(wallet.statement(account, until=time)) == [one for one in history if one.created_at < time]
+
+
+@pytest.mark.skipif(not FAKETIME, reason="needs faketime: apt install faketime")
+@pytest.mark.parametrize("jumps", [4, torture(1000)])
+@pytest.mark.parametrize(("durable_dsn", "by", "change"), [
+    ("file", "waitress", ""), ("postgres", "granian", ""), ("file", "waitress", RAW_CLOCK),
+], ids=["file-waitress", "postgres-granian", "control"], indirect=["durable_dsn"])
+def test_clock_that_jumps_by_a_day_under_load_breaks_nothing(durable_dsn, by, change, jumps, tmp_path, report):
+    clock, rng, stopped = JumpingClock(tmp_path), random.Random(17), threading.Event()
+    program = "-c", f"{AWAKE}{change}\nsys.exit(wallet.main())"
+    with served("--dsn", durable_dsn, "--server", by, "--log-level", "error", program=program,
+                **clock.settings) as server, ThreadPoolExecutor(4) as threads, contextlib.ExitStack() as stack:
+        url = server.url
+        made = [send(url, "POST", "/api/register", {"name": "Ada"})[2] for _ in range(5)]
+        token = made[4]["token"]
+        send(url, "POST", "/api/transactions/topup", {"amount": 100}, token)
+        held = {"amount": 60, "expires_in_s": 12 * 3600}
+        hold = send(url, "POST", "/api/holds", held, token)[2]
+        # Neither an idle connection nor one that is about to send its body has waited for a day.
+        idle = stack.enter_context(contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)))
+        send(url, "GET", "/livez", connection=idle)
+        idle.auto_open = False
+        tokens = [(one["id"], one["token"]) for one in made[:4]]
+        futures = [threads.submit(spend_and_hold, url, tokens, number, stopped) for number in range(4)]
+        try:
+            expired = []
+            for jump in range(jumps):
+                with connect(url) as half:
+                    half.sendall(POST + b"Connection: close\r\nContent-Length: 15\r\n\r\n")
+                    assert send(url, "GET", "/livez", connection=idle)[0] == 200
+                    clock.set(rng.choice([offset for offset in (-DAY_S, 0, DAY_S) if offset != clock.offset_s])
+                              if jump > 1 else (DAY_S, -DAY_S)[jump])
+                    expired.append(clock.check(url, made[4], hold))
+                    assert send(url, "GET", "/livez", connection=idle)[0] == 200
+                    half.sendall(b'{"name": "Bob"}')
+                    assert half.recv(12) == b"HTTP/1.1 201"
+            clock.set(0)
+            assert send(url, "POST", f"/api/holds/{hold['id']}/capture", {}, token)[0] == 201
+        finally:
+            stopped.set()
+        answers = sum((future.result(timeout=60) for future in futures), Counter())
+    assert set(answers) <= {201, 402, 409}
+    with Wallet(durable_dsn) as wallet:
+        if change:
+            with pytest.raises(AssertionError, match=r"\d{16} >= \d{16}"):
+                check_books(wallet)
+            return
+        check_books(wallet)
+        check_pages(wallet, rng)
+        assert wallet.authenticate(token).balance == 40
+        entries = wallet.database.read(lambda tx: tx("SELECT count(*) FROM transactions"))[0][0]
+    assert {True, False} == set(expired)
+    report(f"0 violations in {entries:,} entries, {jumps} jumps of a day or two, {sum(answers.values()):,} answers"
+           f" {dict(answers)}, a hold was expired after {sum(expired)} jumps and active after the others")
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_who_is_slow_or_idle_is_told_by_a_clock_that_nobody_sets(monkeypatch, careless):
+    """waitress itself would close all connections when the clock is set forward, and none for long when it goes back."""
+    offset_s, real = 0, time.time
+    monkeypatch.setattr(time, "time", lambda: real() + offset_s)
+    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 1)
+    if careless:
+        monkeypatch.delattr(wallet_module._Server, "readable")
+        monkeypatch.setattr(wallet_module._Server, "next_channel_cleanup", 0)
+        monkeypatch.setattr(wallet_module._Channel, "last_activity", 0)
+    with running() as url, connect(url) as idle, connect(url) as slow:
+        for wanted in (b"HTTP/1.1 200", b"" if careless else b"HTTP/1.1 200"):
+            idle.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+            assert idle.recv(65536)[:12] == wanted
+            offset_s += DAY_S
+            send(url, "GET", "/livez")
+        if not careless:
+            offset_s -= 2 * DAY_S
+            assert send_slowly_until_closed(slow)
+
+
 BAD_DURATIONS = [0, -1, 30 * 24 * 3600 + 1, 1.0, "5", True, [], AMOUNT_MAX + 1]
 
 
