@@ -8,6 +8,7 @@ that the same check catches.
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import csv
 import dataclasses
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import tracemalloc
 import urllib.request
 import uuid
@@ -3166,21 +3168,6 @@ def test_issuer_token_that_is_weak_or_no_bearer_can_send_is_refused_and_not_show
     assert issuer_token.strip() not in done.stderr
 
 
-def test_service_with_an_issuer_says_so_and_never_shows_its_token(tmp_path):
-    with served(cwd=tmp_path, WALLET_ISSUER_TOKEN=ISSUER_TOKEN) as server:
-        assert server.banner.endswith("Only the issuer's token makes and fills accounts.\n")
-        assert send(server.url, "POST", "/api/register", {"name": "Eve"})[0] == 401
-        status, _, made = send(server.url, "POST", "/api/register", {"name": "Ada"}, ISSUER_TOKEN)
-        assert status == 201
-        body = {"account": made["id"], "amount": 5}
-        assert send(server.url, "POST", "/api/transactions/topup", body, ISSUER_TOKEN)[0] == 201
-        assert send(server.url, "GET", "/api/account", token=ISSUER_TOKEN)[0] == 403
-        _, headers, _ = send(server.url, "GET", f"/{ISSUER_TOKEN}", X_Request_Id=ISSUER_TOKEN)
-        assert headers["X-Request-Id"] != ISSUER_TOKEN
-        server.send_signal(signal.SIGTERM)
-        assert ISSUER_TOKEN not in server.banner + "".join(server.communicate(timeout=30))
-
-
 def test_issuer_is_taken_from_the_environment_and_by_a_throwaway_wallet_too(monkeypatch):
     monkeypatch.setenv("WALLET_DSN", "sqlite://")
     monkeypatch.setenv("WALLET_ISSUER_TOKEN", ISSUER_TOKEN)
@@ -4202,17 +4189,158 @@ def test_token_has_the_form_that_scanners_find_and_a_checksum(wallet):
     assert sum(digit * 62**place for place, digit in enumerate(reversed(digits))) == 0xCBF43926  # CRC-32's check value.
 
 
-def test_token_is_shown_once_and_only_its_hash_is_stored(file_wallet, tmp_path):
-    api = Client(create_app(file_wallet))
-    shown = api.send("POST", "/api/register", {"name": "Ada in the file"}, status=201).json
-    api.token = shown["token"]
-    for path in ("/api/account", "/api/transactions", "/"):
-        assert shown["token"] not in api.send("GET", path, status=200).text
-    stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
-    assert b"Ada in the file" in stored
-    assert shown["token"].encode() not in stored
-    assert shown["token"][20:52].encode() not in stored
-    assert hashlib.sha256(shown["token"].encode()).hexdigest().encode() in stored
+def forms_of(secret):
+    """Return a secret, and what it looks like after the usual encodings, wherever it stood among other bytes."""
+    plain, parts = secret.encode(), range(len(secret) - 15)  # A part of it is too much already.
+    forms = {form[start:start + 16].encode() for form in (secret, secret.upper(), secret.lower()) for start in parts}
+    forms |= {plain.hex().encode(), plain.hex().upper().encode(), "".join(f"%{byte:02x}" for byte in plain).encode()}
+    for shift in range(3):
+        encoded = base64.b64encode(bytes(shift) + plain)[shift and shift + 1:(shift + len(plain)) * 8 // 6]
+        forms |= {encoded, encoded.translate(bytes.maketrans(b"+/", b"-_"))}
+    return forms
+
+
+def find_secrets(places, secrets):
+    """Return which secret was found in which place."""
+    return {(name, place) for (name, secret), (place, content) in itertools.product(secrets.items(), places.items())
+            if any(form in content for form in forms_of(secret))}
+
+
+def mistreated(secret, authorization):
+    """Return requests of someone who puts a secret wherever it does not belong, but not into what is kept."""
+    encoded, name = "".join(f"%{byte:02X}" for byte in secret.encode()), secret.encode()
+    end = f"Connection: close\r\nAuthorization: Bearer {authorization}\r\n".encode()
+    post = b"POST /api/transactions/charge HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + end
+    for path in (secret, f"{secret}/x", f"api/{secret}", f"api/transactions/{secret}", f"api/account?token={secret}",
+                 f"api/account?{secret}", f"api/transactions?cursor={secret}", encoded, f"api?{encoded}",
+                 f"%ff{secret}", f"a/{secret.upper()}/{secret.lower()}", "x" * 190 + secret):
+        yield b"GET /" + path.encode() + b" HTTP/1.1\r\nHost: x\r\n" + end + b"\r\n"
+    for line in (name + b": x", b"X: " + name, b"Cookie: token=" + name, b"Host: " + name, b"Upgrade: " + name, name,
+                 b"Referer: http://x/" + name, b"X-Request-Id: " + name, b"Content-Length: " + name,
+                 b"Idempotency-Key: \xff" + name, b"Transfer-Encoding: " + name, b"X: " + name + b"x" * 20_000,
+                 b"Authorization: Basic " + name):
+        yield b"GET /api/account HTTP/1.1\r\n" + line + b"\r\n" + end + b"\r\n"
+    for body in (name, b'{"amount": ' + name, b'{"amount": "' + name + b'"}', b'{"' + name + b'": 1}',
+                 b'{"amount": 1, "metadata": {"a": {"' + name + b'": 1}}}', b'["' + name + b'"]', b'"' + name,
+                 b'{"' + name + b'": 1, "' + name + b'": 1}', b"\xff" + name, b'{"amount": ' + name + b"}"):
+        yield post + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    yield name + b" / HTTP/1.1\r\nHost: x\r\n" + end + b"\r\n"
+    yield name.upper() + b" / HTTP/1.1\r\nHost: x\r\n" + end + b"\r\n"
+    yield b"GET / " + name + b"\r\n\r\n"
+    yield name + b"\r\n\r\n"
+
+
+def process_list():
+    """Return the command lines of all processes, as anyone on the machine can see them."""
+    lines = b""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # It has ended.
+            lines += path.read_bytes() + b"\n"
+    return lines
+
+
+BUGGY = """
+import sys, wallet
+wallet.DATABASE_TIMEOUT_S, wallet.IDLE_TIMEOUT_S = 1, 1
+def balance_at(self, *arguments): raise RuntimeError("a bug")
+wallet.Wallet.balance_at = balance_at
+"""
+LEAKY = """
+wallet.hash_token = lambda token: token[:64].ljust(64, ".")
+wallet.hide_tokens = str
+"""
+
+
+@pytest.mark.parametrize(("durable_dsn", "by", "change"), [
+    ("file", "waitress", ""), ("postgres", "granian", ""), ("file", "granian", LEAKY),
+    pytest.param("file", "granian", "", marks=pytest.mark.torture),
+    pytest.param("postgres", "waitress", "", marks=pytest.mark.torture),
+], ids=["file-waitress", "postgres-granian", "control", "file-granian", "postgres-waitress"], indirect=["durable_dsn"])
+def test_secrets_are_found_nowhere_but_in_the_answer_that_shows_one(
+        durable_dsn, by, change, request, tmp_path, report):
+    issuer, password, answers = os.urandom(32).hex(), uuid.uuid4().hex, []
+    settings = {"WALLET_ISSUER_TOKEN": issuer, "WALLET_LOG_LEVEL": "debug", "WALLET_SERVER": by}
+    if durable_dsn.startswith("postgres"):
+        postgres_server = request.getfixturevalue("postgres_server")
+        durable_dsn, role = request.getfixturevalue("new_schema")(on=postgres_server), f"wallet_{uuid.uuid4().hex}"
+        schema = durable_dsn.partition("%3D")[2]
+        postgres_server.query(f"CREATE ROLE {role} LOGIN PASSWORD '{password}'")
+        postgres_server.query(f"GRANT ALL ON SCHEMA {schema} TO {role}")
+        durable_dsn = durable_dsn.replace("postgres@", f"{role}:{password}@")
+    with served(program=("-c", f"{BUGGY}{change}\nsys.exit(wallet.main())"), WALLET_DSN=durable_dsn,
+                **settings) as server:
+        assert server.banner.endswith("Only the issuer's token makes and fills accounts.\n")
+        made = send(server.url, "POST", "/api/register", {"name": "Ada in the file"}, issuer)[2]
+        replaced, id = made["token"], made["id"]
+        topup = {"account": id, "amount": 100}
+        assert send(server.url, "POST", "/api/transactions/topup", topup, issuer)[0] == 201
+        token = send(server.url, "POST", "/api/account/token", {}, replaced)[2]["token"]
+        for name, who in itertools.product(ROUTES, (token, replaced, issuer)):
+            method, rule = name.split()
+            if name not in ("POST /api/register", "POST /api/account/token") or who == replaced:
+                body = BODIES.get(rule.split("/")[-1], {}) if method == "POST" else None
+                answers.append(send(server.url, method, path_of(rule), body, who))
+        answers.append(send(server.url, "GET", "/api/account?at=2026-01-01T00:00:00Z", token=token))
+        assert answers[-1][0] == 500
+        with contextlib.ExitStack() as locked:
+            if durable_dsn.startswith("sqlite"):
+                other = locked.enter_context(contextlib.closing(sqlite3.connect(tmp_path / "wallet.db")))
+                other.execute("BEGIN IMMEDIATE")
+            else:
+                other = locked.enter_context(psycopg.connect(postgres_server.dsn))
+                other.execute(f"LOCK TABLE {schema}.accounts")
+            answers.append(send(server.url, "POST", "/api/transactions/charge", {"amount": 1}, token))
+            assert answers[-1][0] == 503
+        secrets = {"token": token[20:52], "replaced token": replaced[20:52], "issuer": issuer, "password": password}
+        raw = [raw_exchange(server.url, one) for secret in (token, replaced, issuer)
+               for one in mistreated(secret, token)]
+        assert {answer[9:12] for answer in raw} <= {b"200", b"400", b"401", b"404", b"405", b"415", b"422", b"431"}
+        places = {"answers": repr(answers).encode() + b"\n".join(raw), "process list": process_list(),
+                  "banner": server.banner.encode()}
+        for process in workers_of(server):
+            os.kill(process, signal.SIGKILL)
+        places["log"] = "".join(server.communicate(timeout=30)).encode()
+    if durable_dsn.startswith("sqlite"):
+        places["database"] = b"".join(path.read_bytes() for path in tmp_path.glob("wallet.db*"))
+        assert {path.name for path in tmp_path.iterdir()} == {"wallet.db", "wallet.db-wal", "wallet.db-shm"}
+        with contextlib.closing(sqlite3.connect(tmp_path / "wallet.db")) as database:
+            with contextlib.closing(sqlite3.connect(tmp_path / "backup.db")) as backup:
+                database.backup(backup)
+            database.execute("VACUUM INTO ?", [str(tmp_path / "vacuumed.db")])
+        places["backup"] = (tmp_path / "backup.db").read_bytes() + (tmp_path / "vacuumed.db").read_bytes()
+    else:
+        assert f"postgresql://127.0.0.1:{postgres_server.port}/postgres. " in server.banner
+        dump = [postgres_server.server.bin_path / "pg_dump", "--schema", schema, "--dbname", postgres_server.dsn]
+        places["database"] = places["backup"] = subprocess.run(dump, capture_output=True, check=True).stdout
+        places["server log"] = (postgres_server.server.pgdata / "log").read_bytes()
+    assert b"Ada in the file" in places["database"]
+    assert b"Ada in the file" in places["backup"]
+    assert places["log"].count(b" wallet.access: ") > len(raw) / 2
+    assert b"RuntimeError: a bug" in places["log"]
+    found = find_secrets(places, secrets)
+    if change:
+        assert found >= set(itertools.product(["token"], ["database", "backup", "log", "answers"]))
+        return
+    assert found == set()
+    report(f"0 hits of {len(secrets)} secrets, {sum(len(forms_of(one)) for one in secrets.values())} forms of them, in"
+           f" {sum(map(len, places.values())):,} bytes of {', '.join(places)} after {len(answers) + len(raw)} requests")
+    assert hashlib.sha256(token.encode()).hexdigest().encode() in places["database"]
+
+
+def test_errors_in_process_carry_no_token(file_dsn):
+    with Wallet(file_dsn) as wallet:
+        ada, token = wallet.register("Ada")
+        new = wallet.replace_token(ada.id, token)
+        calls = [partial(wallet.authenticate, token), partial(wallet.replace_token, ada.id, token),
+                 partial(wallet.charge, ada.id, 5, token=token), partial(wallet.charge, ada.id, 5, token=new),
+                 partial(wallet.account, token), partial(wallet.transactions, ada.id, cursor=token),
+                 partial(wallet.transaction, ada.id, token), partial(wallet.topup, ada.id, token),
+                 partial(wallet.statement, ada.id, type=token), partial(wallet.topup, ada.id, 5, metadata=token)]
+        errors = together(*calls)
+    errors += together(partial(wallet.authenticate, new), partial(wallet.charge, ada.id, 5, token=new))
+    assert all(isinstance(error, WalletError) for error in errors)
+    told = "".join(repr((error, vars(error))) + "".join(traceback.format_exception(error)) for error in errors)
+    assert find_secrets({"errors": told.encode()}, {"replaced": token[20:52], "token": new[20:52]}) == set()
 
 
 def test_files_are_nobody_elses_to_read(file_wallet, tmp_path):
@@ -5333,15 +5461,6 @@ def test_schema_of_another_program_is_refused_and_left_as_it_was(postgres_dsn, t
             Wallet(postgres_dsn)
         left = "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema"
         assert other.execute(left).fetchall() == [(table,)]
-
-
-def test_address_of_the_server_is_told_and_its_password_never(new_schema, postgres_server, caplog):
-    dsn = new_schema(on=postgres_server).replace("postgres@", "postgres:secret@")
-    caplog.set_level(logging.DEBUG)
-    with served("--dsn", dsn) as server:
-        assert f"with its data in postgresql://127.0.0.1:{postgres_server.port}/postgres." in server.banner
-    with Wallet(dsn) as wallet:
-        assert "secret" not in caplog.text + repr(wallet.database) + wallet.database.location
 
 
 WANTING = ["SERIAL", "BIGSERIAL", "IDENTITY", "CREATE SEQUENCE", "nextval", "TRIGGER", "FUNCTION", "PROCEDURE",

@@ -728,7 +728,7 @@ def refuse_fields(errors: Sequence[tuple[str, str]]) -> None:
 
 def json_pointer(name: object) -> str:
     """Return the pointer to a field, as a URI fragment (RFC 6901, section 6)."""
-    return "#/" + quote(str(name)[:100].replace("~", "~0").replace("/", "~1"), errors="replace")
+    return "#/" + quote(hide_tokens(str(name)[:100]).replace("~", "~0").replace("/", "~1"), "/*", errors="replace")
 
 
 # Wallet ###############################################################################################
@@ -2139,8 +2139,13 @@ def log_access(method: str, path: str, status: int, started: float, request_id: 
 
 
 def loggable(text: str) -> str:
-    """Return text without what is or could be most of a token, and without what could look like another line."""
-    return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", re.sub("[^ -~]", "?", text))
+    """Return text without tokens, and without what could look like another line."""
+    return hide_tokens(re.sub("[^ -~]", "?", text))
+
+
+def hide_tokens(text: str) -> str:
+    """Return text without what is or could be most of a token."""
+    return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", text)
 
 
 def create_app(wallet: Wallet | None = None, issuer_token: str | None = None) -> App:
