@@ -8,6 +8,7 @@ that the same check catches.
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import csv
 import dataclasses
@@ -35,6 +36,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import tracemalloc
 import urllib.request
 import uuid
@@ -2225,27 +2227,167 @@ def test_opposing_transfers_never_deadlock_and_conserve_the_total(new_schema, po
         assert (deadlocks() > before) == (kind is UnorderedWallet)
 
 
-def test_transfers_under_load_conserve_the_total_on_each_engine(concurrent_dsn):
-    with Wallet(concurrent_dsn) as wallet:
-        accounts = [wallet.register(str(number))[0].id for number in range(4)]
-        for account in accounts:
-            wallet.topup(account, 50)
+class FaultyConnection:
+    """A connection of which every tenth COMMIT or so fails before it happens, and as many after it did."""
 
-        def work(number):
-            refused = 0
-            for step in range(20):
-                try:
-                    amount = 7 + step if step else 201  # The first is more than there is at all.
-                    wallet.transfer(accounts[number % 4], accounts[(number + step % 3 + 1) % 4], amount)
-                except InsufficientFunds:
-                    refused += 1
-            return refused
+    def __init__(self, connection):
+        self.connection, self.random, self.failed = connection, random.Random(6), 0
 
-        refused = together(*[lambda number=number: work(number) for number in range(8)])
-        assert all(isinstance(count, int) for count in refused), refused
-        assert 8 <= sum(refused) < 160
-        assert sum(wallet.account(account).balance for account in accounts) == 200
-        check_books(wallet)
+    def __getattr__(self, name):
+        return getattr(self.connection, name)
+
+    def execute(self, sql, parameters=()):
+        chance = self.random.random() if sql == "COMMIT" else 1
+        if chance > 0.1:
+            cursor = self.connection.execute(sql, parameters)
+        if chance < 0.2:
+            self.failed += 1
+            raise sqlite3.OperationalError("disk I/O error")
+        return cursor
+
+
+class CarelessBank(Wallet):
+    """Reads both balances, and writes what it makes of them: how money is made and lost elsewhere."""
+
+    def transfer(self, account_id, to, amount, *, key):
+        changes = [(account_id, "transfer_out", to, -amount), (to, "transfer_in", account_id, amount)]
+        balances = {one: self.account(one).balance for one in (account_id, to)}
+        if balances[account_id] < amount:
+            raise InsufficientFunds()
+
+        def write(tx):
+            if tx("SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?", account_id, key):
+                return
+            for one, type, other, change in sorted(changes):
+                ((sequence,),) = tx("UPDATE accounts SET balance = ?, last_sequence = last_sequence + 1 WHERE id = ?"
+                                    " RETURNING last_sequence", balances[one] + change, one)
+                tx("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL, NULL, ?, ?, ?, 0)", one, sequence, type,
+                   amount, balances[one] + change, other, key, "f" * 64)
+
+        self.database.write(write)
+
+
+class Bank:
+    """Jepsen's bank test: threads that move money between a few accounts, and look at all of them at once.
+
+    https://github.com/jepsen-io/jepsen/blob/main/jepsen/src/jepsen/tests/bank.clj
+    """
+
+    SNAPSHOT = """SELECT a.id, a.balance, a.last_sequence, t.balance FROM accounts a
+                  JOIN transactions t ON t.account_id = a.id AND t.sequence = a.last_sequence ORDER BY 1"""
+
+    def __init__(self, wallet, snapshots, fault):
+        self.wallet, self.fault = wallet, fault
+        self.accounts = [wallet.register(f"No. {number}")[0].id for number in range(8)]
+        for account in self.accounts:
+            wallet.topup(account, 100)
+        self.done, self.unavailable = [], threading.Event()
+        self.counts, self.anomalies, self.lock = Counter(), Counter(), threading.Lock()
+        assert together(*[partial(self.work, number, snapshots // 16) for number in range(16)]) == [None] * 16
+
+    def work(self, number, snapshots):
+        """Transfer, look at all accounts four times, and so on."""
+        rng, counts, last_seen, readers = random.Random(number), Counter(), {}, [self.wallet.database.read]
+        with contextlib.ExitStack() as stack:
+            if path := vars(self.wallet.database).get("_path"):
+                # The second way to look: a connection that knows nothing of the wallet.
+                plain = stack.enter_context(contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)))
+                readers.append(lambda function: function(lambda sql: plain.execute(sql).fetchall()))
+            while counts["snapshots"] < snapshots:
+                if counts["snapshots"] % 256 == 16 * number % 256:
+                    self.fault(self)
+                self.transfer(rng, counts, f"{number} {counts['transfers']}")
+                for read in readers * (4 // len(readers)):
+                    with contextlib.suppress(Unavailable):
+                        self.look(read(lambda tx: tx(self.SNAPSHOT)), last_seen)
+                        counts["snapshots"] += 1
+        with self.lock:
+            self.counts += counts
+
+    def transfer(self, rng, counts, key):
+        sender, receiver = rng.sample(self.accounts, 2)
+        amount, counts["transfers"] = rng.randint(1, 150), counts["transfers"] + 1
+        while True:
+            try:
+                self.wallet.transfer(sender, receiver, amount, key=key)
+                self.done.append((sender, key, amount))
+            except InsufficientFunds:
+                counts["refused"] += 1
+            except Unavailable as error:
+                counts["unknown" if isinstance(error, OutcomeUnknown) else "unavailable"] += 1
+                self.unavailable.set()
+                continue
+            return
+
+    def look(self, rows, last_seen):
+        anomalies = {"total": len(rows) != 8 or sum(row[1] for row in rows) != 800}
+        for account, balance, sequence, written in rows:
+            anomalies["negative"] = anomalies.get("negative") or balance < 0
+            anomalies["history"] = anomalies.get("history") or balance != written
+            anomalies["order"] = anomalies.get("order") or sequence < last_seen.get(account, 0)
+            last_seen[account] = sequence
+        with self.lock:
+            self.anomalies.update(kind for kind, found in anomalies.items() if found)
+
+    def check(self):
+        """Assert that no snapshot was wrong, and that exactly what was answered is written down."""
+        assert not self.anomalies
+        sql = "SELECT account_id, idempotency_key, amount FROM transactions WHERE type = 'transfer_out'"
+        assert sorted(self.wallet.database.read(lambda tx: tx(sql))) == sorted(self.done)
+        check_books(self.wallet)
+
+
+@pytest.mark.parametrize("snapshots", [960, torture(100_000)])
+@pytest.mark.parametrize(("engine", "kind"), [("file", Wallet), ("postgres", Wallet), ("serializable", Wallet),
+                                              ("file", CarelessBank), ("postgres", CarelessBank)])
+def test_transfers_conserve_the_total_in_every_snapshot_whatever_fails(request, engine, kind, snapshots, report,
+                                                                       monkeypatch):
+    faults, fault_runs = Counter(), threading.Lock()
+    if engine == "file":
+        server, dsn = None, request.getfixturevalue("file_dsn")
+        monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.05)
+    else:
+        server = request.getfixturevalue("postgres_server")
+        dsn = request.getfixturevalue("new_schema")(SERIALIZABLE if engine == "serializable" else "", on=server)
+
+    def terminate(bank):
+        sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'wallet'"
+        faults["sessions terminated"] += len(server.query(sql))
+        if faults["restarts"] < faults["sessions terminated"] // 100:
+            faults["restarts"] += 1
+            server.restart("immediate")
+
+    def lock(bank):
+        with contextlib.closing(sqlite3.connect(bank.wallet.database._path, isolation_level=None)) as other:
+            bank.unavailable.clear()
+            with contextlib.suppress(sqlite3.OperationalError):  # The wallet's threads may have it all the time.
+                other.execute("BEGIN IMMEDIATE")
+                faults["locks"] += 1
+                bank.unavailable.wait(timeout=1)
+
+    def fault(bank):
+        if fault_runs.acquire(blocking=False):
+            try:
+                (terminate if server else lock)(bank)
+            finally:
+                fault_runs.release()
+
+    with kind(dsn, connections=16) as wallet:
+        if not server:
+            wallet.database._writer = FaultyConnection(wallet.database._writer)
+        bank = Bank(wallet, snapshots if kind is Wallet else 960, fault)
+        if not server:
+            faults["failed commits"] = wallet.database._writer.failed
+        if kind is CarelessBank:
+            assert bank.anomalies["total"] > 0
+            return
+        bank.check()
+    counts = bank.counts
+    assert counts["snapshots"] >= snapshots
+    assert counts["refused"] >= 0.2 * counts["transfers"]
+    report(f"0 anomalies in {counts['snapshots']:,} snapshots, {counts['transfers']:,} transfers, {counts['refused']:,}"
+           f" of them refused for funds; faults: {dict(faults)}; told unavailable {counts['unavailable']:,} times and"
+           f" unknown {counts['unknown']:,} times")
 
 
 def test_hold_sets_money_aside_and_all_spending_is_checked_against_what_is_available(wallet, ada):
@@ -2424,6 +2566,157 @@ def test_hold_that_expires_in_the_middle_of_a_request_is_one_or_the_other(dsn, m
             monkeypatch.setattr(time, "time_ns", lambda looks=looks: (10**15 + looks * 10**7) * 1000)
         assert outcomes == {"done", "refused"}
         check_books(wallet)
+
+
+FAKETIME = next(Path("/usr").glob("lib*/**/faketime/libfaketimeMT.so.1"), None)
+# While it leaves the monotonic clock alone, as who sets the clock does, libfaketime lets Python's sleep fail.
+AWAKE = "import select, sys, time; time.sleep = lambda seconds: select.select((), (), (), seconds); import wallet\n"
+RAW_CLOCK = """
+raw = "CASE WHEN ? > 0 THEN ? END"  # Stamps with what the clock says, whatever it said before.
+wallet.POST, wallet.CLOCK = wallet.POST.replace(wallet.CLOCK, raw), raw
+"""
+DAY_S = 24 * 3600
+
+
+class JumpingClock:
+    """The system clock of one server, which it lets jump, and what must hold of its holds at every moment."""
+
+    def __init__(self, folder):
+        self.file = folder / "offset"
+        # The last of them lets threads wait for each other by the clock that is left alone too.
+        self.settings = {
+            "LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(self.file), "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_FORCE_MONOTONIC_FIX": "0"}
+        self.set(0)
+
+    def set(self, offset_s):
+        new = self.file.with_suffix(".new")
+        new.write_text(f"{offset_s:+d}")
+        new.replace(self.file)
+        self.offset_s = offset_s
+
+    def check(self, url, account, hold):
+        """Assert that the server has this time, and that it says of a hold what its stored time says."""
+        shown = send(url, "POST", "/api/register", {"name": "What time is it?"})[2]["created_at"]
+        behind = datetime.now(timezone.utc) + timedelta(seconds=self.offset_s) - datetime.fromisoformat(shown)
+        assert abs(behind) < timedelta(hours=1)
+        expired = shown >= hold["expires_at"]  # Hours lie between them.
+        found = send(url, "GET", f"/api/holds/{hold['id']}", token=account["token"])[2]
+        assert (found["status"], found["expires_at"]) == ("expired" if expired else "active", hold["expires_at"])
+        available = send(url, "GET", "/api/account", token=account["token"])[2]["available"]
+        assert available == (100 if expired else 40)
+        status, _, refused = send(url, "POST", "/api/transactions/charge", {"amount": available + 1}, account["token"])
+        assert (status, refused["available"]) == (402, available)
+        for type in ("topup", "charge"):  # At every time there is an entry.
+            assert send(url, "POST", f"/api/transactions/{type}", {"amount": 1}, account["token"])[0] == 201
+        return expired
+
+
+def spend_and_hold(url, tokens, number, stopped):
+    """Do all that takes the time, over and over. Return how often each answer came."""
+    rng, token, answers = random.Random(number), tokens[number][1], Counter()
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+
+    def post(path, **body):
+        status, _, document = send(url, "POST", f"/api/{path}", body, token, connection)
+        answers[status] += 1
+        return document
+
+    while not stopped.is_set():
+        post("transactions/topup", amount=50)
+        holds = [post("holds", amount=rng.randint(1, 30), expires_in_s=hours * 3600) for hours in (1, 12, 36)]
+        post("transactions/charge", amount=rng.randint(1, 60))
+        post("transactions/transfer", to=tokens[number - 1][0], amount=rng.randint(1, 30))
+        for hold, end in zip(holds, rng.sample(("capture", "release", None), 3), strict=True):
+            if end and "id" in hold:
+                post(f"holds/{hold['id']}/{end}")
+    connection.close()
+    return answers
+
+
+def check_pages(wallet, rng):
+    """Assert that a history from and until a time is what the times in it say."""
+    for (account,) in wallet.database.read(lambda tx: tx("SELECT id FROM accounts WHERE balance > 0")):
+        history = list(wallet.statement(account))
+        for _ in range(5):
+            time = rng.choice(history).created_at
+            assert list(wallet.statement(account, since=time)) == [one for one in history if one.created_at >= time]
+            assert list(wallet.statement(account, until=time)) == [one for one in history if one.created_at < time]
+
+
+@pytest.mark.skipif(not FAKETIME, reason="needs faketime: apt install faketime")
+@pytest.mark.parametrize("jumps", [4, torture(1000)])
+@pytest.mark.parametrize(("durable_dsn", "by", "change"), [
+    ("file", "waitress", ""), ("postgres", "granian", ""), ("file", "waitress", RAW_CLOCK),
+], ids=["file-waitress", "postgres-granian", "control"], indirect=["durable_dsn"])
+def test_clock_that_jumps_by_a_day_under_load_breaks_nothing(durable_dsn, by, change, jumps, tmp_path, report):
+    clock, rng, stopped = JumpingClock(tmp_path), random.Random(17), threading.Event()
+    program = "-c", f"{AWAKE}{change}\nsys.exit(wallet.main())"
+    with served("--dsn", durable_dsn, "--server", by, "--log-level", "error", program=program,
+                **clock.settings) as server, ThreadPoolExecutor(4) as threads, contextlib.ExitStack() as stack:
+        url = server.url
+        made = [send(url, "POST", "/api/register", {"name": "Ada"})[2] for _ in range(5)]
+        token = made[4]["token"]
+        send(url, "POST", "/api/transactions/topup", {"amount": 100}, token)
+        held = {"amount": 60, "expires_in_s": 12 * 3600}
+        hold = send(url, "POST", "/api/holds", held, token)[2]
+        # Neither an idle connection nor one that is about to send its body has waited for a day.
+        idle = stack.enter_context(contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)))
+        send(url, "GET", "/livez", connection=idle)
+        idle.auto_open = False
+        tokens = [(one["id"], one["token"]) for one in made[:4]]
+        futures = [threads.submit(spend_and_hold, url, tokens, number, stopped) for number in range(4)]
+        try:
+            expired = []
+            for jump in range(jumps):
+                with connect(url) as half:
+                    half.sendall(POST + b"Connection: close\r\nContent-Length: 15\r\n\r\n")
+                    assert send(url, "GET", "/livez", connection=idle)[0] == 200
+                    clock.set(rng.choice([offset for offset in (-DAY_S, 0, DAY_S) if offset != clock.offset_s])
+                              if jump > 1 else (DAY_S, -DAY_S)[jump])
+                    expired.append(clock.check(url, made[4], hold))
+                    assert send(url, "GET", "/livez", connection=idle)[0] == 200
+                    half.sendall(b'{"name": "Bob"}')
+                    assert half.recv(12) == b"HTTP/1.1 201"
+            clock.set(0)
+            assert send(url, "POST", f"/api/holds/{hold['id']}/capture", {}, token)[0] == 201
+        finally:
+            stopped.set()
+        answers = sum((future.result(timeout=60) for future in futures), Counter())
+    assert set(answers) <= {201, 402, 409}
+    with Wallet(durable_dsn) as wallet:
+        if change:
+            with pytest.raises(AssertionError, match=r"\d{16} >= \d{16}"):
+                check_books(wallet)
+            return
+        check_books(wallet)
+        check_pages(wallet, rng)
+        assert wallet.authenticate(token).balance == 40
+        entries = wallet.database.read(lambda tx: tx("SELECT count(*) FROM transactions"))[0][0]
+    assert {True, False} == set(expired)
+    report(f"0 violations in {entries:,} entries, {jumps} jumps of a day or two, {sum(answers.values()):,} answers"
+           f" {dict(answers)}, a hold was expired after {sum(expired)} jumps and active after the others")
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_who_is_slow_or_idle_is_told_by_a_clock_that_nobody_sets(monkeypatch, careless):
+    """Left alone, waitress closes all connections when the clock is set forward, and none for long once it is back."""
+    offset_s, real = 0, time.time
+    monkeypatch.setattr(time, "time", lambda: real() + offset_s)
+    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 1)
+    if careless:
+        monkeypatch.delattr(wallet_module._Server, "readable")
+        monkeypatch.setattr(wallet_module._Server, "next_channel_cleanup", 0)
+        monkeypatch.setattr(wallet_module._Channel, "last_activity", 0)
+    with running() as url, connect(url) as idle, connect(url) as slow:
+        for wanted in (b"HTTP/1.1 200", b"" if careless else b"HTTP/1.1 200"):
+            idle.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+            assert idle.recv(65536)[:12] == wanted
+            offset_s += DAY_S
+            send(url, "GET", "/livez")
+        if not careless:
+            offset_s -= 2 * DAY_S
+            assert send_slowly_until_closed(slow)
 
 
 BAD_DURATIONS = [0, -1, 30 * 24 * 3600 + 1, 1.0, "5", True, [], AMOUNT_MAX + 1]
@@ -3378,10 +3671,6 @@ def test_issuer_does_nothing_else(shop):
     assert allowed - OPEN_ROUTES == {
         "POST /api/transactions/topup", "POST /api/transactions/batch",
         "POST /api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>/refund"}
-    for name in ROUTES.keys() - allowed:
-        method, rule = name.split()
-        refused = shop.issuer.send(method, path_of(rule), {} if method == "POST" else None, status=403).json
-        assert refused["code"] == "forbidden"
     for name in (*sorted(ISSUER_TOKEN), ISSUER_TOKEN[:-1], ISSUER_TOKEN + "x", ISSUER_TOKEN.upper(), ""):
         Client(shop.app, name or "x").send("POST", "/api/register", {"name": "Eve"}, status=401)
 
@@ -3401,21 +3690,6 @@ def test_issuer_token_that_is_weak_or_no_bearer_can_send_is_refused_and_not_show
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
     assert re.fullmatch(r"wallet: WALLET_ISSUER_TOKEN must have at least 32 characters[^\n]*\n", done.stderr)
     assert issuer_token.strip() not in done.stderr
-
-
-def test_service_with_an_issuer_says_so_and_never_shows_its_token(tmp_path):
-    with served(cwd=tmp_path, WALLET_ISSUER_TOKEN=ISSUER_TOKEN) as server:
-        assert server.banner.endswith("Only the issuer's token makes and fills accounts.\n")
-        assert send(server.url, "POST", "/api/register", {"name": "Eve"})[0] == 401
-        status, _, made = send(server.url, "POST", "/api/register", {"name": "Ada"}, ISSUER_TOKEN)
-        assert status == 201
-        body = {"account": made["id"], "amount": 5}
-        assert send(server.url, "POST", "/api/transactions/topup", body, ISSUER_TOKEN)[0] == 201
-        assert send(server.url, "GET", "/api/account", token=ISSUER_TOKEN)[0] == 403
-        _, headers, _ = send(server.url, "GET", f"/{ISSUER_TOKEN}", X_Request_Id=ISSUER_TOKEN)
-        assert headers["X-Request-Id"] != ISSUER_TOKEN
-        server.send_signal(signal.SIGTERM)
-        assert ISSUER_TOKEN not in server.banner + "".join(server.communicate(timeout=30))
 
 
 def test_issuer_is_taken_from_the_environment_and_by_a_throwaway_wallet_too(monkeypatch):
@@ -4602,7 +4876,7 @@ def test_connection_that_is_closed_while_others_are_handled_harms_none(wallet):
         while not server.active_channels:
             server.poll(0.05)
         (channel,) = server.active_channels.values()
-        channel.last_activity -= wallet_module.IDLE_TIMEOUT_S + 1
+        channel._last_activity -= wallet_module.IDLE_TIMEOUT_S + 1
         plain, server._poller = server._poller, SimpleNamespace(register=server._poller.register,
                                                                 unregister=server._poller.unregister)
 
@@ -4611,10 +4885,10 @@ def test_connection_that_is_closed_while_others_are_handled_harms_none(wallet):
             stack.enter_context(connect(server.url))
             while len(found := plain.poll(timeout_ms)) < 2:
                 pass
-            server.next_channel_cleanup = 0
+            server._next_maintenance = 0
             return found
 
-        server.next_channel_cleanup, server._poller.poll = time.time() + 60, poll
+        server._next_maintenance, server._poller.poll = time.monotonic() + 60, poll
         server.poll(1)
         assert channel not in server.active_channels.values()
         assert len(server.active_channels) == 1
@@ -4681,31 +4955,149 @@ def test_only_these_routes_are_open():
     assert {name for name, route in ROUTES.items() if route.config.get("public")} == OPEN_ROUTES
 
 
-BAD_AUTHORIZATIONS = [
-    (None, False), ("", False), ("Basic QWRhOng=", False), ("Bearer", False), ("Bearer ", False), ("Bearer x", True),
-    (f"Bearer {WRONG_TOKEN}", True), (WRONG_TOKEN, False), (f"Bearer {WRONG_TOKEN}, Bearer {WRONG_TOKEN}", True),
-    (f"Bearer {WRONG_TOKEN} x", True), (f"Bearer: {WRONG_TOKEN}", False), ("Bearer wlt_é", True),
-]
-
-
-def path_of(rule):
+def path_of(rule, transaction_id="txn_0000000000000000_1", hold_id="hld_0000000000000000_1"):
     """Return a path that a route's rule matches."""
-    return re.sub(r"<(\w)\w*_id:[^>]*>", lambda match: ("txn_" if match[1] == "t" else "hld_") + "0" * 16 + "_1", rule)
+    return re.sub(r"<(\w)\w*_id:[^>]*>", lambda match: transaction_id if match[1] == "t" else hold_id, rule)
 
 
-@pytest.mark.parametrize("issuer_token", [None, "i" * 32], ids=["open", "issuer"])
-def test_every_other_route_refuses_whoever_has_no_valid_token(wallet, issuer_token):
-    api = Client(create_app(wallet, issuer_token))
-    for name, (authorization, error) in itertools.product(ROUTES, BAD_AUTHORIZATIONS):
-        method, rule = name.split()
-        headers = {} if authorization is None else {"Authorization": authorization}
-        answer = api.send(method, path_of(rule), {"amount": 5} if method == "POST" else None, **headers)
-        if name in OPEN_ROUTES and not (issuer_token and name == "POST /api/register"):
-            assert answer.status_int in (200, 422)
-            continue
-        assert answer.status_int == 401
-        assert answer.headers["WWW-Authenticate"] == 'Bearer realm="wallet"' + ', error="invalid_token"' * error
-        assert answer.json["code"] == "unauthorized"
+MALFORMED = ["", "Basic QWRhOng=", "Bearer", "Bearer ", WRONG_TOKEN, f"Bearer: {WRONG_TOKEN}"]
+INVALID = ["Bearer x", f"Bearer {WRONG_TOKEN}", f"Bearer {WRONG_TOKEN}, Bearer {WRONG_TOKEN}",
+           f"Bearer {WRONG_TOKEN} x", "Bearer wlt_é"]
+BODIES = {"topup": {"amount": 5}, "charge": {"amount": 5}, "holds": {"amount": 5}, "refund": {"amount": 1},
+          "capture": {"amount": 1}, "release": {}, "token": {}, "register": {"name": "Somebody"},
+          "batch": {"transactions": [{"type": "charge", "amount": 1}]}}
+ISSUERS = re.compile("topup|batch|refund|register")  # The routes that need the issuer's token, or take it too.
+
+
+class Matrix:
+    """Every route of the router, asked by everyone: what is not as specified is a violation."""
+
+    def __init__(self, wallet, app):
+        self.wallet, self.app, self.api, self.violations = wallet, app, Client(app), []
+        (self.ada, self.revoked), (self.eve, self.foreign) = wallet.register("Ada"), wallet.register("Eve")
+        self.issuer = ISSUER_TOKEN if app.has_issuer else None
+        self.bob = wallet.register("Bob")[0]
+        for account in (self.ada, self.eve):
+            wallet.topup(account.id, 1000, key="topup")
+        self.charge = wallet.charge(self.ada.id, 500, key="of Ada's")
+        self.right = wallet.replace_token(self.ada.id)
+
+    def run(self):
+        """Ask all that there is. Return how many requests were sent, and the routes where something was wrong."""
+        self.sent = 0
+        for name in ROUTES:
+            self.route, (self.method, rule) = name, name.split()
+            self.try_route(rule)
+        return self.sent, sorted(set(self.violations))
+
+    def ask(self, path, authorization, body=None, **headers):
+        """Send a request. Return its status, its headers without what is made for each request, and its body."""
+        if authorization is not None:
+            headers["Authorization"] = authorization
+        self.sent += 1
+        answer = self.api.send(self.method, path, body, **headers)
+        kept = sorted((name, value) for name, value in answer.headers.items() if name != "X-Request-Id")
+        return answer.status_int, kept, answer.body
+
+    def expect(self, is_so):
+        if not is_so:
+            self.violations.append(self.route)
+
+    def refused(self, status, path, authorization, body, challenge=None):
+        """Ask for what is to be refused. Return the answer, having seen that all tables are what they were."""
+        before = self.tables()
+        headers = {"Idempotency_Key": "of Ada's"} if self.method == "POST" else {}
+        answer = self.ask(path, authorization, body, **headers)
+        self.expect(answer[0] == status and dict(answer[1]).get("WWW-Authenticate") == challenge)
+        self.expect(self.tables() == before)
+        self.expect(not any(secret in answer[2].decode() for secret in (self.ada.id[4:], "Ada", self.right)))
+        return answer
+
+    def tables(self):
+        return [sorted(self.wallet.database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")), key=repr)
+                for table in ("wallet", "accounts", "transactions", "holds")]
+
+    def try_route(self, rule):
+        hold = self.wallet.hold(self.ada.id, 2)
+        path = path_of(rule, self.charge.id, hold.id)
+        last = rule.split("/")[-1]
+        body = BODIES.get(last, {"to": self.bob.id, "amount": 1}) if self.method == "POST" else None
+        by_issuer = self.issuer and ISSUERS.search(rule)
+        if self.route in OPEN_ROUTES and not by_issuer:
+            for authorization in (None, *MALFORMED, *INVALID, f"Bearer {self.right}"):
+                self.expect(self.ask(path, authorization, body)[0] in (200, 201))
+            return
+        realm = 'Bearer realm="wallet"'
+        for authorization in (None, *MALFORMED):
+            self.refused(401, path, authorization, body, realm)
+        others = [f"Bearer {ISSUER_TOKEN[:-1]}{'x' if self.issuer else ISSUER_TOKEN[-1]}"]
+        for authorization in (*INVALID, *others, f"Bearer {self.revoked}"):
+            self.refused(401, path, authorization, body, f'{realm}, error="invalid_token"')
+        if self.issuer and not by_issuer:
+            self.refused(403, path, f"Bearer {self.issuer}", body)
+        only_issuer = by_issuer and "batch" not in rule
+        self.try_foreign(rule, path, hold, body, only_issuer)
+        if only_issuer:
+            self.refused(403, path, f"Bearer {self.right}", body)
+        elif by_issuer:
+            self.expect(self.ask(path, f"Bearer {self.right}", body)[0] == 201)
+        if by_issuer:
+            movement = {"account": self.ada.id, "amount": 1}
+            body = {"topup": movement, "batch": {"transactions": [{"type": "topup", **movement}]}}.get(last, body)
+        status, _, shown = self.ask(path, f"Bearer {self.issuer if by_issuer else self.right}", body)
+        self.expect(status == (201 if self.method == "POST" else 200))
+        if rule == "/api/account/token":
+            self.right = json.loads(shown)["token"]
+
+    def try_foreign(self, rule, path, hold, body, only_issuer):
+        """See that Eve, whose token is valid, finds of Ada's exactly what she finds of nobody's."""
+        eve = f"Bearer {self.foreign}"
+        if only_issuer:
+            self.refused(403, path, eve, body)
+            return
+        pairs = [(path, path_of(rule), 404)] if "<" in rule else []
+        if self.route in ("GET /api/transactions", "GET /api/holds"):
+            own = self.charge.id if "transactions" in rule else hold.id
+            nobodys = own[:4] + "0" * 16 + own[20:]
+            pairs += [(f"{rule}?{name}={own}", f"{rule}?{name}={nobodys}", 400) for name in ("cursor", "after")]
+        for foreign, unknown, status in pairs:
+            self.expect(self.refused(status, foreign, eve, body) == self.refused(status, unknown, eve, body))
+        if rule.endswith("/transfer"):
+            self.refused(404, path, eve, {"to": "acc_0000000000000000", "amount": 1})
+        if "<" not in rule and self.method == "GET":
+            status, _, shown = self.ask(path, eve)
+            self.expect(status == 200 and self.ada.id[4:].encode() not in shown and b"Ada" not in shown)
+
+
+class ForgetfulApp(wallet_module.App):
+    """Forgets on one route to look at the secret of a token."""
+
+    def _authenticate(self, environ, takes, arguments):
+        token = environ.get("HTTP_AUTHORIZATION", "")[7:]
+        if environ["PATH_INFO"] == "/api/holds" and environ["REQUEST_METHOD"] == "GET" and WRONG_TOKEN not in token:
+            return self.wallet.account(wallet_module.parse_token(token))
+        return super()._authenticate(environ, takes, arguments)
+
+
+class TrustingApp(wallet_module.App):
+    """Takes whose transaction it is from its id, and not from the token."""
+
+    def _authenticate(self, environ, takes, arguments):
+        caller = super()._authenticate(environ, takes, arguments)
+        if "transaction_id" in arguments and environ["REQUEST_METHOD"] == "GET":
+            with contextlib.suppress(AccountNotFound):
+                return self.wallet.account(f"acc_{arguments['transaction_id'][4:20]}")
+        return caller
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [
+    (wallet_module.App, []), (ForgetfulApp, ["GET /api/holds"]),
+    (TrustingApp, ["GET /api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>"])])
+@pytest.mark.parametrize("issuer_token", [None, ISSUER_TOKEN], ids=["open", "issuer"])
+def test_every_route_answers_only_who_has_the_right_token(wallet, issuer_token, kind, wrong):
+    sent, violations = Matrix(wallet, kind(wallet, issuer_token)).run()
+    assert violations == wrong
+    assert sent > 200
 
 
 def test_scheme_is_matched_in_any_case(wallet):
@@ -4745,17 +5137,6 @@ def test_two_authorization_headers_are_refused_even_if_both_are_right(wallet):
             assert raw_exchange(url, request)[9:12] == status
 
 
-def test_account_sees_nothing_of_another(wallet, api):
-    grace, _ = wallet.register("Grace")
-    hers = wallet.topup(grace.id, 5)
-    foreign = api.send("GET", f"/api/transactions/{hers.id}", status=404)
-    unknown = api.send("GET", "/api/transactions/txn_0000000000000000_1", status=404)
-    assert foreign.body == unknown.body
-    api.send("GET", f"/api/transactions?cursor={hers.id}", status=400)
-    assert api.send("GET", "/api/transactions", status=200).json == {"transactions": [], "next_cursor": None}
-    assert wallet.account(grace.id).balance == 5
-
-
 @pytest.mark.parametrize("nobody", ["acc_0000000000000000", "acc_", "", "Ada", None, 5, "acc_000000000000000\ud800"])
 def test_unknown_account_is_not_found_in_process(wallet, nobody):
     for call in (wallet.account, wallet.transactions, lambda id: wallet.topup(id, 5), lambda id: wallet.charge(id, 5)):
@@ -4786,17 +5167,158 @@ def test_token_has_the_form_that_scanners_find_and_a_checksum(wallet):
     assert sum(digit * 62**place for place, digit in enumerate(reversed(digits))) == 0xCBF43926  # CRC-32's check value.
 
 
-def test_token_is_shown_once_and_only_its_hash_is_stored(file_wallet, tmp_path):
-    api = Client(create_app(file_wallet))
-    shown = api.send("POST", "/api/register", {"name": "Ada in the file"}, status=201).json
-    api.token = shown["token"]
-    for path in ("/api/account", "/api/transactions", "/"):
-        assert shown["token"] not in api.send("GET", path, status=200).text
-    stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
-    assert b"Ada in the file" in stored
-    assert shown["token"].encode() not in stored
-    assert shown["token"][20:52].encode() not in stored
-    assert hashlib.sha256(shown["token"].encode()).hexdigest().encode() in stored
+def forms_of(secret):
+    """Return a secret, and what it looks like after the usual encodings, wherever it stood among other bytes."""
+    plain, parts = secret.encode(), range(len(secret) - 15)  # A part of it is too much already.
+    forms = {form[start:start + 16].encode() for form in (secret, secret.upper(), secret.lower()) for start in parts}
+    forms |= {plain.hex().encode(), plain.hex().upper().encode(), "".join(f"%{byte:02x}" for byte in plain).encode()}
+    for shift in range(3):
+        encoded = base64.b64encode(bytes(shift) + plain)[shift and shift + 1:(shift + len(plain)) * 8 // 6]
+        forms |= {encoded, encoded.translate(bytes.maketrans(b"+/", b"-_"))}
+    return forms
+
+
+def find_secrets(places, secrets):
+    """Return which secret was found in which place."""
+    return {(name, place) for (name, secret), (place, content) in itertools.product(secrets.items(), places.items())
+            if any(form in content for form in forms_of(secret))}
+
+
+def mistreated(secret, authorization):
+    """Return requests of someone who puts a secret wherever it does not belong, but not into what is kept."""
+    encoded, name = "".join(f"%{byte:02X}" for byte in secret.encode()), secret.encode()
+    end = f"Connection: close\r\nAuthorization: Bearer {authorization}\r\n".encode()
+    post = b"POST /api/transactions/charge HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + end
+    for path in (secret, f"{secret}/x", f"api/{secret}", f"api/transactions/{secret}", f"api/account?token={secret}",
+                 f"api/account?{secret}", f"api/transactions?cursor={secret}", encoded, f"api?{encoded}",
+                 f"%ff{secret}", f"a/{secret.upper()}/{secret.lower()}", "x" * 190 + secret):
+        yield b"GET /" + path.encode() + b" HTTP/1.1\r\nHost: x\r\n" + end + b"\r\n"
+    for line in (name + b": x", b"X: " + name, b"Cookie: token=" + name, b"Host: " + name, b"Upgrade: " + name, name,
+                 b"Referer: http://x/" + name, b"X-Request-Id: " + name, b"Content-Length: " + name,
+                 b"Idempotency-Key: \xff" + name, b"Transfer-Encoding: " + name, b"X: " + name + b"x" * 20_000,
+                 b"Authorization: Basic " + name):
+        yield b"GET /api/account HTTP/1.1\r\n" + line + b"\r\n" + end + b"\r\n"
+    for body in (name, b'{"amount": ' + name, b'{"amount": "' + name + b'"}', b'{"' + name + b'": 1}',
+                 b'{"amount": 1, "metadata": {"a": {"' + name + b'": 1}}}', b'["' + name + b'"]', b'"' + name,
+                 b'{"' + name + b'": 1, "' + name + b'": 1}', b"\xff" + name, b'{"amount": ' + name + b"}"):
+        yield post + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    yield name + b" / HTTP/1.1\r\nHost: x\r\n" + end + b"\r\n"
+    yield name.upper() + b" / HTTP/1.1\r\nHost: x\r\n" + end + b"\r\n"
+    yield b"GET / " + name + b"\r\n\r\n"
+    yield name + b"\r\n\r\n"
+
+
+def process_list():
+    """Return the command lines of all processes, as anyone on the machine can see them."""
+    lines = b""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # It has ended.
+            lines += path.read_bytes() + b"\n"
+    return lines
+
+
+BUGGY = """
+import sys, wallet
+wallet.DATABASE_TIMEOUT_S, wallet.IDLE_TIMEOUT_S = 1, 1
+def balance_at(self, *arguments): raise RuntimeError("a bug")
+wallet.Wallet.balance_at = balance_at
+"""
+LEAKY = """
+wallet.hash_token = lambda token: token[:64].ljust(64, ".")
+wallet.hide_tokens = str
+"""
+
+
+@pytest.mark.parametrize(("durable_dsn", "by", "change"), [
+    ("file", "waitress", ""), ("postgres", "granian", ""), ("file", "granian", LEAKY),
+    pytest.param("file", "granian", "", marks=pytest.mark.torture),
+    pytest.param("postgres", "waitress", "", marks=pytest.mark.torture),
+], ids=["file-waitress", "postgres-granian", "control", "file-granian", "postgres-waitress"], indirect=["durable_dsn"])
+def test_secrets_are_found_nowhere_but_in_the_answer_that_shows_one(
+        durable_dsn, by, change, request, tmp_path, report):
+    issuer, password, answers = os.urandom(32).hex(), uuid.uuid4().hex, []
+    settings = {"WALLET_ISSUER_TOKEN": issuer, "WALLET_LOG_LEVEL": "debug", "WALLET_SERVER": by}
+    if durable_dsn.startswith("postgres"):
+        postgres_server = request.getfixturevalue("postgres_server")
+        durable_dsn, role = request.getfixturevalue("new_schema")(on=postgres_server), f"wallet_{uuid.uuid4().hex}"
+        schema = durable_dsn.partition("%3D")[2]
+        postgres_server.query(f"CREATE ROLE {role} LOGIN PASSWORD '{password}'")
+        postgres_server.query(f"GRANT ALL ON SCHEMA {schema} TO {role}")
+        durable_dsn = durable_dsn.replace("postgres@", f"{role}:{password}@")
+    with served(program=("-c", f"{BUGGY}{change}\nsys.exit(wallet.main())"), WALLET_DSN=durable_dsn,
+                **settings) as server:
+        assert server.banner.endswith("Only the issuer's token makes and fills accounts.\n")
+        made = send(server.url, "POST", "/api/register", {"name": "Ada in the file"}, issuer)[2]
+        replaced, id = made["token"], made["id"]
+        topup = {"account": id, "amount": 100}
+        assert send(server.url, "POST", "/api/transactions/topup", topup, issuer)[0] == 201
+        token = send(server.url, "POST", "/api/account/token", {}, replaced)[2]["token"]
+        for name, who in itertools.product(ROUTES, (token, replaced, issuer)):
+            method, rule = name.split()
+            if name not in ("POST /api/register", "POST /api/account/token") or who == replaced:
+                body = BODIES.get(rule.split("/")[-1], {}) if method == "POST" else None
+                answers.append(send(server.url, method, path_of(rule), body, who))
+        answers.append(send(server.url, "GET", "/api/account?at=2026-01-01T00:00:00Z", token=token))
+        assert answers[-1][0] == 500
+        with contextlib.ExitStack() as locked:
+            if durable_dsn.startswith("sqlite"):
+                other = locked.enter_context(contextlib.closing(sqlite3.connect(tmp_path / "wallet.db")))
+                other.execute("BEGIN IMMEDIATE")
+            else:
+                other = locked.enter_context(psycopg.connect(postgres_server.dsn))
+                other.execute(f"LOCK TABLE {schema}.accounts")
+            answers.append(send(server.url, "POST", "/api/transactions/charge", {"amount": 1}, token))
+            assert answers[-1][0] == 503
+        secrets = {"token": token[20:52], "replaced token": replaced[20:52], "issuer": issuer, "password": password}
+        raw = [raw_exchange(server.url, one) for secret in (token, replaced, issuer)
+               for one in mistreated(secret, token)]
+        assert {answer[9:12] for answer in raw} <= {b"200", b"400", b"401", b"404", b"405", b"415", b"422", b"431"}
+        places = {"answers": repr(answers).encode() + b"\n".join(raw), "process list": process_list(),
+                  "banner": server.banner.encode()}
+        for process in workers_of(server):
+            os.kill(process, signal.SIGKILL)
+        places["log"] = "".join(server.communicate(timeout=30)).encode()
+    if durable_dsn.startswith("sqlite"):
+        places["database"] = b"".join(path.read_bytes() for path in tmp_path.glob("wallet.db*"))
+        assert {path.name for path in tmp_path.iterdir()} == {"wallet.db", "wallet.db-wal", "wallet.db-shm"}
+        with contextlib.closing(sqlite3.connect(tmp_path / "wallet.db")) as database:
+            with contextlib.closing(sqlite3.connect(tmp_path / "backup.db")) as backup:
+                database.backup(backup)
+            database.execute("VACUUM INTO ?", [str(tmp_path / "vacuumed.db")])
+        places["backup"] = (tmp_path / "backup.db").read_bytes() + (tmp_path / "vacuumed.db").read_bytes()
+    else:
+        assert f"postgresql://127.0.0.1:{postgres_server.port}/postgres. " in server.banner
+        dump = [postgres_server.server.bin_path / "pg_dump", "--schema", schema, "--dbname", postgres_server.dsn]
+        places["database"] = places["backup"] = subprocess.run(dump, capture_output=True, check=True).stdout
+        places["server log"] = (postgres_server.server.pgdata / "log").read_bytes()
+    assert b"Ada in the file" in places["database"]
+    assert b"Ada in the file" in places["backup"]
+    assert places["log"].count(b" wallet.access: ") > len(raw) / 2
+    assert b"RuntimeError: a bug" in places["log"]
+    found = find_secrets(places, secrets)
+    if change:
+        assert found >= set(itertools.product(["token"], ["database", "backup", "log", "answers"]))
+        return
+    assert found == set()
+    report(f"0 hits of {len(secrets)} secrets, {sum(len(forms_of(one)) for one in secrets.values())} forms of them, in"
+           f" {sum(map(len, places.values())):,} bytes of {', '.join(places)} after {len(answers) + len(raw)} requests")
+    assert hashlib.sha256(token.encode()).hexdigest().encode() in places["database"]
+
+
+def test_errors_in_process_carry_no_token(file_dsn):
+    with Wallet(file_dsn) as wallet:
+        ada, token = wallet.register("Ada")
+        new = wallet.replace_token(ada.id, token)
+        calls = [partial(wallet.authenticate, token), partial(wallet.replace_token, ada.id, token),
+                 partial(wallet.charge, ada.id, 5, token=token), partial(wallet.charge, ada.id, 5, token=new),
+                 partial(wallet.account, token), partial(wallet.transactions, ada.id, cursor=token),
+                 partial(wallet.transaction, ada.id, token), partial(wallet.topup, ada.id, token),
+                 partial(wallet.statement, ada.id, type=token), partial(wallet.topup, ada.id, 5, metadata=token)]
+        errors = together(*calls)
+    errors += together(partial(wallet.authenticate, new), partial(wallet.charge, ada.id, 5, token=new))
+    assert all(isinstance(error, WalletError) for error in errors)
+    told = "".join(repr((error, vars(error))) + "".join(traceback.format_exception(error)) for error in errors)
+    assert find_secrets({"errors": told.encode()}, {"replaced": token[20:52], "token": new[20:52]}) == set()
 
 
 def test_files_are_nobody_elses_to_read(file_wallet, tmp_path):
@@ -5926,15 +6448,6 @@ def test_schema_of_another_program_is_refused_and_left_as_it_was(postgres_dsn, t
             Wallet(postgres_dsn)
         left = "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema"
         assert other.execute(left).fetchall() == [(table,)]
-
-
-def test_address_of_the_server_is_told_and_its_password_never(new_schema, postgres_server, caplog):
-    dsn = new_schema(on=postgres_server).replace("postgres@", "postgres:secret@")
-    caplog.set_level(logging.DEBUG)
-    with served("--dsn", dsn) as server:
-        assert f"with its data in postgresql://127.0.0.1:{postgres_server.port}/postgres." in server.banner
-    with Wallet(dsn) as wallet:
-        assert "secret" not in caplog.text + repr(wallet.database) + wallet.database.location
 
 
 WANTING = ["SERIAL", "BIGSERIAL", "IDENTITY", "CREATE SEQUENCE", "nextval", "TRIGGER", "FUNCTION", "PROCEDURE",

@@ -736,7 +736,7 @@ def refuse_fields(errors: Sequence[tuple[str, str]]) -> None:
 
 def json_pointer(name: object) -> str:
     """Return the pointer to a field, as a URI fragment (RFC 6901, section 6)."""
-    return "#/" + quote(str(name)[:100].replace("~", "~0").replace("/", "~1"), errors="replace")
+    return "#/" + quote(hide_tokens(str(name)[:100]).replace("~", "~0").replace("/", "~1"), "/*", errors="replace")
 
 
 # Wallet ###############################################################################################
@@ -2139,15 +2139,20 @@ _encode = json.JSONEncoder(ensure_ascii=False, default=to_json).encode
 
 
 def log_access(method: str, path: str, status: int, started: float, request_id: str) -> None:
-    """Log one request: never its query or body, nor a token that someone put into its path."""
+    """Log one request: never its query or body, nor a token that someone put into what is logged."""
     if access_logger.isEnabledFor(logging.INFO):
         duration_ms = (time.perf_counter() - started) * 1000
-        access_logger.info("%s %s %d %.1f ms %s", method, loggable(path)[:200], status, duration_ms, request_id)
+        access_logger.info("%s %d %.1f ms %s", loggable(f"{method} {path}")[:200], status, duration_ms, request_id)
 
 
 def loggable(text: str) -> str:
-    """Return text without what is or could be most of a token, and without what could look like another line."""
-    return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", re.sub("[^ -~]", "?", text))
+    """Return text without tokens, and without what could look like another line."""
+    return hide_tokens(re.sub("[^ -~]", "?", text))
+
+
+def hide_tokens(text: str) -> str:
+    """Return text without what is or could be most of a token."""
+    return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", text)
 
 
 def create_app(wallet: Wallet | None = None, issuer_token: str | None = None) -> App:
@@ -2189,7 +2194,7 @@ class _Parser(HTTPRequestParser):
 
     def __init__(self, adj: Adjustments) -> None:
         super().__init__(adj)
-        self.started = time.time()
+        self.started = time.monotonic()
 
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
@@ -2287,11 +2292,21 @@ class _Channel(HTTPChannel):
         sent: bool = super()._flush_some(do_close)
         self.taken_bytes += waiting_bytes - self.total_outbufs_len
         if not self.total_outbufs_len or self.taken_bytes > UNREAD_BYTES_MAX:
-            self.flushed, self.taken_bytes = time.time(), 0
+            self.flushed, self.taken_bytes = time.monotonic(), 0
         return sent
+
+    @property
+    def last_activity(self) -> float:
+        """When something was received or sent last, by a clock that nobody sets: waitress's own may jump by a day."""
+        return self._last_activity
+
+    @last_activity.setter
+    def last_activity(self, _: float) -> None:
+        self._last_activity = time.monotonic()
 
     def add_channel(self, map: Any = None) -> None:
         super().add_channel(map)
+        self.flushed = time.monotonic()
         self.server._changed.append(self)
 
     def del_channel(self, map: Any = None) -> None:
@@ -2326,6 +2341,8 @@ class _Server(TcpWSGIServer):
     """waitress with every limit explicit, a deadline for slow requests, and a stop that drops none."""
 
     channel_class = _Channel
+    next_channel_cleanup = float("inf")  # waitress would do it by a clock that may be set: see `readable`.
+    _next_maintenance = 0.0
 
     def __init__(self, app: App, listener: socket.socket, threads: int) -> None:
         # /livez has a thread of its own: it says that the process lives when all others wait for the database. So do
@@ -2336,7 +2353,7 @@ class _Server(TcpWSGIServer):
             dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
             dispatcher.set_thread_count(counts[path])
         adjustments = Adjustments(
-            ident="", cleanup_interval=1, connection_limit=CONNECTIONS_MAX,
+            ident="", connection_limit=CONNECTIONS_MAX,
             max_request_header_size=HEADER_BYTES_MAX, max_request_body_size=BODY_BYTES_MAX + 1,
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
         adjustments.socket_options = SOCKET_OPTIONS
@@ -2415,7 +2432,7 @@ class _Server(TcpWSGIServer):
             self.poll(0.05)
             for channel in list(self.active_channels.values()):
                 idle = not (channel.requests or channel.request or channel.total_outbufs_len)
-                if channel.lingering or (idle and time.time() - channel.last_activity > STOP_IDLE_S):
+                if channel.lingering or (idle and time.monotonic() - channel.last_activity > STOP_IDLE_S):
                     channel.handle_close()
         for dispatcher in self._dispatchers.values():
             dispatcher.shutdown(timeout=1)
@@ -2427,6 +2444,14 @@ class _Server(TcpWSGIServer):
         self.stopping = True
         self.trigger.pull_trigger()
 
+    def readable(self) -> bool:
+        """Say whether to accept connections. Each second, see to those that are there."""
+        now = time.monotonic()
+        if now >= self._next_maintenance:
+            self._next_maintenance = now + 1
+            self.maintenance(now)
+        return bool(super().readable())
+
     def maintenance(self, now: float) -> None:
         """Close what is idle, and what takes too long to send a request or to read its answer."""
         for channel in list(self.active_channels.values()):  # Other threads may close one meanwhile.
@@ -2436,7 +2461,7 @@ class _Server(TcpWSGIServer):
                 channel.request.started = now  # It is not read while an earlier one is answered.
             idle = not channel.requests and now - channel.last_activity > IDLE_TIMEOUT_S
             slow_sender = channel.request and now - channel.request.started > REQUEST_TIMEOUT_S
-            slow_reader = now - max(channel.flushed, channel.creation_time) > ANSWER_TIMEOUT_S
+            slow_reader = now - channel.flushed > ANSWER_TIMEOUT_S
             if slow_sender or slow_reader:
                 logger.info("closed a connection that was too slow")
             if idle or slow_sender or slow_reader or channel.will_close:
