@@ -2349,7 +2349,7 @@ class _Server(TcpWSGIServer):
             dispatcher.set_thread_count(counts[path])
         adjustments = Adjustments(
             ident="", cleanup_interval=1, connection_limit=sys.maxsize,
-            max_request_header_size=HEADER_BYTES_MAX, max_request_body_size=BODY_BYTES_MAX + 1,
+            max_request_header_size=HEADER_BYTES_MAX + 1, max_request_body_size=BODY_BYTES_MAX + 1,
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
         adjustments.socket_options = SOCKET_OPTIONS
         adjustments.send_bytes = BODY_BYTES_MAX  # What is shorter is sent at once, by `_Task.finish`.
@@ -2488,7 +2488,7 @@ def pin_process(number: int) -> None:
         os.sched_setaffinity(0, {processors[number % len(processors)]})
 
 
-TCP_CLOSE, TCP_LISTEN = 7, 10  # States of a socket, as in net/tcp_states.h of Linux.
+TCP_ESTABLISHED, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 7, 8, 10  # As in net/tcp_states.h of Linux.
 
 
 class _SocketInfo(NamedTuple):
@@ -2672,7 +2672,7 @@ class _GranianWorker:
         # A request that was there at the last look, and since when all of it was: it is not what is still coming.
         working = [since for since in list(self.working.values()) if since < min(looked_at, now - WATCH_INTERVAL_S)]
         stuck = any(now - since > REQUEST_TIMEOUT_S for since in list(self.receiving.values()))
-        late = []
+        late, count = [], 0
         for name, connection, info in self._connections():
             received_at = now - info.since_received_ms / 1000
             client = clients.get(name, _Client(info.sent_bytes, received_at, 0, now))
@@ -2690,16 +2690,15 @@ class _GranianWorker:
             if slow_sender or stuck_sender or now - client.taken_at > ANSWER_TIMEOUT_S:
                 logger.info("closed a connection that was too slow")
                 cut(connection)
-            else:
+            elif info.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT):  # Else it is cut already: Granian will find out.
+                count += 1
                 lateness = max((now - client.pending_since) / REQUEST_TIMEOUT_S,
                                (now - client.taken_at) / ANSWER_TIMEOUT_S,
                                quiet_s / IDLE_TIMEOUT_S if info.is_read and not info.is_pending else 0)
                 if lateness > PATIENCE:
                     late.append((info.is_pending, lateness, name, received_at))
-        self._make_room(late)
-
         self.other_files = self.files - len(self.clients)
-        self._make_room(late)
+        self._make_room(count - CONNECTIONS_MAX, late)
 
     def is_crowded(self) -> bool:
         """Say whether there are too many connections, or slow senders in too many threads. This takes little time."""
@@ -2714,13 +2713,12 @@ class _GranianWorker:
             self.hogs = min(slow_senders, threads - GRANIAN_THREADS // 2)
         return self.files - self.other_files > CONNECTIONS_MAX or self.hogs > 0
 
-    def _make_room(self, late: list[tuple[bool, float, str, float]]) -> None:
+    def _make_room(self, over: int, late: list[tuple[bool, float, str, float]]) -> None:
         """Cut connections where it is the client's turn, so that others get in and find a thread.
 
         Where some of a request has come last, it may be all of it. So none are cut that have what a thread works on
         since then, nor while others may wait for a thread.
         """
-        over = len(self.clients) - CONNECTIONS_MAX
         if over <= 0 and not self.hogs:
             return
         working = list(self.working.values())
@@ -2731,7 +2729,8 @@ class _GranianWorker:
         for name, connection, _ in self._connections():
             if name in names:
                 cut(connection)
-        logger.warning("closed %d connections to make room for others", len(names))
+        if names:
+            logger.warning("closed %d connections to make room for others", len(names))
 
     def watch(self, main: threading.Thread, parent_id: int, listening: Semaphore, opened: ExitStack) -> None:
         """Look after the connections until the process is told to stop, or has lost its parent; then stop it."""
