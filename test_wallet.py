@@ -3960,6 +3960,18 @@ def test_malformed_body_is_refused_and_changes_nothing(api, raw):
     assert api.send("GET", "/api/account").json["balance"] == 0
 
 
+def test_body_may_be_nested_10_deep_and_no_deeper_whatever_the_interpreter_allows(api):
+    for depth, status in ((10, 422), (11, 400), (500, 400)):
+        amount = 5
+        for number in range(depth - 1):
+            amount = {'"[': 0, "x": amount} if number % 2 else [[], amount] if number else [amount]
+        answer = api.send("POST", "/api/transactions/topup", {"amount": amount}, status=status)
+        assert ("nested too deeply" in answer.json["detail"]) == (status == 400)
+    api.send("POST", "/api/transactions/topup", {"amount": 5, "description": '\\"[{' * 50}, status=201)
+    for raw in (b'"' + b"[" * 50 + b'"', b'"' + b"[{" * 50 + b"\\", b"]" * 50 + b"[" * 50_000):
+        api.send("POST", "/api/transactions/topup", raw=raw, status=400)
+
+
 @pytest.mark.parametrize(("content_type", "status"), [
     ("application/json", 201), ("application/json; charset=utf-8", 201), ("Application/JSON ;x=y", 201),
     ("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("application/jsonp", 415), ("", 415),
@@ -4803,7 +4815,7 @@ def test_client_that_still_sends_hears_why_it_is_refused(module_url, monkeypatch
     assert raw_exchange(module_url, POST + b"Content-Length: 5000000\r\n\r\n" + body).startswith(b"HTTP/1.1 413")
     chunks = b"Transfer-Encoding: chunked\r\n\r\n" + b"10000\r\n" + b"x" * 65536 + b"\r\n" + b"1\r\nx\r\n" * 9
     assert raw_exchange(module_url, POST + chunks + b"0\r\n\r\n").startswith(b"HTTP/1.1 413")
-    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 0)
+    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 0.01)
     with connect(module_url) as connection:
         connection.sendall(POST + b"Content-Length: 5000000\r\n\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 413")
@@ -4854,8 +4866,8 @@ def test_half_request_behind_one_that_takes_its_time_is_not_blamed_for_it(file_w
         connection.sendall(head.encode() + b'{"amount": 5}' + b"GET /livez HTTP/1.1\r\nConn")
         time.sleep(3.5)  # The server looks for slow clients each second.
         release()
+        received = connection.recv(65536)
         connection.sendall(b"ection: close\r\n\r\n")
-        received = b""
         while chunk := connection.recv(65536):
             received += chunk
     assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"201", b"200"]
@@ -4912,19 +4924,166 @@ def test_connection_that_ends_while_an_answer_waits_for_it_is_no_fault(caplog):
         wallet_module.wasyncore.close_all(server._map)
 
 
-def test_connections_above_the_limit_wait_for_one_to_end(serving):
-    limit = 6 if serving.server == "waitress" else 5  # waitress itself has two of them, and takes one too many.
-    with serving(CONNECTIONS_MAX=limit) as url, contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(contextlib.closing(connect(url))) for _ in range(5)]
-        late = stack.enter_context(contextlib.closing(connect(url)))
-        late.sendall(b"GET /livez HTTP/1.1\r\nConnection: close\r\n\r\n")
-        late.settimeout(0.2)
+def test_connection_above_the_limit_waits_while_all_others_are_worked_on(file_wallet, serving):
+    _, token = file_wallet.register("Ada")
+    taken = 4 if serving.server == "waitress" else 5  # Granian takes CONNECTIONS_SPARE more, and closes some of them.
+    with serving(file_wallet, CONNECTIONS_MAX=4, CONNECTIONS_SPARE=1, PATIENCE=0.0001, DATABASE_TIMEOUT_S=30) as url, \
+            contextlib.ExitStack() as stack:
+        release = hold_the_writer(file_wallet)
+        working = [stack.enter_context(connect(url)) for _ in range(taken)]
+        for connection in working:
+            connection.sendall(topup_request(token))
+        late = stack.enter_context(connect(url))
+        late.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        late.settimeout(0.3)
         with pytest.raises(TimeoutError):
             late.recv(1)
-        for connection in idle:
-            connection.close()
+        release()
+        assert {connection.recv(12) for connection in working} == {b"HTTP/1.1 201"}
         late.settimeout(30)
-        assert late.recv(12) == b"HTTP/1.1 200"
+        assert late.recv(12) == b"HTTP/1.1 200"  # Now one of the others is idle, and makes room.
+    assert file_wallet.authenticate(token).balance == 5 * taken
+
+
+def topup_request(token):
+    return (f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n"
+            'Content-Type: application/json\r\nContent-Length: 13\r\n\r\n{"amount": 5}').encode()
+
+
+SLOW = {"headers": POST + b"X: ", "body": POST + b"Content-Length: 9\r\n\r\n{",
+        "read": b"GET /openapi.yaml HTTP/1.1\r\n\r\n" * 6}
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
+def test_slow_clients_make_room_for_others(serving, careless):
+    limits = {"CONNECTIONS_MAX": 20, "CONNECTIONS_SPARE": 4, "GRANIAN_THREADS": 8, "PATIENCE": 9 if careless else 0.002,
+              "REQUEST_TIMEOUT_S": 50, "ANSWER_TIMEOUT_S": 50, "IDLE_TIMEOUT_S": 1000}
+    with serving(**limits) as url, contextlib.ExitStack() as stack, connect(url) as healthy:
+        for request in SLOW.values():
+            healthy.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+            assert healthy.recv(65536).startswith(b"HTTP/1.1 200")
+            for _ in range(40):
+                stack.enter_context(connect(url, receive_buffer_bytes=4096)).sendall(request)
+            time.sleep(0.05)  # Linux tells in steps of 10 ms who came first.
+            late = stack.enter_context(connect(url))
+            late.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+            late.settimeout(0.5 if careless else 10)
+            if careless:
+                with pytest.raises(TimeoutError):
+                    late.recv(1)
+                break
+            assert late.recv(12) == b"HTTP/1.1 200"
+
+
+@pytest.mark.torture
+@pytest.mark.skipif(not shutil.which("slowhttptest"), reason="needs slowhttptest: apt install slowhttptest")
+@pytest.mark.parametrize(("mode", "path"), [("-H", "/livez"), ("-B", "/api/register"), ("-X", "/openapi.yaml")],
+                         ids=SLOW)
+@pytest.mark.parametrize("by", SERVERS)
+def test_service_is_available_to_others_under_slowhttptest(file_dsn, report, by, mode, path):
+    with served("--dsn", file_dsn, "--server", by, "--log-level", "warning") as server:
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        parts, ended, waits_s = urlsplit(server.url), threading.Event(), {"kept": [], "new": []}
+
+        def work(kind):
+            with contextlib.closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)) as kept:
+                while not ended.wait(0.02):
+                    started = time.monotonic()
+                    assert send(server.url, "POST", "/api/transactions/topup", {"amount": 1}, token,
+                                kept if kind == "kept" else None)[0] == 201
+                    waits_s[kind].append(time.monotonic() - started)
+
+        with ThreadPoolExecutor(2) as threads:
+            futures = [threads.submit(work, kind) for kind in waits_s]
+            options = "-c", "1000", "-r", "200", "-l", "30", "-i", "5", "-k", "3", "-p", "2", "-v", "1"
+            try:
+                said = subprocess.run(["slowhttptest", mode, *options, "-u", server.url + path], capture_output=True,
+                                      text=True, timeout=120).stdout
+            finally:
+                ended.set()
+            for future in futures:
+                future.result()
+    said = re.sub(r"\x1b\[[0-9;]*m", "", said)
+    available = re.findall(r"service available:\s+(\w+)", said)
+    opened = sum(int(re.findall(rf"{state}:\s+(\d+)", said)[-1]) for state in ("connected", "closed"))
+    p99_ms = {kind: sorted(waits)[len(waits) * 99 // 100] * 1000 for kind, waits in waits_s.items()}
+    report(f"{opened} slow connections, available {available.count('YES')} of {len(available)} times, of others "
+           + ", ".join(f"{len(waits)} requests on {kind} connections with a p99 of {p99_ms[kind]:.0f} ms"
+                       for kind, waits in waits_s.items()))
+    assert set(available) == {"YES"}
+    assert max(p99_ms.values()) <= 250
+    with Wallet(file_dsn) as wallet:
+        assert wallet.authenticate(token).balance == sum(map(len, waits_s.values()))
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
+def test_request_behind_a_long_queue_that_does_not_move_is_refused_at_once(file_wallet, serving, careless, monkeypatch):
+    _, token = file_wallet.register("Ada")
+    limits = {"DATABASE_TIMEOUT_S": 30, "QUEUE_STALL_S": 0 if serving.server == "granian" else 30,
+              "QUEUE_MAX": 999 if careless else 3, "GRANIAN_WORKING_MAX": 999 if careless else 7}
+    with serving(file_wallet, **limits) as url, contextlib.ExitStack() as stack:
+        release = hold_the_writer(file_wallet)
+        working = [stack.enter_context(connect(url)) for _ in range(7)]
+        for number, connection in enumerate(working):
+            connection.sendall(topup_request(token))
+            if number == 3 and serving.server == "waitress":
+                wait_for_queue(file_wallet, 4)  # It has four threads.
+        while serving.server == "granian" and not careless and send(url, "GET", "/api/account", token=token)[0] == 200:
+            pass
+        assert send(url, "GET", "/livez")[0] == 200
+        monkeypatch.setattr(wallet_module, "QUEUE_STALL_S", 0)
+        late = stack.enter_context(connect(url))
+        late.sendall(topup_request(token))
+        if careless:
+            late.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                late.recv(1)
+        else:
+            head, _, problem = late.recv(65536).partition(b"\r\n\r\n")
+            assert re.findall(rb"HTTP/1.1 (\d+) |(?i:Retry-After): (\d+)", head) == [(b"503", b""), (b"", b"1")]
+            assert json.loads(problem)["code"] == "unavailable"
+        release()
+        assert {connection.recv(12) for connection in working} == {b"HTTP/1.1 201"}
+        assert not careless or late.recv(65536)
+    assert file_wallet.authenticate(token).balance == 5 * (8 if careless else 7)
+
+
+def test_request_that_has_waited_too_long_for_a_thread_is_refused(file_wallet, monkeypatch):
+    _, token = file_wallet.register("Ada")
+    with running(file_wallet) as url, ThreadPoolExecutor(5) as threads:
+        release = hold_the_writer(file_wallet)
+        arguments = send, url, "POST", "/api/transactions/topup", {"amount": 5}, token
+        working = [threads.submit(*arguments) for _ in range(4)]
+        wait_for_queue(file_wallet, 4)
+        late = threads.submit(*arguments)
+        assert send(url, "GET", "/livez")[0] == 200
+        monkeypatch.setattr(wallet_module, "QUEUE_TIMEOUT_S", 0)
+        release()
+        assert {answer.result()[0] for answer in working} == {201}
+        assert (late.result()[0], late.result()[2]["code"]) == (503, "unavailable")
+    assert file_wallet.authenticate(token).balance == 20
+
+
+def test_under_granian_requests_that_take_long_are_remembered_for_a_moment(monkeypatch):
+    """Else, when 64 have waited for their database in vain, 64 of those behind them would do so too."""
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        return [str(environ[wallet_module.BUSY]).encode()]
+
+    monkeypatch.setattr(wallet_module, "GRANIAN_WORKING_MAX", 2)
+    with granian_worker(app) as (worker, _):
+        assert ask_worker(worker, "GET")[2] == b"False"
+        worker.working = {"one": time.monotonic(), "other": time.monotonic()}
+        assert ask_worker(worker, "GET")[2] == b"False"
+        worker.stuck_at = time.monotonic()
+        assert ask_worker(worker, "GET")[2] == b"True"
+        assert ask_worker(worker, "GET", "/livez")[2] == b"False"
+        del worker.working["one"]
+        assert ask_worker(worker, "GET")[2] == b"False"
+        worker.stuck_at = 0
+        monkeypatch.setattr(wallet_module, "QUEUE_STALL_S", 0)
+        ask_worker(worker, "GET")
+        assert worker.stuck_at
 
 
 def test_queue_of_requests_is_not_logged(file_wallet, caplog):
@@ -4937,6 +5096,15 @@ def test_queue_of_requests_is_not_logged(file_wallet, caplog):
         release()
         assert {answer.result()[0] for answer in answers} == {201}
     assert [record for record in caplog.records if record.name.startswith("waitress")] == []
+
+
+def test_headers_may_have_16_kib_and_a_body_64_and_no_more_on_each_server(module_url):
+    for more, statuses in ((0, [b"200", b"201"]), (1, [b"431", b"413"])):
+        head = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX: "
+        headers = head.ljust(wallet_module.HEADER_BYTES_MAX - 4 + more, b"x") + b"\r\n\r\n"
+        body = b'{"name":"Ada"}'.ljust(BODY_BYTES_MAX + more)
+        request = POST + f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        assert [raw_exchange(module_url, one)[9:12] for one in (headers, request)] == statuses
 
 
 def test_pipelined_requests_are_answered_in_order(module_url):
@@ -6847,14 +7015,11 @@ def test_stop_finishes_what_runs_closes_the_database_and_exits_0(tmp_path, numbe
         assert wallet.authenticate(token).balance == 5
 
 
-PATIENT = "import sys, wallet; wallet.STOP_IDLE_S = 10; sys.exit(wallet.main())"
-
-
-@pytest.mark.parametrize("by", SERVERS)
-def test_stop_under_load_drops_no_request_that_was_taken(durable_dsn, by):
+def stop_under_load(dsn, by, **limits):
+    """Stop a server under load. Return how many requests were answered, and what became of those that were dropped."""
     # No client pauses here for as long as STOP_IDLE_S, however busy the machine is, so each hears that it is the end.
-    arguments = "--log-level", "warning", "--dsn", durable_dsn, "--server", by
-    with served(*arguments, program=("-c", PATIENT)) as server:
+    program = limited(STOP_IDLE_S=10, WATCH_INTERVAL_S=1, **limits)
+    with served("--log-level", "warning", "--dsn", dsn, "--server", by, program=program) as server:
         parts = urlsplit(server.url)
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
         acknowledged, dropped, enough = [], [], threading.Event()
@@ -6889,9 +7054,27 @@ def test_stop_under_load_drops_no_request_that_was_taken(durable_dsn, by):
                 future.result()
         assert server.wait(timeout=30) == 0
     assert set(acknowledged) == {201}
+    with Wallet(dsn) as wallet:
+        assert 0 <= wallet.authenticate(token).balance - len(acknowledged) <= len(dropped)
+    return len(acknowledged), dropped
+
+
+@pytest.mark.parametrize("stops", [1, torture(100)])
+@pytest.mark.parametrize("by", SERVERS)
+def test_stop_under_load_drops_no_request_that_was_taken(durable_dsn, by, stops, report):
+    answered, dropped = 0, []
+    for _ in range(stops):
+        count, errors = stop_under_load(durable_dsn, by)
+        answered, dropped = answered + count, dropped + errors
+    report(f"{stops} times SIGTERM under load, {answered:,} requests answered, {len(dropped)} dropped")
     assert dropped == []
-    with Wallet(durable_dsn) as wallet:
-        assert wallet.authenticate(token).balance == len(acknowledged)
+
+
+@pytest.mark.parametrize("by", SERVERS)
+def test_control_a_stop_that_waits_for_nobody_drops_requests(file_dsn, by):
+    dropped = []
+    while not dropped:
+        dropped = stop_under_load(file_dsn, by, STOP_TIMEOUT_S=0)[1]
 
 
 @pytest.mark.parametrize("by", SERVERS)

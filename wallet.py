@@ -73,8 +73,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
+from heapq import nlargest
 from http.client import responses as REASONS
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
@@ -119,7 +120,10 @@ FIELD_ERRORS_MAX = 20  # Far more than a request has fields: keeps the answer to
 BODY_BYTES_MAX = 64 * 1024  # More than any valid body, unless most of it is escaped.
 BATCH_BODY_BYTES_MAX = 1024 * 1024  # A kilobyte for each movement of a batch.
 HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
-CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files to a process.
+JSON_DEPTH_MAX = 10  # Arrays and objects in each other, of which a batch has four. Parsers recurse as deep.
+CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files to a process. When they are in use, and one more
+CONNECTIONS_SPARE = 64  # comes, so many make room: those whose clients have taken most of the time that they have, and
+PATIENCE = 0.01  # more than this share of it: a tenth of a second for a request, more to read, or between two requests.
 REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last: slow senders must not use up the connections.
 ANSWER_TIMEOUT_S = 30  # For an answer to be taken, or UNREAD_BYTES_MAX of a longer one: nor must slow readers.
 UNREAD_BYTES_MAX = 256 * 1024  # Of a client with more answers than this waiting, no further request is served.
@@ -129,8 +133,13 @@ SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
 STOP_IDLE_S = 0.5  # A connection that was in use so recently may be sending its next request.
+QUEUE_MAX = 100  # Requests that wait for a thread, when none was free for QUEUE_STALL_S: one more is refused at once.
+QUEUE_STALL_S = 1  # (At full speed each connection has one that waits, but for some hundredths of a second.)
+QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread, which has DATABASE_TIMEOUT_S: in vain, and it is refused.
 GRANIAN_THREADS = 64  # As many may wait for their commit, the database or a slow sender; they share commits.
-WATCH_INTERVAL_S = 1  # Between two looks at Granian's connections.
+GRANIAN_WORKING_MAX = 56  # Of these, when they are stuck for QUEUE_STALL_S: the others are there to refuse at once.
+WATCH_INTERVAL_S = 1  # Between two looks at Granian's connections,
+GLANCE_INTERVAL_S = 0.05  # and between two glances at whether there are too many, so that it takes another look.
 
 DATABASE_TIMEOUT_S = 5  # For SQLite's write lock, which another process may hold, and for all that one call asks of
 # Postgres, repeats and a restart of the server included: longer than either should take.
@@ -2004,14 +2013,21 @@ def parse_body(environ: WSGIEnvironment, takes: Mapping[str, Any]) -> dict[str, 
         body = environ["wsgi.input"].read(max(0, min(length, bytes_max + 1)))
         if len(body) > bytes_max:
             raise BodyTooLarge()
-        document = _JSON.decode(body.decode())
-    except RecursionError:
-        raise MalformedRequest("The body is nested too deeply.") from None
+        text = body.decode()
+        if text.count("[") + text.count("{") > JSON_DEPTH_MAX and json_depth(text) > JSON_DEPTH_MAX:
+            raise MalformedRequest(f"The body is nested too deeply: more than {JSON_DEPTH_MAX} arrays and objects.")
+        document = _JSON.decode(text)
     except ValueError as error:
         raise MalformedRequest(f"The body is not valid JSON: {error}.") from None
     if not isinstance(document, dict):
         raise MalformedRequest("The body must be a JSON object.")
     return document
+
+
+def json_depth(text: str) -> int:
+    """Return how deep arrays and objects are nested in JSON, up to where it is none."""
+    brackets = re.sub(r'"(?:[^"\\]|\\.)*"?|[^]["{}]+', "", text, flags=re.DOTALL)
+    return max(accumulate(map({"[": 1, "{": 1, "]": -1, "}": -1}.__getitem__, brackets)), default=0)
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -2028,6 +2044,9 @@ def _refuse_constant(name: str) -> NoReturn:
 # is slow, and from 4,300 digits on an error.
 _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constant=_refuse_constant,
                          parse_int=lambda digits: int(digits[:20]))
+
+
+BUSY = "wallet.busy"  # In the environ: the server asks to refuse the request at once.
 
 
 class App:
@@ -2057,6 +2076,8 @@ class App:
         return [] if method == "HEAD" else body
 
     def _dispatch(self, environ: WSGIEnvironment) -> Response:
+        if environ.get(BUSY):
+            raise Unavailable("Too many requests wait, and nothing was changed.")
         try:
             if "\n" in environ["PATH_INFO"]:  # Which a pattern's end would match.
                 raise HTTPError(404)
@@ -2256,6 +2277,11 @@ class _Task(WSGITask):
         if last or self.request.chunked or self.channel.total_outbufs_len > UNREAD_BYTES_MAX:
             self.set_close_on_finish()
 
+    def get_environment(self) -> dict[str, Any]:
+        environ: dict[str, Any] = super().get_environment()
+        environ[BUSY] = self.channel.busy or time.monotonic() - self.channel.queued > QUEUE_TIMEOUT_S
+        return environ
+
     def finish(self) -> None:
         super().finish()
         with self.channel.outbuf_lock:
@@ -2275,8 +2301,8 @@ class _Channel(HTTPChannel):
 
     parser_class, task_class, error_task_class = _Parser, _Task, _ErrorTask
     logger = _Logger(logging.getLogger("waitress"), {})
-    refused = lingering = False
-    flushed, taken_bytes = 0.0, 0
+    refused = lingering = busy = False
+    flushed, queued, taken_bytes = 0.0, 0.0, 0
 
     def handle_close(self) -> None:
         if not self.refused or self.lingering:
@@ -2326,6 +2352,17 @@ class _Channel(HTTPChannel):
         return bool(unsent_bytes >= BODY_BYTES_MAX or (unsent_bytes and not self.requests)
                     or self.will_close or self.close_when_flushed)
 
+    def lateness(self, now: float) -> float:
+        """Return how much of the time has gone that the client has to send a request, to read or to go on, up to 1."""
+        if not self.total_outbufs_len:
+            self.flushed = now
+        if self.request and not self.lingering and (self.requests or self.total_outbufs_len):
+            self.request.started = now  # It is not read while an earlier one is answered.
+        idle_s: float = now - self.last_activity if not self.requests else 0
+        sending_s: float = now - self.request.started if self.request else 0
+        reading_s: float = now - self.flushed
+        return max(idle_s / IDLE_TIMEOUT_S, sending_s / REQUEST_TIMEOUT_S, reading_s / ANSWER_TIMEOUT_S)
+
     def handle_write(self) -> None:
         if self.connected:  # Else what was read has just ended it.
             super().handle_write()
@@ -2353,8 +2390,8 @@ class _Server(TcpWSGIServer):
             dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
             dispatcher.set_thread_count(counts[path])
         adjustments = Adjustments(
-            ident="", connection_limit=CONNECTIONS_MAX,
-            max_request_header_size=HEADER_BYTES_MAX, max_request_body_size=BODY_BYTES_MAX + 1,
+            ident="", connection_limit=sys.maxsize,
+            max_request_header_size=HEADER_BYTES_MAX + 1, max_request_body_size=BODY_BYTES_MAX + 1,
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
         adjustments.socket_options = SOCKET_OPTIONS
         adjustments.send_bytes = BODY_BYTES_MAX  # What is shorter is sent at once, by `_Task.finish`.
@@ -2364,7 +2401,7 @@ class _Server(TcpWSGIServer):
         super().__init__(app, _sock=listener, bind_socket=False, sockinfo=sockinfo, adj=adjustments,
                          dispatcher=self._dispatchers[""])
         self._changed.append(self.trigger)
-        self.url, self.stopping = url_of(*listener.getsockname()[:2]), False
+        self.url, self.stopping, self._room_at = url_of(*listener.getsockname()[:2]), False, 0.0
 
     def poll(self, timeout_s: float) -> None:
         """Handle what happens next. (waitress's own loop looks at every connection, whenever one has something.)"""
@@ -2412,19 +2449,28 @@ class _Server(TcpWSGIServer):
             self._changed.append(channel)
             super().pull_trigger()
 
+    def handle_accept(self) -> None:
+        if len(self.active_channels) < CONNECTIONS_MAX:
+            super().handle_accept()
+        else:  # It is accepted the next time, since what happened to those that are closed is still to be handled.
+            self.make_room()
+
     def add_task(self, task: _Channel) -> None:
-        """Queue the first request of a connection to be answered."""
-        path = getattr(task.requests[0], "path", "")
-        self._dispatchers.get(path, self._dispatchers[""]).add_task(task)
+        """Queue the first request of a connection to be answered, or to be refused where it would wait too long."""
+        dispatcher = self._dispatchers.get(getattr(task.requests[0], "path", ""), self._dispatchers[""])
+        queue, task.queued = dispatcher.queue, time.monotonic()
+        with dispatcher.lock:
+            task.busy = len(queue) >= QUEUE_MAX and task.queued - queue[0].queued > QUEUE_STALL_S
+        (self._dispatchers["/livez"] if task.busy else dispatcher).add_task(task)
 
     def run(self) -> None:
         """Serve until `stop`; then answer what has been received, within STOP_TIMEOUT_S, and return."""
         while not self.stopping:
-            self.poll(1)
+            self.poll(1 if len(self.active_channels) < CONNECTIONS_MAX else PATIENCE * REQUEST_TIMEOUT_S)
         known = -1
         while known < len(self.active_channels):  # Take what the kernel has accepted for us already.
             known = len(self.active_channels)
-            self.handle_accept()
+            super().handle_accept()
         wasyncore.dispatcher.close(self)
         logger.info("stopping: %d connections are open", len(self.active_channels))
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -2445,27 +2491,35 @@ class _Server(TcpWSGIServer):
         self.trigger.pull_trigger()
 
     def readable(self) -> bool:
-        """Say whether to accept connections. Each second, see to those that are there."""
+        """Say whether to accept a connection. Each second, see to those that are there."""
         now = time.monotonic()
         if now >= self._next_maintenance:
             self._next_maintenance = now + 1
             self.maintenance(now)
-        return bool(super().readable())
+        full = len(self.active_channels) >= CONNECTIONS_MAX
+        return super().readable() and (not full or now >= self._room_at)
 
     def maintenance(self, now: float) -> None:
         """Close what is idle, and what takes too long to send a request or to read its answer."""
         for channel in list(self.active_channels.values()):  # Other threads may close one meanwhile.
-            if not channel.total_outbufs_len:
-                channel.flushed = now
-            if channel.request and not channel.lingering and (channel.requests or channel.total_outbufs_len):
-                channel.request.started = now  # It is not read while an earlier one is answered.
-            idle = not channel.requests and now - channel.last_activity > IDLE_TIMEOUT_S
-            slow_sender = channel.request and now - channel.request.started > REQUEST_TIMEOUT_S
-            slow_reader = now - channel.flushed > ANSWER_TIMEOUT_S
-            if slow_sender or slow_reader:
-                logger.info("closed a connection that was too slow")
-            if idle or slow_sender or slow_reader or channel.will_close:
+            if channel.lateness(now) > 1 or channel.will_close:
+                if channel.request or channel.total_outbufs_len:
+                    logger.info("closed a connection that was too slow")
                 channel.handle_close()  # Directly: waitress waits until it can write, which may never be.
+
+    def make_room(self) -> None:
+        """Close connections where it is the client's turn. Where none can be closed, have others wait for a while."""
+        now = time.monotonic()
+        waiting = [(channel.lateness(now), number, channel) for number, channel in list(self.active_channels.items())
+                   if not channel.requests]
+        late = [channel for lateness, _, channel in nlargest(CONNECTIONS_SPARE, waiting) if lateness > PATIENCE]
+        for channel in late:
+            channel.refused = False  # There is no time to hear it out.
+            channel.handle_close()
+        if late:
+            logger.warning("closed %d connections to make room for others", len(late))
+        else:
+            self._room_at = now + PATIENCE * REQUEST_TIMEOUT_S
 
 
 def events(channel: Any) -> int:
@@ -2480,7 +2534,7 @@ def pin_process(number: int) -> None:
         os.sched_setaffinity(0, {processors[number % len(processors)]})
 
 
-TCP_CLOSE, TCP_LISTEN = 7, 10  # States of a socket, as in net/tcp_states.h of Linux.
+TCP_ESTABLISHED, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 7, 8, 10  # As in net/tcp_states.h of Linux.
 
 
 class _SocketInfo(NamedTuple):
@@ -2562,7 +2616,8 @@ class _GranianWorker:
         self.receiving: dict[int, float] = {}  # By thread: since when it reads a body.
         self.working: dict[int, float] = {}  # By thread: since when it has all of the request that it answers.
         self.clients: dict[str, _Client] = {}
-        self.looked_at = 0.0
+        self.looked_at = self.glanced_at = self.stuck_at = 0.0
+        self.files = self.other_files = self.hogs = 0  # Descriptors, those that are no connections, and slow senders.
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         # Granian does not tell a length that came beside chunks (RFC 9112, section 6.1), nor chunks that are malformed.
@@ -2577,12 +2632,21 @@ class _GranianWorker:
             environ["wsgi.input"] = io.BytesIO(self._receive(environ))
         except WalletError as error:
             return self._refuse(error, environ, start_response)
-        self.working[threading.get_ident()] = time.monotonic()
+        self.working[threading.get_ident()] = started = time.monotonic()
+        environ[BUSY] = self._is_stuck() and environ["PATH_INFO"] != "/livez"
         try:
             answer = self.app(environ, start)
         finally:
             del self.working[threading.get_ident()]
+            if time.monotonic() - started > QUEUE_STALL_S:
+                self.stuck_at = time.monotonic()
         return answer if isinstance(answer, list) else self._stream(answer)
+
+    def _is_stuck(self) -> bool:
+        """Say whether many requests are worked on, and they take long now, or did a moment ago."""
+        then = time.monotonic() - QUEUE_STALL_S
+        busy = len(self.working) > GRANIAN_WORKING_MAX
+        return busy and (self.stuck_at > then or min(list(self.working.values())) < then)
 
     def _receive(self, environ: WSGIEnvironment) -> bytes:
         if environ["REQUEST_METHOD"] != environ["REQUEST_METHOD"].upper():
@@ -2652,31 +2716,72 @@ class _GranianWorker:
     def look(self) -> None:
         """Cut the connections whose clients take too long to send a request, or to read its answer.
 
-        Of a request that is sent too slowly, the thread that reads its body would wait for ever. When such have half
-        of the threads, nobody has more time, though one who waits behind them may be taken for one of them.
+        Of a request that is sent too slowly, the thread that reads its body would wait for ever.
         """
         now, clients = time.monotonic(), self.clients
-        patience_s = REQUEST_TIMEOUT_S if len(self.receiving) < GRANIAN_THREADS / 2 else 0
         self.clients, looked_at, self.looked_at = {}, self.looked_at, now
         # A request that was there at the last look, and since when all of it was: it is not what is still coming.
-        working = [since for since in list(self.working.values()) if since < looked_at]
-        stuck = any(now - since > patience_s for since in list(self.receiving.values()))
+        working = [since for since in list(self.working.values()) if since < min(looked_at, now - WATCH_INTERVAL_S)]
+        stuck = any(now - since > REQUEST_TIMEOUT_S for since in list(self.receiving.values()))
+        late, count = [], 0
         for name, connection, info in self._connections():
-            client = clients.get(name, _Client(info.sent_bytes, now, 0, now))
+            received_at = now - info.since_received_ms / 1000
+            client = clients.get(name, _Client(info.sent_bytes, received_at, 0, now))
             if not info.is_pending or info.sent_bytes != client.sent_bytes:
                 client = client._replace(sent_bytes=info.sent_bytes, pending_since=now)
             if info.is_read or info.taken_bytes >= client.due_bytes:
                 due_bytes = info.sent_bytes - info.repeated_bytes + info.unsent_bytes
                 client = client._replace(due_bytes=due_bytes, taken_at=now)
             self.clients[name] = client
-            received_at = now - info.since_received_ms / 1000
-            slow_sender = now - client.pending_since > patience_s and max(working, default=0) < received_at - 0.1
+            slow_sender = now - client.pending_since > REQUEST_TIMEOUT_S \
+                and max(working, default=0) < received_at - 0.1
             # Where an answer went out after some of the next request came, the latter does not show.
             quiet_s = min(info.since_sent_ms, info.since_received_ms) / 1000
-            stuck_sender = stuck and info.is_read and not info.is_pending and quiet_s > patience_s
+            stuck_sender = stuck and info.is_read and not info.is_pending and quiet_s > REQUEST_TIMEOUT_S
             if slow_sender or stuck_sender or now - client.taken_at > ANSWER_TIMEOUT_S:
                 logger.info("closed a connection that was too slow")
                 cut(connection)
+            elif info.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT):  # Else it is cut already: Granian will find out.
+                count += 1
+                lateness = max((now - client.pending_since) / REQUEST_TIMEOUT_S,
+                               (now - client.taken_at) / ANSWER_TIMEOUT_S,
+                               quiet_s / IDLE_TIMEOUT_S if info.is_read and not info.is_pending else 0)
+                if lateness > PATIENCE:
+                    late.append((info.is_pending, lateness, name, received_at))
+        self.other_files = self.files - len(self.clients)
+        self._make_room(count - CONNECTIONS_MAX, late)
+
+    def is_crowded(self) -> bool:
+        """Say whether there are too many connections, or slow senders in too many threads. This takes little time."""
+        with suppress(OSError):  # No descriptor may be left to list them.
+            self.files = len(os.listdir("/proc/self/fd"))
+        now, working = time.monotonic(), len(self.working)
+        waiting_since = min(self.glanced_at, now - PATIENCE * REQUEST_TIMEOUT_S)
+        slow_senders = sum(since < waiting_since for since in list(self.receiving.values()))
+        threads = working + len(self.receiving)
+        self.glanced_at, self.hogs = now, 0
+        if threads > GRANIAN_THREADS * 3 / 4 and working <= GRANIAN_THREADS / 2:
+            self.hogs = min(slow_senders, threads - GRANIAN_THREADS // 2)
+        return self.files - self.other_files > CONNECTIONS_MAX or self.hogs > 0
+
+    def _make_room(self, over: int, late: list[tuple[bool, float, str, float]]) -> None:
+        """Cut connections where it is the client's turn, so that others get in and find a thread.
+
+        Where some of a request has come last, it may be all of it. So none are cut that have what a thread works on
+        since then, nor while others may wait for a thread.
+        """
+        if over <= 0 and not self.hogs:
+            return
+        working = list(self.working.values())
+        late = [one for one in late if not one[0] or (len(working) <= GRANIAN_THREADS / 2 and not
+                                                      any(abs(since - one[3]) < 0.1 for since in working))]
+        chosen = nlargest(over + CONNECTIONS_SPARE, late, key=lambda one: one[1]) if over > 0 else []
+        names = {name for _, _, name, _ in chosen + nlargest(self.hogs, late)}
+        for name, connection, _ in self._connections():
+            if name in names:
+                cut(connection)
+        if names:
+            logger.warning("closed %d connections to make room for others", len(names))
 
     def watch(self, main: threading.Thread, parent_id: int, listening: Semaphore, opened: ExitStack) -> None:
         """Look after the connections until the process is told to stop, or has lost its parent; then stop it."""
@@ -2688,8 +2793,9 @@ class _GranianWorker:
         listening.release()
         told = False
         while main.is_alive() and os.getppid() == parent_id and not told:
-            told = bool(signal.sigtimedwait([signal.SIGTERM], WATCH_INTERVAL_S))
-            self.look()
+            told = bool(signal.sigtimedwait([signal.SIGTERM], GLANCE_INTERVAL_S))
+            if self.is_crowded() or told or time.monotonic() - self.looked_at >= WATCH_INTERVAL_S:
+                self.look()
         with opened:
             self._stop(main, parent_id if told else os.getppid())
         logger.info("stopped")
@@ -2776,7 +2882,7 @@ def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], a
             super().signal_handler_interrupt(*arguments)
 
     Server("wallet", *address, interface="wsgi", workers=workers, http="1", websockets=False,
-           blocking_threads=GRANIAN_THREADS, backpressure=CONNECTIONS_MAX, backlog=CONNECTIONS_MAX,
+           blocking_threads=GRANIAN_THREADS, backpressure=CONNECTIONS_MAX + CONNECTIONS_SPARE, backlog=CONNECTIONS_MAX,
            workers_kill_timeout=STOP_TIMEOUT_S + 5,
            http1_settings=HTTP1Settings(header_read_timeout=int(IDLE_TIMEOUT_S * 1000),
                                         max_buffer_size=HEADER_BYTES_MAX),
