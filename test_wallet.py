@@ -2709,13 +2709,14 @@ def test_who_is_slow_or_idle_is_told_by_a_clock_that_nobody_sets(monkeypatch, ca
         monkeypatch.setattr(wallet_module._Server, "next_channel_cleanup", 0)
         monkeypatch.setattr(wallet_module._Channel, "last_activity", 0)
     with running() as url, connect(url) as idle, connect(url) as slow:
-        for wanted in (b"HTTP/1.1 200", b"" if careless else b"HTTP/1.1 200"):
-            idle.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
-            assert idle.recv(65536)[:12] == wanted
-            offset_s += DAY_S
-            send(url, "GET", "/livez")
+        answered = 0
+        with contextlib.suppress(OSError):
+            while answered < 20 and not idle.sendall(b"GET /livez HTTP/1.1\r\n\r\n") and idle.recv(65536):
+                answered, offset_s = answered + 1, offset_s + DAY_S
+                send(url, "GET", "/livez")
+        assert (answered < 20) == careless
         if not careless:
-            offset_s -= 2 * DAY_S
+            offset_s -= 20 * DAY_S
             assert send_slowly_until_closed(slow)
 
 
