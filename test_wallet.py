@@ -1132,8 +1132,8 @@ def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, by, kills,
     lost, doubled = crashes.finish()
     assert (crashes.lost, lost, doubled) == (0, 0, 0)
     after = {"the service": crashes.ready_s, "the database too": crashes.recovered_s}
-    report(f"{kills} kills, {crashes.count} acknowledged, {crashes.lost + lost} lost, {doubled} doubled,"
-           f" {crashes.sound} times seen that the file is sound"
+    report(f"{kills} kills, {crashes.count} acknowledged, {crashes.lost + lost} lost, {doubled} doubled"
+           + f", {crashes.sound} integrity checks ok" * (database is None)
            + "".join(f"; after a kill of {what} ready in {max(times):.2f} s at most, {statistics.median(times):.2f} s"
                      f" at the median of {len(times)}" for what, times in after.items() if times))
     if kills >= 50:
