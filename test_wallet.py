@@ -6420,17 +6420,20 @@ def run_schemathesis(folder, url, token, examples, *arguments):
         capture_output=True, text=True, cwd=folder, timeout=3600, env={**os.environ, "PYTHONWARNINGS": ""})
 
 
-@pytest.mark.parametrize(("serving", "examples"), [
-    ("waitress", 2), torture("waitress", 500), torture("granian", 500)], indirect=["serving"])
-def test_service_keeps_to_its_contract_whatever_schemathesis_sends(serving, file_wallet, tmp_path, examples, report):
+@pytest.mark.parametrize(("serving", "examples", "options"), [  # With a time, it begins anew until that is over.
+    ("waitress", 2, []), torture("waitress", 100, ["--max-time", "600"]),
+    torture("granian", 100, ["--max-time", "600"])], indirect=["serving"])
+def test_service_keeps_to_its_contract_whatever_schemathesis_sends(serving, file_wallet, tmp_path, examples, options,
+                                                                   report):
     ada, token = file_wallet.register("Ada")
     file_wallet.topup(ada.id, 10**12)
     with serving(file_wallet) as url:
-        done = run_schemathesis(tmp_path, url, token, examples, "--continue-on-failure")
+        done = run_schemathesis(tmp_path, url, token, examples, "--continue-on-failure", *options)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     generated = int(re.search(r"(\d+) generated", done.stdout)[1])
     scenarios, links = map(int, re.search(r"Scenarios: +(\d+)\s+API Links: +(\d+) covered", done.stdout).groups())
-    assert (generated > 300, scenarios >= 5, links >= (3 if examples == 2 else 15)) == (True, True, True), done.stdout
+    least = (5, 1) if examples == 2 else (50, 10)
+    assert (generated > 300, scenarios >= least[0], links >= least[1]) == (True, True, True), done.stdout
     report(f"{generated:,} requests, {scenarios:,} of its scenarios, {links} links, and the contract was kept")
 
 
