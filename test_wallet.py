@@ -54,6 +54,7 @@ import psycopg
 import pytest
 import yaml
 from bottle import Bottle
+from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -4068,6 +4069,140 @@ def test_request_id_is_echoed_if_it_is_sane(api, sent, echoed):
     assert (answer.headers["X-Request-Id"] == sent) == echoed
 
 
+ACCOUNT_ID, TRANSACTION_ID = "acc_" + "0" * 16, "txn_" + "0" * 16 + "_17"
+ANY_TEXT = st.text(st.characters(), max_size=600)  # Lone surrogates and NUL are among them.
+
+
+def like(*examples):
+    """Return a strategy for text: any, the examples, and these with something else in them or a part left out."""
+    example, place = st.sampled_from(examples), st.integers(0, 60)
+    changed = st.builds(lambda text, more, start, end: text[:start] + more + text[end:], example,
+                        st.sampled_from(["", "\0", "\n", " ", "-", "+", "9", "٣", "\ud800"]) | ANY_TEXT, place, place)
+    return example | changed | ANY_TEXT
+
+
+ANY_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | like("topup", "Ada", ACCOUNT_ID) |
+    st.sampled_from([1, 12, AMOUNT_MAX, AMOUNT_MAX + 1, 2**63, 10**30]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(like("order"), inner, max_size=3), max_leaves=4)
+GOOD_FIELDS = {"amount": 12, "description": "Order 17", "metadata": {"order": "17"}, "to": ACCOUNT_ID, "name": "Ada",
+               "account": ACCOUNT_ID, "type": "topup", "expires_in_s": 60}
+ANY_DOCUMENT = st.builds(
+    lambda names, changed: {**{name: GOOD_FIELDS[name] for name in names}, **changed},
+    st.just(["amount"]) | st.sets(st.sampled_from([*GOOD_FIELDS])),
+    st.dictionaries(st.sampled_from([*GOOD_FIELDS]) | ANY_TEXT, ANY_VALUE, max_size=2))
+ANY_BODY = st.binary(max_size=100) | like('{"amount": 1e5, "a": [NaN, "\\ud800"]}', "[" * 5000).map(
+    lambda text: text.encode(errors="surrogatepass")) | ANY_DOCUMENT.map(lambda document: json.dumps(document).encode())
+
+
+def is_line(value, maximum, minimum=0):
+    return minimum <= len(value) <= maximum and not re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", value)
+
+
+IS_WITHIN = {
+    "amount": lambda value: type(value) is int and 1 <= value <= AMOUNT_MAX,
+    "expires_in_s": lambda value: type(value) is int and 1 <= value <= 30 * 24 * 3600,
+    "description": lambda value: value is None or is_line(value, 500),
+    "metadata": lambda value: len(value) <= 20 and all(is_line(name, 40, 1) and is_line(one, 500)
+                                                       for name, one in value.items()),
+    "name": lambda value: is_line(value, 100, 1) and value == value.strip(),
+    "type": ("topup", "charge").__contains__,
+    **dict.fromkeys(["to", "account"], lambda value: bool(re.fullmatch("acc_[0-9A-Za-z]{16}", value))),
+}
+
+
+def is_within(fields):
+    return all(IS_WITHIN[name](value) or (name == "amount" and value is None) for name, value in fields.items())
+
+
+PARSERS = {  # What is tried, what parses it, and what holds for all that it returns.
+    "token": (like(WRONG_TOKEN), wallet_module.parse_token, lambda value, sent: value == "acc_" + sent[4:20]),
+    "authorization": (like(f"Bearer {WRONG_TOKEN}"), wallet_module.parse_authorization,
+                      lambda value, sent: value and sent.endswith(value)),
+    "account id": (like(ACCOUNT_ID) | ANY_VALUE, wallet_module.parse_account_id,
+                   lambda value, sent: value == sent and IS_WITHIN["to"](value)),
+    "entry id": (like(TRANSACTION_ID) | ANY_VALUE, partial(wallet_module.parse_entry_id, "txn", ACCOUNT_ID),
+                 lambda value, sent: 1 <= value < 2**63 and sent.endswith(f"_{value}")),
+    "cursor": (like(TRANSACTION_ID), partial(wallet_module.parse_cursor, "txn", ACCOUNT_ID),
+               lambda value, sent: 1 <= value < 2**63),
+    "time": (like("2026-11-22T09:30:00.123456Z", "0001-01-01t00:00:00+23:59", "9999-12-31 23:59:59-23:59") | ANY_VALUE |
+             st.datetimes(timezones=st.none() | st.just(timezone.utc)), wallet_module.parse_time,
+             lambda value, sent: type(value) is int and 1 <= wallet_module.as_time(value).year <= 9999),
+    "key": (like("order-17"), wallet_module.parse_key,
+            lambda value, sent: value == sent and re.fullmatch("[ -~]{1,255}|§[0-9a-f]{64}", value)),
+    "limit": (like("1", "100", "007") | ANY_VALUE, wallet_module.parse_limit, lambda value, sent: 1 <= value <= 100),
+    "query": (like("limit=5&cursor=x", "type=%F0%9F", "limit=1;type=2", "a=b=c&&"),
+              lambda text: wallet_module.parse_query(text, ["limit", "type"]),
+              lambda value, sent: value.keys() <= {"limit", "type"}),
+    "body": (ANY_BODY, lambda body: wallet_module.parse_body(
+        {"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}, {}),
+        lambda value, sent: isinstance(value, dict)),
+    "fields": (st.tuples(st.sampled_from(["NAME", "MOVEMENT", "PART", "TRANSFER", "HOLD"]), ANY_DOCUMENT),
+               lambda sent: wallet_module.parse_fields(getattr(wallet_module, sent[0]), sent[1]),
+               lambda value, sent: is_within(value) and value.keys() == getattr(wallet_module, sent[0]).keys()),
+    "batch": (st.lists(ANY_DOCUMENT, max_size=3) | ANY_VALUE,
+              lambda values: wallet_module.parse_batch(values, ACCOUNT_ID),
+              lambda value, sent: all(is_within({"amount": one.amount, "type": one.type}) for one in value)),
+}
+ANY_REQUEST = st.tuples(
+    st.sampled_from(["GET", "POST", "HEAD", "PUT"]) | ANY_TEXT,
+    st.deferred(lambda: st.sampled_from([path_of(rule.partition(" ")[2]) for rule in ROUTES])) | like(
+        "/api/transactions/txn_0_1", "/"),
+    st.just("") | like("limit=5", "at=2026-11-22T09:30:00Z"), ANY_BODY, st.none() | like("13"), like("order-17"))
+
+
+def check_parser(strategy, parse, holds, examples):
+    """Assert that whatever comes, it is refused as a client's error, or what is returned is within the rules."""
+
+    @hypothesis_settings(max_examples=examples, deadline=None, database=None, report_multiple_bugs=False,
+                         suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def check(sent):
+        value = status = None
+        try:
+            value = parse(sent)
+        except WalletError as error:
+            status = error.status
+        assert 400 <= status < 500 if status else holds(value, sent)
+
+    check()
+
+
+@pytest.mark.parametrize("examples", [30, torture(100_000)])
+@pytest.mark.parametrize("name", PARSERS)
+def test_whatever_comes_a_parser_returns_what_is_within_its_rules_or_refuses_it(name, examples, report):
+    check_parser(*PARSERS[name], examples)
+    report(f"{examples:,} examples, no fault, and none was taken that is out of the rules")
+
+
+@pytest.mark.parametrize("examples", [100, torture(100_000)])
+def test_whatever_request_comes_to_the_application_is_no_fault(examples, report):
+    def ask(request):
+        method, path, query, body, length, key = request
+        environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "HTTP_IDEMPOTENCY_KEY": key,
+                   "CONTENT_TYPE": "application/json", "CONTENT_LENGTH": length or str(len(body)),
+                   "HTTP_AUTHORIZATION": f"Bearer {token}", "HTTP_X_REQUEST_ID": path, "wsgi.input": io.BytesIO(body)}
+        b"".join(app(environ, lambda line, headers: statuses.update([int(line[:3])])))
+        return max(statuses)
+
+    statuses = Counter()
+    with Wallet() as wallet:
+        app, token = create_app(wallet), wallet.register("Ada")[1]
+        check_parser(ANY_REQUEST, ask, lambda highest, sent: highest < 500, examples)
+        check_books(wallet)
+    report(f"{examples:,} examples: {dict(statuses)}")
+
+
+@pytest.mark.parametrize(("name", "careless"), [
+    ("time", lambda value: wallet_module.as_us(datetime.fromisoformat(value))), ("limit", int),
+    ("key", lambda value: value),
+])
+def test_control_a_parser_that_lets_an_error_or_a_value_out_is_found(name, careless):
+    strategy, _, holds = PARSERS[name]
+    with pytest.raises((ValueError, TypeError, OverflowError, AssertionError)):
+        check_parser(strategy, careless, holds, 100)
+
+
 def connect(url, receive_buffer_bytes=None):
     parts = urlsplit(url)
     connection = socket.socket()
@@ -7530,23 +7665,52 @@ checks.positive_data_acceptance.expected-statuses = {statuses}
 """ for path, statuses in REFUSED.items())
 
 
-def test_service_keeps_to_its_contract_whatever_schemathesis_sends(tmp_path):
+def run_schemathesis(folder, url, token, examples, *arguments):
+    """Return what schemathesis says of a server. Its stateful phase makes requests of what earlier answers had."""
     # Replacing the token would end the rest: other tests do that.
-    (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
+    phases = f"[phases.stateful]\ngeneration.max-examples = {5 * examples}\n"
+    if examples < 10:  # All that is wrong on purpose would take most of the time: fuzzing sends some of it too.
+        phases += '[phases.coverage]\ngeneration.mode = "positive"\n'
+    (folder / "schemathesis.toml").write_text(phases + SCHEMATHESIS)
     strict = yaml.safe_load((HERE / "openapi.yaml").read_text())
     for item in strict["paths"].values():
         for operation in item.values():
             del operation["responses"]["default"]  # Every status must be one that the operation names.
-    (tmp_path / "openapi.json").write_text(json.dumps(strict))
-    with Wallet() as wallet, running(wallet) as url:
-        ada, token = wallet.register("Ada")
-        wallet.topup(ada.id, 10**12)
-        done = subprocess.run(
-            [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", url, "--checks", "all",
-             "--output-sanitize=false",
-             "--max-examples", "15", "--continue-on-failure", "--no-color", "--seed", "1",
-             "--header", f"Authorization: Bearer {token}"],
-            capture_output=True, text=True, cwd=tmp_path, timeout=300, env={**os.environ, "PYTHONWARNINGS": ""})
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-        assert int(re.search(r"(\d+) generated", done.stdout)[1]) > 300
-        check_books(wallet)
+    (folder / "openapi.json").write_text(json.dumps(strict))
+    return subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", url, "--checks", "all",
+         "--output-sanitize=false", "--max-examples", str(examples), "--no-color", "--seed", "1",
+         "--header", f"Authorization: Bearer {token}", *arguments],
+        capture_output=True, text=True, cwd=folder, timeout=3600, env={**os.environ, "PYTHONWARNINGS": ""})
+
+
+@pytest.mark.parametrize(("serving", "examples", "options"), [  # With a time, it begins anew until that is over.
+    ("waitress", 2, []), torture("waitress", 100, ["--max-time", "600"]),
+    torture("granian", 100, ["--max-time", "600"])], indirect=["serving"])
+def test_service_keeps_to_its_contract_whatever_schemathesis_sends(serving, file_wallet, tmp_path, examples, options,
+                                                                   report):
+    ada, token = file_wallet.register("Ada")
+    file_wallet.topup(ada.id, 10**12)
+    with serving(file_wallet) as url:
+        done = run_schemathesis(tmp_path, url, token, examples, "--continue-on-failure", *options)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    generated = int(re.search(r"(\d+) generated", done.stdout)[1])
+    scenarios, links = map(int, re.search(r"Scenarios: +(\d+)\s+API Links: +(\d+) covered", done.stdout).groups())
+    least = (5, 1) if examples == 2 else (50, 10)
+    assert (generated > 300, scenarios >= least[0], links >= least[1]) == (True, True, True), done.stdout
+    report(f"{generated:,} requests, {scenarios:,} of its scenarios, {links} links, and the contract was kept")
+
+
+@pytest.mark.parametrize("serving", ["waitress"], indirect=True)
+def test_control_a_fault_behind_an_earlier_answer_is_found_by_schemathesis(serving, file_wallet, tmp_path, monkeypatch):
+    def careless(wallet, account_id, hold_id, **options):
+        wallet.get_hold(account_id, hold_id)
+        raise RuntimeError
+
+    monkeypatch.setattr(Wallet, "release", careless)
+    ada, token = file_wallet.register("Ada")
+    file_wallet.topup(ada.id, 10**12)
+    with serving(file_wallet) as url:
+        done = run_schemathesis(tmp_path, url, token, 2, "--phases", "stateful", "--no-shrink",
+                                 "--max-failures", "1", "--include-path-regex", "^/api/holds/.*/release|^/api/holds$")
+    assert (done.returncode, "Server error" in done.stdout) == (1, True), done.stdout[-5000:] + done.stderr[-2000:]
