@@ -4168,14 +4168,14 @@ def check_parser(strategy, parse, holds, examples):
     check()
 
 
-@pytest.mark.parametrize("examples", [30, torture(100_000)])
+@pytest.mark.parametrize("examples", [30, torture(20_000)])
 @pytest.mark.parametrize("name", PARSERS)
 def test_whatever_comes_a_parser_returns_what_is_within_its_rules_or_refuses_it(name, examples, report):
     check_parser(*PARSERS[name], examples)
     report(f"{examples:,} examples, no fault, and none was taken that is out of the rules")
 
 
-@pytest.mark.parametrize("examples", [100, torture(100_000)])
+@pytest.mark.parametrize("examples", [100, torture(20_000)])
 def test_whatever_request_comes_to_the_application_is_no_fault(examples, report):
     def ask(request):
         method, path, query, body, length, key = request
@@ -7685,8 +7685,8 @@ def run_schemathesis(folder, url, token, examples, *arguments):
 
 
 @pytest.mark.parametrize(("serving", "examples", "options"), [  # With a time, it begins anew until that is over.
-    ("waitress", 2, []), torture("waitress", 100, ["--max-time", "600"]),
-    torture("granian", 100, ["--max-time", "600"])], indirect=["serving"])
+    ("waitress", 2, []), torture("waitress", 100, ["--max-time", "240"]),
+    torture("granian", 100, ["--max-time", "240"])], indirect=["serving"])
 def test_service_keeps_to_its_contract_whatever_schemathesis_sends(serving, file_wallet, tmp_path, examples, options,
                                                                    report):
     ada, token = file_wallet.register("Ada")
