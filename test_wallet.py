@@ -1368,6 +1368,182 @@ def test_full_disk_refuses_clearly_loses_nothing_and_is_got_over(tmp_path):
     assert re.search(r"refused [1-9]", done.stdout)
 
 
+# Faults one at a time: each run of this makes one call of the system fail, and says what became of it.
+FAULTY = r"""
+import contextlib, fcntl, io, json, logging, mmap, os, sys, wallet
+from pathlib import Path
+from wsgiref.util import setup_testing_defaults
+
+class Careless(wallet.SQLiteDatabase):
+    # Takes every commit for done: the mistake that a fault must find.
+    def _try_commit(self, batch):
+        super()._try_commit(batch)
+
+folder, failing = Path(sys.argv[1]), json.loads(sys.argv[2])
+wallet.SQLITE_CHECKPOINT_PAGES = 8
+if sys.argv[3:]:
+    wallet.SQLiteDatabase = Careless
+logging.basicConfig(handlers=[logging.NullHandler()])
+burnt = os.open(folder / "burnt", os.O_RDWR | os.O_CREAT)
+os.write(burnt, bytes(4096))
+CALLS = {
+    "pwrite64": lambda: os.pwrite(burnt, b"x", 0),
+    "fdatasync": lambda: os.fdatasync(burnt),
+    "fsync": lambda: os.fsync(burnt),
+    "ftruncate": lambda: os.ftruncate(burnt, 4096),
+    "pread64": lambda: os.pread(burnt, 1, 0),
+    "openat": lambda: os.close(os.open(folder / "burnt", os.O_RDWR)),
+    "mmap": lambda: mmap.mmap(burnt, 1),
+    "fcntl": lambda: fcntl.fcntl(burnt, fcntl.F_GETFD),
+    "unlink": lambda: (folder / "missing").unlink(missing_ok=True),
+}
+
+def in_child(function, *arguments):
+    # strace counts the calls of each process anew.
+    here, there = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.write(there, json.dumps(function(*arguments)).encode())
+        finally:
+            os._exit(0)
+    os.close(there)
+    with open(here) as answer:
+        text = answer.read()
+    os.wait()
+    return text
+
+def prepare():
+    for file in folder.glob("*.db*"):
+        file.unlink()
+    killed = wallet.Wallet(f"sqlite:///{folder}/killed.db")
+    for _ in range(3):
+        killed.topup(killed.register("Eve")[0].id, 1)
+
+def run(call, number):
+    answers, starts = [], []
+
+    def work(app, *_):
+        def ask(method, path, body=None):
+            raw, statuses, environ = json.dumps(body).encode(), [], {}
+            setup_testing_defaults(environ)
+            environ.update({"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.input": io.BytesIO(raw),
+                            "HTTP_AUTHORIZATION": f"Bearer {token}", "HTTP_IDEMPOTENCY_KEY": f"key-{key}"})
+            if body:
+                environ.update({"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(raw))})
+            document = json.loads(b"".join(app(environ, lambda status, *_: statuses.append(int(status[:3])))))
+            answers.append((len(starts), method, statuses[0], document))
+            return statuses[0] < 300, document
+
+        def insist(path, body):
+            done, document = ask("POST", path, body)
+            if token:
+                ask("GET", "/api/account")
+            return document if done else ask("POST", path, body)[1]
+
+        token = key = None
+        bob = insist("/api/register", {"name": "Bob"})["id"]
+        token = insist("/api/register", {"name": "Ada"})["token"]
+        for key, (path, body) in enumerate([
+                ("topup", {"amount": 100}), ("charge", {"amount": 7}), ("transfer", {"amount": 5, "to": bob}),
+                ("batch", {"transactions": [{"type": "topup", "amount": 1}] * 3}), *[("topup", {"amount": 1})] * 4]):
+            insist(f"/api/transactions/{path}", body)
+
+    wallet.serve = work
+    for _ in range(failing[call] - number):
+        CALLS[call]()
+    for name in "killed", "new":
+        while len(starts) < 4 and (not starts or starts[-1][0] != name or starts[-1][1] == 2):
+            with contextlib.redirect_stderr(io.StringIO()) as told:
+                code = wallet.main(["--dsn", f"sqlite:///{folder}/{name}.db", "--port", "0"])
+            starts.append((name, code, told.getvalue()))
+    try:
+        CALLS[call]()
+    except OSError:  # It was not this run's fault that nothing failed.
+        return {"faulted": False, "starts": starts, "answers": answers}
+    return {"faulted": True, "starts": starts, "answers": answers}
+
+for line in sys.stdin:
+    call, number = line.split()
+    in_child(prepare)
+    print(in_child(run, call, int(number)), flush=True)
+"""
+# The calls of the system by which SQLite uses a file, each with a number that is more than a run makes.
+FAULTS = {"pwrite64": 400, "fdatasync": 100, "fsync": 100, "ftruncate": 25, "pread64": 250, "openat": 30, "mmap": 10,
+          "fcntl": 1000, "unlink": 15}
+
+
+@contextmanager
+def faulty_disk(folder, error, calls, *careless):
+    """Yield a function that uses wallets in a folder while the so-manieth call of a kind fails, and tells what came."""
+    names = [f"{name}.db{end}" for name in ("killed", "new") for end in ("", "-wal", "-shm", "-journal")]
+    options = [option for name in ["", "burnt", "missing", *names] for option in ("-P", str(folder / name))]
+    options += [option for call in calls for option in ("-e", f"inject={call}:error={error}:when={FAULTS[call]}")]
+    command = strace("--seccomp-bpf", "-o", "/dev/null", "-e", f"trace={','.join(calls)}", *options)
+    with subprocess.Popen([*command, sys.executable, "-c", FAULTY, str(folder), json.dumps(FAULTS), *careless],
+                          text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as process:
+
+        def run(call, number):
+            print(call, number, file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield run
+
+
+def judge(folder, outcome):
+    """Assert that one fault did no harm, and that all went on at once. Return how many starts and requests failed."""
+    failed_starts = [start for start in outcome["starts"] if start[1] != 0]
+    assert all(code == 2 and re.fullmatch("wallet: .+\n", told) for _, code, told in failed_starts), failed_starts
+    failed = [answer for answer in outcome["answers"] if answer[2] >= 300]
+    assert all(status == 503 for _, _, status, _ in failed), failed
+    assert len(failed_starts) + len(failed) <= outcome["faulted"], (failed_starts, failed)
+    for name, before in ("killed", 3), ("new", 0):
+        done = [answer for start, method, status, answer in outcome["answers"]
+                if method == "POST" and status == 201 and outcome["starts"][start][0] == name]
+        movements = [one for answer in done for one in answer.get("transactions", [answer]) if "amount" in one]
+        with Wallet(f"sqlite:///{folder}/{name}.db") as wallet:
+            check_books(wallet)
+            rows = wallet.database.read(lambda tx: tx("SELECT account_id, sequence, amount, balance FROM transactions"))
+        found = {f"txn_{id[4:]}_{sequence}": (amount, balance) for id, sequence, amount, balance in rows}
+        assert all(found.get(one["id"]) == (one["amount"], one["balance"]) for one in movements)
+        assert len(found) == before + len(movements) + sum(one["type"] == "transfer_out" for one in movements)
+        assert len(movements) == 10
+    return Counter(runs=1, starts=len(failed_starts), requests=len(failed))
+
+
+SOME_FAULTS = {"pwrite64": (60, 150, 250), "fdatasync": (20, 45), "ftruncate": (10,), "pread64": (50, 120)}
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace: apt install strace")
+@pytest.mark.parametrize("error", ["EIO", torture("EIO"), torture("ENOSPC")])
+def test_any_one_call_that_fails_is_503_at_most_and_all_goes_on_at_once(tmp_path, request, error, report):
+    counts = Counter()
+    if not request.node.get_closest_marker("torture"):
+        with faulty_disk(tmp_path, error, SOME_FAULTS) as run:
+            for call, numbers in SOME_FAULTS.items():
+                for number in numbers:
+                    outcome = run(call, number)
+                    assert outcome["faulted"]
+                    judge(tmp_path, outcome)
+        return
+    for call in FAULTS:
+        with faulty_disk(tmp_path, error, [call]) as run:
+            for number in range(1, FAULTS[call]):
+                outcome = run(call, number)
+                found = judge(tmp_path, outcome)
+                counts += found + Counter({call: 1})
+                if not outcome["faulted"]:
+                    break
+            assert not outcome["faulted"]  # Each was made to fail once.
+    report(f"{error}: {dict(counts)}")
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace: apt install strace")
+def test_control_a_wallet_that_takes_every_commit_for_done_loses_what_was_answered(tmp_path):
+    with faulty_disk(tmp_path, "EIO", ["fdatasync"], "careless") as run, pytest.raises(AssertionError):
+        for number in range(20, 30):
+            judge(tmp_path, run("fdatasync", number))
+
+
 def test_database_that_is_full_is_unavailable_and_changes_nothing(sqlite_wallet):
     wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
     pages = wallet.database._writer.execute("PRAGMA page_count").fetchone()[0]
