@@ -1185,7 +1185,7 @@ def test_power_cut_at_any_moment_loses_nothing_that_was_answered(fast_path, sync
         folder, chance = fast_path / str(number), random.Random(number)
         (folder / "data").mkdir(parents=True)
         dsn = f"sqlite:///{folder}/data/wallet.db"
-        events = record(dsn, folder, program, kills=[30 + number % 20] if synchronous == "FULL" else [])
+        events = record(dsn, folder, program, kills=[33 + number % 20] if synchronous == "FULL" else [])
         shutil.rmtree(folder)
         found, errors = replay(events, images, left, chance)
         counts, broken = counts + found + Counter(event[1] for event in events), broken + errors
