@@ -337,6 +337,13 @@ def file_dsn(tmp_path):
     return f"sqlite:///{tmp_path}/wallet.db"
 
 
+@pytest.fixture
+def fast_path():
+    """A folder in memory where there is one, in which a sync takes no time."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session")
 def kept_schema(request):
     """The DSN of a schema whose tables one test after another uses, and leaves empty: to make them takes long."""
@@ -1310,7 +1317,7 @@ def record(dsn, folder, program, kills):
         # Where strace looks at some calls only, it is fast and sends no signals.
         ending = ["-e", f"inject=fsync,fdatasync:signal=KILL:when={kill}"] if kill else ["--seccomp-bpf"]
         tracing = strace("-y", "-xx", "-s", "1000000", "-A", "-o", str(folder / "trace"), "-e", f"trace={STRACED}")
-        with served("--dsn", dsn, "--log-level", "error", "--threads", "3", program=program,
+        with served("--dsn", dsn, "--log-level", "error", "--threads", "1" if kill else "3", program=program,
                     under=[*tracing, *ending]) as server:
             tokens = tokens or [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in done]
             for more in 1, 500 if kill else 12:  # First, what was not answered before.
@@ -1362,22 +1369,23 @@ def replay(events, images, folder, chance):
     ("FULL", 1, 150), ("NORMAL", 1, 30),
     pytest.param("FULL", 40, 500, marks=pytest.mark.torture), pytest.param("NORMAL", 4, 500, marks=pytest.mark.torture),
 ])
-def test_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path, synchronous, recordings, images, report):
+def test_power_cut_at_any_moment_loses_nothing_that_was_answered(fast_path, synchronous, recordings, images, report):
     program = ("-c", SYNCHRONOUS.format(synchronous)) if synchronous != "FULL" else limited(SQLITE_CHECKPOINT_PAGES=20)
+    left = fast_path / "left"
+    left.mkdir()
     counts, broken = Counter(), []
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as left:
-        for number in range(recordings):
-            folder, chance = tmp_path / str(number), random.Random(number)
-            (folder / "data").mkdir(parents=True)
-            dsn = f"sqlite:///{folder}/data/wallet.db"
-            events = record(dsn, folder, program, kills=[30 + number % 20] if synchronous == "FULL" else [])
-            shutil.rmtree(folder)
-            found, errors = replay(events, images, Path(left), chance)
-            counts, broken = counts + found + Counter(event[1] for event in events), broken + errors
-            # A disk that says that it has synced the database, and has not, would lose some.
-            unsynced = [event for event in events if event[1:3] != ("sync", "wallet.db")][:len(events) // 3]
-            lying, errors = replay(unsynced, 0, Path(left), chance)
-            assert lying["lost"] or errors
+    for number in range(recordings):
+        folder, chance = fast_path / str(number), random.Random(number)
+        (folder / "data").mkdir(parents=True)
+        dsn = f"sqlite:///{folder}/data/wallet.db"
+        events = record(dsn, folder, program, kills=[33 + number % 20] if synchronous == "FULL" else [])
+        shutil.rmtree(folder)
+        found, errors = replay(events, images, left, chance)
+        counts, broken = counts + found + Counter(event[1] for event in events), broken + errors
+        # A disk that says that it has synced the database, and has not, would lose some.
+        unsynced = [event for event in events if event[1:3] != ("sync", "wallet.db")][:len(events) // 3]
+        lying, errors = replay(unsynced, 0, left, chance)
+        assert lying["lost"] or errors
     report(f"{synchronous}: {counts['images']:,} power cuts among {counts['write']:,} writes, {counts['sync']:,} syncs"
            f" and {counts['answer']:,} answers: {counts['lost']:,} answers lost, {len(broken)} wallets broken")
     assert (counts["lost"] > 0) == (synchronous != "FULL")
@@ -1525,40 +1533,251 @@ def test_commit_that_fails_once_is_decided_by_running_it_again(file_wallet):
     assert file_wallet.account(ada.id).name == "Grace"
 
 
-FULL_DISK = """
-import contextlib, sys, wallet
-folder = sys.argv[1]
-with wallet.Wallet(f"sqlite:///{folder}/wallet.db") as w:
-    ada, _ = w.register("Ada")
-    acknowledged, refused = 0, 0
-    ballast = open(f"{folder}/ballast", "wb", buffering=0)
-    with contextlib.suppress(OSError):
-        while True: ballast.write(bytes(4096))
-    for _ in range(50):
-        try:
-            w.topup(ada.id, 1)
-            acknowledged += 1
-        except wallet.OutcomeUnknown: raise
-        except wallet.Unavailable as error:
-            assert "full" in str(error), error
-            refused += 1
-            assert w.account(ada.id).balance == acknowledged
-    assert refused > 0
-    ballast.truncate(0)
-    assert w.topup(ada.id, 1).balance == acknowledged + 1
-    print("refused", refused)
+CARELESS = """
+class Careless(wallet.SQLiteDatabase):
+    # Takes every commit for done: the mistake that a full disk and a fault must find.
+    def _try_commit(self, batch):
+        super()._try_commit(batch)
 """
 
 
+@contextmanager
+def small_disk(folder, by, careless=False):
+    """Serve clients from a disk of 4 MB. Yield them, and a function that fills it for as long as its block runs."""
+    mount = f'mount -t tmpfs -o size=4m wallet {folder} && exec "$@"'
+    mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    tried = subprocess.run([*mounted, "true"], capture_output=True, text=True, timeout=60)
+    if tried.returncode:
+        pytest.skip(f"this machine lets nobody mount: {tried.stderr.strip()}")
+    # The log must not fill the disk by itself, as it would in service with a disk of less than some 20 MB.
+    program = f"import sys, wallet\nwallet.SQLITE_CHECKPOINT_PAGES = 100{CARELESS}"
+    program += f"{'wallet.SQLiteDatabase = Careless' if careless else ''}\nsys.exit(wallet.main())"
+    with served("--dsn", f"sqlite:///{folder}/wallet.db", "--server", by, "--log-level", "error",
+                program=("-c", program), under=mounted) as server:
+        # SQLite would follow this link to the folder without the disk.
+        inside = Path(f"/proc/{server.pid}/root{folder}")
+        tokens = [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
+        with open(inside / "ballast", "wb", buffering=0) as ballast:
+
+            @contextmanager
+            def filled():
+                with contextlib.suppress(OSError):
+                    while True:
+                        ballast.write(bytes(4096))
+                yield
+                ballast.truncate(0)
+
+            load = Load(server.url, tokens)
+            try:
+                load.wait_for_more()
+                yield load, filled
+            finally:
+                load.stop()
+        for name in "wallet.db", "wallet.db-wal":
+            shutil.copy(inside / name, folder / f"copy-of-{name}")
+
+
 @pytest.mark.skipif(not shutil.which("unshare"), reason="a small disk of its own needs Linux and unshare")
-def test_full_disk_refuses_clearly_loses_nothing_and_is_got_over(tmp_path):
-    mount = f'mount -t tmpfs -o size=1m wallet {tmp_path} && exec "$0" -c "$1" {tmp_path}'
-    done = subprocess.run(["unshare", "--map-root-user", "--mount", "sh", "-c", mount, sys.executable, FULL_DISK],
-                          capture_output=True, text=True, env=environment(), timeout=60)
-    if done.returncode and "unshare" in done.stderr:
-        pytest.skip(f"this machine lets nobody mount: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"refused [1-9]", done.stdout)
+@pytest.mark.parametrize("times", [1, torture(50)])
+@pytest.mark.parametrize("by", SERVERS)
+def test_full_disk_refuses_clearly_loses_nothing_and_is_got_over(tmp_path, by, times, report):
+    reads, waits = 0, []
+    with small_disk(tmp_path, by) as (load, filled):
+        for _ in range(times):
+            refused = len(load.open) + 20
+            with filled():
+                while len(load.open) < refused:
+                    assert send(load.url, "GET", "/api/account", token=load.tokens[reads % 4])[0] == 200
+                    reads += 1
+            waits.append(load.wait_for_more(count=1))
+    assert load.check(f"sqlite:///{tmp_path}/copy-of-wallet.db") == 0
+    report(f"full {times} times, {len(load.kept):,} answered, {len(load.open):,} refused {load.statuses}, {reads:,}"
+           f" reads meanwhile, writing again after {max(waits):.2f} s at most")
+    assert max(waits) < (1 if times > 1 else 10)
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="a small disk of its own needs Linux and unshare")
+def test_control_a_wallet_that_takes_every_commit_for_done_loses_some_on_a_full_disk(tmp_path):
+    with small_disk(tmp_path, "waitress", careless=True) as (load, filled), filled():
+        load.wait_for_more(150)
+    assert load.check(f"sqlite:///{tmp_path}/copy-of-wallet.db") > 0
+
+
+# Faults one at a time: each run of this makes one call of the system fail, and says what became of it.
+FAULTY = """
+import contextlib, fcntl, io, json, logging, mmap, os, sys, wallet
+from pathlib import Path
+from wsgiref.util import setup_testing_defaults
+""" + CARELESS + """
+folder, failing = Path(sys.argv[1]), json.loads(sys.argv[2])
+wallet.SQLITE_CHECKPOINT_PAGES = 8
+if sys.argv[3:]:
+    wallet.SQLiteDatabase = Careless
+logging.basicConfig(handlers=[logging.NullHandler()])
+burnt = os.open(folder / "burnt", os.O_RDWR | os.O_CREAT)
+os.write(burnt, bytes(4096))
+CALLS = {
+    "pwrite64": lambda: os.pwrite(burnt, b"x", 0),
+    "fdatasync": lambda: os.fdatasync(burnt),
+    "fsync": lambda: os.fsync(burnt),
+    "ftruncate": lambda: os.ftruncate(burnt, 4096),
+    "pread64": lambda: os.pread(burnt, 1, 0),
+    "openat": lambda: os.close(os.open(folder / "burnt", os.O_RDWR)),
+    "mmap": lambda: mmap.mmap(burnt, 1),
+    "fcntl": lambda: fcntl.fcntl(burnt, fcntl.F_GETFD),
+    "unlink": lambda: (folder / "missing").unlink(missing_ok=True),
+}
+
+def in_child(function, *arguments):
+    # strace counts the calls of each process anew.
+    here, there = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.write(there, json.dumps(function(*arguments)).encode())
+        finally:
+            os._exit(0)
+    os.close(there)
+    with open(here) as answer:
+        text = answer.read()
+    os.wait()
+    return text
+
+def prepare():
+    for file in folder.glob("*.db*"):
+        file.unlink()
+    killed = wallet.Wallet(f"sqlite:///{folder}/killed.db")
+    for _ in range(3):
+        killed.topup(killed.register("Eve")[0].id, 1)
+
+def run(call, number):
+    answers, starts = [], []
+
+    def work(app, *_):
+        def ask(method, path, body=None):
+            raw, statuses, environ = json.dumps(body).encode(), [], {}
+            setup_testing_defaults(environ)
+            environ.update({"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.input": io.BytesIO(raw),
+                            "HTTP_AUTHORIZATION": f"Bearer {token}", "HTTP_IDEMPOTENCY_KEY": f"key-{key}"})
+            if body:
+                environ.update({"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(raw))})
+            document = json.loads(b"".join(app(environ, lambda status, *_: statuses.append(int(status[:3])))))
+            answers.append((len(starts), method, statuses[0], document))
+            return statuses[0] < 300, document
+
+        def insist(path, body):
+            done, document = ask("POST", path, body)
+            if token:
+                ask("GET", "/api/account")
+            return document if done else ask("POST", path, body)[1]
+
+        token = key = None
+        bob = insist("/api/register", {"name": "Bob"})["id"]
+        token = insist("/api/register", {"name": "Ada"})["token"]
+        for key, (path, body) in enumerate([
+                ("topup", {"amount": 100}), ("charge", {"amount": 7}), ("transfer", {"amount": 5, "to": bob}),
+                ("batch", {"transactions": [{"type": "topup", "amount": 1}] * 3}), *[("topup", {"amount": 1})] * 4]):
+            insist(f"/api/transactions/{path}", body)
+
+    wallet.serve = work
+    for _ in range(failing[call] - number):
+        CALLS[call]()
+    for name in "killed", "new":
+        while len(starts) < 4 and (not starts or starts[-1][0] != name or starts[-1][1] == 2):
+            with contextlib.redirect_stderr(io.StringIO()) as told:
+                code = wallet.main(["--dsn", f"sqlite:///{folder}/{name}.db", "--port", "0"])
+            starts.append((name, code, told.getvalue()))
+    try:
+        CALLS[call]()
+    except OSError:  # It was not this run's fault that nothing failed.
+        return {"faulted": False, "starts": starts, "answers": answers}
+    return {"faulted": True, "starts": starts, "answers": answers}
+
+for line in sys.stdin:
+    call, number = line.split()
+    in_child(prepare)
+    print(in_child(run, call, int(number)), flush=True)
+"""
+# The calls of the system by which SQLite uses a file, each with a number that is more than a run makes.
+FAULTS = {"pwrite64": 360, "fdatasync": 100, "fsync": 100, "ftruncate": 25, "pread64": 250, "openat": 30, "mmap": 10,
+          "fcntl": 1000, "unlink": 15}
+
+
+@contextmanager
+def faulty_disk(folder, error, calls, *careless):
+    """Yield a function that uses wallets in a folder while the so-manieth call of a kind fails, and tells what came."""
+    names = [f"{name}.db{end}" for name in ("killed", "new") for end in ("", "-wal", "-shm", "-journal")]
+    options = [option for name in ["", "burnt", "missing", *names] for option in ("-P", str(folder / name))]
+    options += [option for call in calls for option in ("-e", f"inject={call}:error={error}:when={FAULTS[call]}")]
+    command = strace("--seccomp-bpf", "-o", "/dev/null", "-e", f"trace={','.join(calls)}", *options)
+    with subprocess.Popen([*command, sys.executable, "-c", FAULTY, str(folder), json.dumps(FAULTS), *careless],
+                          text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as process:
+
+        def run(call, number):
+            print(call, number, file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield run
+
+
+def judge(folder, outcome):
+    """Assert that one fault did no harm, and that all went on at once. Return how many starts and requests failed."""
+    failed_starts = [start for start in outcome["starts"] if start[1] != 0]
+    assert all(code == 2 and re.fullmatch("wallet: .+\n", told) for _, code, told in failed_starts), failed_starts
+    failed = [answer for answer in outcome["answers"] if answer[2] >= 300]
+    assert all(status == 503 for _, _, status, _ in failed), failed
+    assert len(failed_starts) + len(failed) <= outcome["faulted"], (failed_starts, failed)
+    answered, lost = 0, 0
+    for name, before in ("killed", 3), ("new", 0):
+        done = [answer for start, method, status, answer in outcome["answers"]
+                if method == "POST" and status == 201 and outcome["starts"][start][0] == name]
+        movements = [one for answer in done for one in answer.get("transactions", [answer]) if "amount" in one]
+        with Wallet(f"sqlite:///{folder}/{name}.db") as wallet:
+            check_books(wallet)
+            rows = wallet.database.read(lambda tx: tx("SELECT account_id, sequence, amount, balance FROM transactions"))
+        found = {f"txn_{id[4:]}_{sequence}": (amount, balance) for id, sequence, amount, balance in rows}
+        lost += sum(found.get(one["id"]) != (one["amount"], one["balance"]) for one in movements)
+        answered += len(movements)
+        assert len(found) == before + len(movements) + sum(one["type"] == "transfer_out" for one in movements)
+    assert (answered, lost) == (20, 0)
+    return Counter(faults=outcome["faulted"], starts=len(failed_starts), requests=len(failed), answered=answered,
+                   lost=lost)
+
+
+def sweep(folder, error, numbers, *careless):
+    """Let each of these calls fail, of a kind as many as there are. Return how many faults, starts and requests did."""
+    counts = Counter()
+    with faulty_disk(folder, error, numbers, *careless) as run:
+        for call in numbers:
+            for number in numbers[call]:
+                outcome = run(call, number)
+                counts += judge(folder, outcome)
+                if not outcome["faulted"]:
+                    break
+    return counts
+
+
+SOME_FAULTS = {"pwrite64": (60, 150, 250), "fdatasync": (20, 45), "ftruncate": (10,), "pread64": (50, 120)}
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace: apt install strace")
+def test_any_one_call_that_fails_is_503_at_most_and_all_goes_on_at_once(fast_path):
+    assert sweep(fast_path, "EIO", SOME_FAULTS)["faults"] == sum(map(len, SOME_FAULTS.values()))
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace: apt install strace")
+def test_control_a_wallet_that_takes_every_commit_for_done_loses_some_at_a_fault(fast_path):
+    with pytest.raises(AssertionError):
+        sweep(fast_path, "EIO", {"fdatasync": range(20, 40)}, "careless")
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace: apt install strace")
+@pytest.mark.parametrize("error", [torture("EIO"), torture("ENOSPC")])
+@pytest.mark.parametrize("call", FAULTS)
+def test_every_call_that_may_fail_does_so_once_and_no_harm_is_done(fast_path, call, error, report):
+    counts = sweep(fast_path, error, {call: range(1, FAULTS[call])})
+    assert counts["faults"] < FAULTS[call] - 1  # There were no more.
+    report(f"{counts['faults']:,} faults, one at a time: {counts['starts']} starts and {counts['requests']} requests"
+           f" refused as they should be, {counts['answered']:,} movements answered, {counts['lost']} lost")
 
 
 def test_database_that_is_full_is_unavailable_and_changes_nothing(sqlite_wallet):
