@@ -5337,6 +5337,8 @@ def test_slow_clients_make_room_for_others(serving, careless):
 @pytest.mark.parametrize("by", SERVERS)
 def test_service_is_available_to_others_under_slowhttptest(file_dsn, report, by, mode, path):
     with served("--dsn", file_dsn, "--server", by, "--log-level", "warning") as server:
+        for process in {server.pid, *workers_of(server)}:
+            resource.prlimit(process, resource.RLIMIT_NOFILE, (1024, 1024))  # The usual limit.
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
         parts, ended, waits_s = urlsplit(server.url), threading.Event(), {"kept": [], "new": []}
 

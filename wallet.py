@@ -121,9 +121,9 @@ BODY_BYTES_MAX = 64 * 1024  # More than any valid body, unless most of it is esc
 BATCH_BODY_BYTES_MAX = 1024 * 1024  # A kilobyte for each movement of a batch.
 HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
 JSON_DEPTH_MAX = 10  # Arrays and objects in each other, of which a batch has four. Parsers recurse as deep.
-CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files to a process. When they are in use, and one more
-CONNECTIONS_SPARE = 64  # comes, so many make room: those whose clients have taken most of the time that they have, and
-PATIENCE = 0.01  # more than this share of it: a tenth of a second for a request, more to read, or between two requests.
+CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files to a process.
+CONNECTIONS_SPARE = 64  # So many are closed when one too many comes: where clients have used up most of their time, and
+PATIENCE = 0.01  # more than this share of it: a tenth of a second to send, 0.3 to read, 0.6 between two requests.
 REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last: slow senders must not use up the connections.
 ANSWER_TIMEOUT_S = 30  # For an answer to be taken, or UNREAD_BYTES_MAX of a longer one: nor must slow readers.
 UNREAD_BYTES_MAX = 256 * 1024  # Of a client with more answers than this waiting, no further request is served.
@@ -133,11 +133,11 @@ SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
 STOP_IDLE_S = 0.5  # A connection that was in use so recently may be sending its next request.
-QUEUE_MAX = 100  # Requests that wait for a thread, when none was free for QUEUE_STALL_S: one more is refused at once.
-QUEUE_STALL_S = 1  # (At full speed each connection has one that waits, but for some hundredths of a second.)
-QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread, which has DATABASE_TIMEOUT_S: in vain, and it is refused.
+QUEUE_MAX = 100  # Requests that wait for a thread of waitress. One more is refused at once if the first of them has
+QUEUE_STALL_S = 2  # waited for so long: at full speed each connection has one that waits, but for a moment only.
+QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take, DATABASE_TIMEOUT_S.
 GRANIAN_THREADS = 64  # As many may wait for their commit, the database or a slow sender; they share commits.
-GRANIAN_WORKING_MAX = 56  # Of these, when they are stuck for QUEUE_STALL_S: the others are there to refuse at once.
+GRANIAN_WORKING_MAX = 56  # Of these, once they take more than QUEUE_STALL_S: the others refuse what is too much.
 WATCH_INTERVAL_S = 1  # Between two looks at Granian's connections,
 GLANCE_INTERVAL_S = 0.05  # and between two glances at whether there are too many, so that it takes another look.
 
@@ -2353,7 +2353,7 @@ class _Channel(HTTPChannel):
                     or self.will_close or self.close_when_flushed)
 
     def lateness(self, now: float) -> float:
-        """Return how much of the time has gone that the client has to send a request, to read or to go on, up to 1."""
+        """Return which share of its time the client has used up: to send a request, to read its answer, or to go on."""
         if not self.total_outbufs_len:
             self.flushed = now
         if self.request and not self.lingering and (self.requests or self.total_outbufs_len):
@@ -2508,7 +2508,7 @@ class _Server(TcpWSGIServer):
                 channel.handle_close()  # Directly: waitress waits until it can write, which may never be.
 
     def make_room(self) -> None:
-        """Close connections where it is the client's turn. Where none can be closed, have others wait for a while."""
+        """Close connections where it is the client's turn, several since more may come. If none is late, wait a bit."""
         now = time.monotonic()
         waiting = [(channel.lateness(now), number, channel) for number, channel in list(self.active_channels.items())
                    if not channel.requests]
@@ -2767,8 +2767,8 @@ class _GranianWorker:
     def _make_room(self, over: int, late: list[tuple[bool, float, str, float]]) -> None:
         """Cut connections where it is the client's turn, so that others get in and find a thread.
 
-        Where some of a request has come last, it may be all of it. So none are cut that have what a thread works on
-        since then, nor while others may wait for a thread.
+        Where a client has sent something last, that may be a whole request. So none of these is cut when a thread has
+        worked since then on one, nor when most threads work, so that some may wait for one.
         """
         if over <= 0 and not self.hogs:
             return
