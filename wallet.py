@@ -2755,13 +2755,11 @@ class _GranianWorker:
         """Say whether there are too many connections, or slow senders in too many threads. This takes little time."""
         with suppress(OSError):  # No descriptor may be left to list them.
             self.files = len(os.listdir("/proc/self/fd"))
-        now, working = time.monotonic(), len(self.working)
-        waiting_since = min(self.glanced_at, now - PATIENCE * REQUEST_TIMEOUT_S)
-        slow_senders = sum(since < waiting_since for since in list(self.receiving.values()))
-        threads = working + len(self.receiving)
-        self.glanced_at, self.hogs = now, 0
-        if threads > GRANIAN_THREADS * 3 / 4 and working <= GRANIAN_THREADS / 2:
-            self.hogs = min(slow_senders, threads - GRANIAN_THREADS // 2)
+        now = time.monotonic()
+        late = min(self.glanced_at, now - PATIENCE * REQUEST_TIMEOUT_S)
+        slow_senders = sum(since < late for since in list(self.receiving.values()))
+        # A quarter is few enough: Granian starts threads hesitantly, so that not all of them need be there.
+        self.glanced_at, self.hogs = now, max(slow_senders - GRANIAN_THREADS // 4, 0)
         return self.files - self.other_files > CONNECTIONS_MAX or self.hogs > 0
 
     def _make_room(self, over: int, late: list[tuple[bool, float, str, float]]) -> None:
