@@ -1550,7 +1550,7 @@ def small_disk(folder, by, careless=False):
     if tried.returncode:
         pytest.skip(f"this machine lets nobody mount: {tried.stderr.strip()}")
     # The log must not fill the disk by itself, as it would in service with a disk of less than some 20 MB.
-    program = f"import sys, wallet\nwallet.SQLITE_CHECKPOINT_PAGES = 100{CARELESS}"
+    program = f"import logging, sys, wallet\nlogging.disable()\nwallet.SQLITE_CHECKPOINT_PAGES = 100{CARELESS}"
     program += f"{'wallet.SQLiteDatabase = Careless' if careless else ''}\nsys.exit(wallet.main())"
     with served("--dsn", f"sqlite:///{folder}/wallet.db", "--server", by, "--log-level", "error",
                 program=("-c", program), under=mounted) as server:
