@@ -1605,7 +1605,7 @@ def test_control_a_wallet_that_takes_every_commit_for_done_loses_some_on_a_full_
 
 # Faults one at a time: each run of this makes one call of the system fail, and says what became of it.
 FAULTY = """
-import contextlib, fcntl, io, json, logging, mmap, os, sys, wallet
+import contextlib, io, json, logging, mmap, os, sys, wallet
 from pathlib import Path
 from wsgiref.util import setup_testing_defaults
 """ + CARELESS + """
@@ -1624,7 +1624,6 @@ CALLS = {
     "pread64": lambda: os.pread(burnt, 1, 0),
     "openat": lambda: os.close(os.open(folder / "burnt", os.O_RDWR)),
     "mmap": lambda: mmap.mmap(burnt, 1),
-    "fcntl": lambda: fcntl.fcntl(burnt, fcntl.F_GETFD),
     "unlink": lambda: (folder / "missing").unlink(missing_ok=True),
 }
 
@@ -1699,7 +1698,7 @@ for line in sys.stdin:
 """
 # The calls of the system by which SQLite uses a file, each with a number that is more than a run makes.
 FAULTS = {"pwrite64": 360, "fdatasync": 100, "fsync": 100, "ftruncate": 25, "pread64": 250, "openat": 30, "mmap": 10,
-          "fcntl": 1000, "unlink": 15}
+          "unlink": 15}
 
 
 @contextmanager
