@@ -4962,7 +4962,7 @@ def test_mutated_requests_get_the_answers_of_the_contract_and_no_connection_hang
     assert statuses.total() > count / 2
     assert {200, 201, 400, 401, 402, 404, 405, 415, 422} <= statuses.keys()
     assert statuses[201] > count / 50
-    assert grown_bytes < 50_000_000
+    assert grown_bytes < 64_000_000  # Under Granian, 64 threads and the caches of their connections.
     report(f"{count:,} mutants, {rate:,.0f} each second: {statuses.total():,} answers ({dict(statuses)}), 0 faults; "
            f"memory grew by {grown_bytes / 1e6:.0f} MB")
 
@@ -5431,11 +5431,13 @@ def test_under_granian_requests_that_take_long_are_remembered_for_a_moment(monke
     monkeypatch.setattr(wallet_module, "GRANIAN_WORKING_MAX", 2)
     with granian_worker(app) as (worker, _):
         assert ask_worker(worker, "GET")[2] == b"False"
-        worker.working = {"one": time.monotonic(), "other": time.monotonic()}
+        worker.working, worker.moved_at = {"one": time.monotonic(), "other": time.monotonic()}, 0
         assert ask_worker(worker, "GET")[2] == b"False"
         worker.stuck_at = time.monotonic()
-        assert ask_worker(worker, "GET")[2] == b"True"
+        assert ask_worker(worker, "GET")[2] == b"False"  # Another has been done meanwhile, so it is no standstill.
+        worker.moved_at = 0
         assert ask_worker(worker, "GET", "/livez")[2] == b"False"
+        assert ask_worker(worker, "GET")[2] == ask_worker(worker, "GET")[2] == b"True"
         del worker.working["one"]
         assert ask_worker(worker, "GET")[2] == b"False"
         worker.stuck_at = 0

@@ -137,7 +137,7 @@ QUEUE_MAX = 100  # Requests that wait for a thread of waitress. One more is refu
 QUEUE_STALL_S = 2  # waited for so long: at full speed each connection has one that waits, but for a moment only.
 QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take, DATABASE_TIMEOUT_S.
 GRANIAN_THREADS = 64  # As many may wait for their commit, the database or a slow sender; they share commits.
-GRANIAN_WORKING_MAX = 56  # Of these, once they take more than QUEUE_STALL_S: the others refuse what is too much.
+GRANIAN_WORKING_MAX = 56  # Of these, once all take more than QUEUE_STALL_S: the others refuse what is too much.
 WATCH_INTERVAL_S = 1  # Between two looks at Granian's connections,
 GLANCE_INTERVAL_S = 0.05  # and between two glances at whether there are too many, so that it takes another look.
 
@@ -2616,7 +2616,7 @@ class _GranianWorker:
         self.receiving: dict[int, float] = {}  # By thread: since when it reads a body.
         self.working: dict[int, float] = {}  # By thread: since when it has all of the request that it answers.
         self.clients: dict[str, _Client] = {}
-        self.looked_at = self.glanced_at = self.stuck_at = 0.0
+        self.looked_at = self.glanced_at = self.stuck_at = self.moved_at = 0.0
         self.files = self.other_files = self.hogs = 0  # Descriptors, those that are no connections, and slow senders.
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -2633,19 +2633,23 @@ class _GranianWorker:
         except WalletError as error:
             return self._refuse(error, environ, start_response)
         self.working[threading.get_ident()] = started = time.monotonic()
-        environ[BUSY] = self._is_stuck() and environ["PATH_INFO"] != "/livez"
+        is_work = environ["PATH_INFO"] != "/livez"
+        environ[BUSY] = is_work and self._is_stuck()
         try:
             answer = self.app(environ, start)
         finally:
             del self.working[threading.get_ident()]
-            if time.monotonic() - started > QUEUE_STALL_S:
-                self.stuck_at = time.monotonic()
+            now = time.monotonic()
+            if now - started > QUEUE_STALL_S:
+                self.stuck_at = now
+            elif is_work and not environ[BUSY]:
+                self.moved_at = now
         return answer if isinstance(answer, list) else self._stream(answer)
 
     def _is_stuck(self) -> bool:
-        """Say whether many requests are worked on, and they take long now, or did a moment ago."""
+        """Say whether many requests are worked on, of which none gets done, and they take long or did a moment ago."""
         then = time.monotonic() - QUEUE_STALL_S
-        busy = len(self.working) > GRANIAN_WORKING_MAX
+        busy = len(self.working) > GRANIAN_WORKING_MAX and self.moved_at < then
         return busy and (self.stuck_at > then or min(list(self.working.values())) < then)
 
     def _receive(self, environ: WSGIEnvironment) -> bytes:
