@@ -122,8 +122,8 @@ BATCH_BODY_BYTES_MAX = 1024 * 1024  # A kilobyte for each movement of a batch.
 HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
 JSON_DEPTH_MAX = 10  # Arrays and objects in each other, of which a batch has four. Parsers recurse as deep.
 CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files to a process.
-CONNECTIONS_SPARE = 64  # So many are closed when one too many comes: where clients have used up most of their time, and
-PATIENCE = 0.01  # more than this share of it: a tenth of a second to send, 0.3 to read, 0.6 between two requests.
+CONNECTIONS_SPARE = 64  # So many are closed when one too many comes: those that have used up most of their time.
+PATIENCE_SHARE = 0.01  # Of its time a client has at least: 0.1 s to send, 0.3 s to read, 0.6 s between two requests.
 REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last: slow senders must not use up the connections.
 ANSWER_TIMEOUT_S = 30  # For an answer to be taken, or UNREAD_BYTES_MAX of a longer one: nor must slow readers.
 UNREAD_BYTES_MAX = 256 * 1024  # Of a client with more answers than this waiting, no further request is served.
@@ -133,13 +133,13 @@ SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
 STOP_IDLE_S = 0.5  # A connection that was in use so recently may be sending its next request.
-QUEUE_MAX = 100  # Requests that wait for a thread of waitress. One more is refused at once if the first of them has
-QUEUE_STALL_S = 2  # waited for so long: at full speed each connection has one that waits, but for a moment only.
+QUEUE_MAX = 100  # Requests that wait for a thread of waitress. One more is refused at once in a standstill:
+QUEUE_STALL_S = 2  # A request waits or works longer only in one. At full speed many wait, but for a moment each.
 QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take, DATABASE_TIMEOUT_S.
 GRANIAN_THREADS = 64  # As many may wait for their commit, the database or a slow sender; they share commits.
-GRANIAN_WORKING_MAX = 56  # Of these, once all take more than QUEUE_STALL_S: the others refuse what is too much.
-WATCH_INTERVAL_S = 1  # Between two looks at Granian's connections,
-GLANCE_INTERVAL_S = 0.05  # and between two glances at whether there are too many, so that it takes another look.
+GRANIAN_BUSY_MAX = 56  # Of these in a standstill: the others are there to refuse at once what is too much.
+WATCH_INTERVAL_S = 1  # Between two looks at Granian's connections, when there are not too many.
+GLANCE_INTERVAL_S = 0.05  # Between two glances at whether there are too many: that costs little.
 
 DATABASE_TIMEOUT_S = 5  # For SQLite's write lock, which another process may hold, and for all that one call asks of
 # Postgres, repeats and a restart of the server included: longer than either should take.
@@ -2026,7 +2026,7 @@ def parse_body(environ: WSGIEnvironment, takes: Mapping[str, Any]) -> dict[str, 
 
 def json_depth(text: str) -> int:
     """Return how deep arrays and objects are nested in JSON, up to where it is none."""
-    brackets = re.sub(r'"(?:[^"\\]|\\.)*"?|[^]["{}]+', "", text, flags=re.DOTALL)
+    brackets = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[^]["{}]+', "", text, flags=re.DOTALL)
     return max(accumulate(map({"[": 1, "{": 1, "]": -1, "}": -1}.__getitem__, brackets)), default=0)
 
 
@@ -2378,8 +2378,7 @@ class _Server(TcpWSGIServer):
     """waitress with every limit explicit, a deadline for slow requests, and a stop that drops none."""
 
     channel_class = _Channel
-    next_channel_cleanup = float("inf")  # waitress would do it by a clock that may be set: see `readable`.
-    _next_maintenance = 0.0
+    next_channel_cleanup = 0.0
 
     def __init__(self, app: App, listener: socket.socket, threads: int) -> None:
         # /livez has a thread of its own: it says that the process lives when all others wait for the database. So do
@@ -2390,7 +2389,7 @@ class _Server(TcpWSGIServer):
             dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
             dispatcher.set_thread_count(counts[path])
         adjustments = Adjustments(
-            ident="", connection_limit=sys.maxsize,
+            ident="",
             max_request_header_size=HEADER_BYTES_MAX + 1, max_request_body_size=BODY_BYTES_MAX + 1,
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
         adjustments.socket_options = SOCKET_OPTIONS
@@ -2408,7 +2407,8 @@ class _Server(TcpWSGIServer):
         self._watch(self)
         while self._changed:
             self._watch(self._changed.popleft())
-        for number, flags in self._poller.poll(timeout_s * 1000):
+        # Its own socket comes last, so that a client whose request is there is not closed to make room for another.
+        for number, flags in sorted(self._poller.poll(timeout_s * 1000), key=lambda event: event[0] == self._fileno):
             channel = self._map.get(number)
             if channel is None:  # It was closed while the others were handled, or by a thread while it was looked at.
                 with suppress(KeyError):
@@ -2466,7 +2466,7 @@ class _Server(TcpWSGIServer):
     def run(self) -> None:
         """Serve until `stop`; then answer what has been received, within STOP_TIMEOUT_S, and return."""
         while not self.stopping:
-            self.poll(1 if len(self.active_channels) < CONNECTIONS_MAX else PATIENCE * REQUEST_TIMEOUT_S)
+            self.poll(1 if len(self.active_channels) < CONNECTIONS_MAX else PATIENCE_SHARE * REQUEST_TIMEOUT_S)
         known = -1
         while known < len(self.active_channels):  # Take what the kernel has accepted for us already.
             known = len(self.active_channels)
@@ -2493,11 +2493,10 @@ class _Server(TcpWSGIServer):
     def readable(self) -> bool:
         """Say whether to accept a connection. Each second, see to those that are there."""
         now = time.monotonic()
-        if now >= self._next_maintenance:
-            self._next_maintenance = now + 1
+        if now >= self.next_channel_cleanup:
+            self.next_channel_cleanup = now + 1
             self.maintenance(now)
-        full = len(self.active_channels) >= CONNECTIONS_MAX
-        return super().readable() and (not full or now >= self._room_at)
+        return self.accepting and (len(self.active_channels) < CONNECTIONS_MAX or now >= self._room_at)
 
     def maintenance(self, now: float) -> None:
         """Close what is idle, and what takes too long to send a request or to read its answer."""
@@ -2512,14 +2511,14 @@ class _Server(TcpWSGIServer):
         now = time.monotonic()
         waiting = [(channel.lateness(now), number, channel) for number, channel in list(self.active_channels.items())
                    if not channel.requests]
-        late = [channel for lateness, _, channel in nlargest(CONNECTIONS_SPARE, waiting) if lateness > PATIENCE]
+        late = [channel for lateness, _, channel in nlargest(CONNECTIONS_SPARE, waiting) if lateness > PATIENCE_SHARE]
         for channel in late:
             channel.refused = False  # There is no time to hear it out.
             channel.handle_close()
         if late:
             logger.warning("closed %d connections to make room for others", len(late))
         else:
-            self._room_at = now + PATIENCE * REQUEST_TIMEOUT_S
+            self._room_at = now + PATIENCE_SHARE * REQUEST_TIMEOUT_S
 
 
 def events(channel: Any) -> int:
@@ -2534,6 +2533,7 @@ def pin_process(number: int) -> None:
         os.sched_setaffinity(0, {processors[number % len(processors)]})
 
 
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # As Granian sends it.
 TCP_ESTABLISHED, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 7, 8, 10  # As in net/tcp_states.h of Linux.
 
 
@@ -2601,6 +2601,17 @@ class _Client(NamedTuple):
     pending_since: float  # The request that is coming, or waits for its answer.
     due_bytes: int  # How much it is to have taken ANSWER_TIMEOUT_S after `taken_at`: what waited for it then.
     taken_at: float
+    was_asked: bool = False  # What it was sent last is that it may send the body.
+
+
+class _Late(NamedTuple):
+    """A connection where it is the client's turn, and has been for a while."""
+
+    name: str
+    lateness: float  # What share of its time is over.
+    is_asked: bool  # It was told to go on, and has sent nothing since.
+    is_pending: bool  # It has sent some of a request, or all of it.
+    received_at: float
 
 
 class _GranianWorker:
@@ -2616,7 +2627,7 @@ class _GranianWorker:
         self.receiving: dict[int, float] = {}  # By thread: since when it reads a body.
         self.working: dict[int, float] = {}  # By thread: since when it has all of the request that it answers.
         self.clients: dict[str, _Client] = {}
-        self.looked_at = self.glanced_at = self.stuck_at = self.moved_at = 0.0
+        self.looked_at = self.glanced_at = self.stuck_at = 0.0
         self.files = self.other_files = self.hogs = 0  # Descriptors, those that are no connections, and slow senders.
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -2632,25 +2643,22 @@ class _GranianWorker:
             environ["wsgi.input"] = io.BytesIO(self._receive(environ))
         except WalletError as error:
             return self._refuse(error, environ, start_response)
-        self.working[threading.get_ident()] = started = time.monotonic()
-        is_work = environ["PATH_INFO"] != "/livez"
-        environ[BUSY] = is_work and self._is_stuck()
+        self.working[threading.get_ident()] = time.monotonic()
+        environ[BUSY] = environ["PATH_INFO"] != "/livez" and self._is_stuck()
         try:
             answer = self.app(environ, start)
         finally:
             del self.working[threading.get_ident()]
-            now = time.monotonic()
-            if now - started > QUEUE_STALL_S:
-                self.stuck_at = now
-            elif is_work and not environ[BUSY]:
-                self.moved_at = now
         return answer if isinstance(answer, list) else self._stream(answer)
 
     def _is_stuck(self) -> bool:
-        """Say whether many requests are worked on, of which none gets done, and they take long or did a moment ago."""
-        then = time.monotonic() - QUEUE_STALL_S
-        busy = len(self.working) > GRANIAN_WORKING_MAX and self.moved_at < then
-        return busy and (self.stuck_at > then or min(list(self.working.values())) < then)
+        """Say whether nearly all threads are taken, most of them by requests that take long, or were a moment ago."""
+        now = time.monotonic()
+        if len(self.working) + len(self.receiving) <= GRANIAN_BUSY_MAX:
+            return False
+        if sum(since < now - QUEUE_STALL_S for since in list(self.working.values())) > GRANIAN_BUSY_MAX / 2:
+            self.stuck_at = now
+        return now - self.stuck_at <= 2 * QUEUE_STALL_S
 
     def _receive(self, environ: WSGIEnvironment) -> bytes:
         if environ["REQUEST_METHOD"] != environ["REQUEST_METHOD"].upper():
@@ -2727,11 +2735,13 @@ class _GranianWorker:
         # A request that was there at the last look, and since when all of it was: it is not what is still coming.
         working = [since for since in list(self.working.values()) if since < min(looked_at, now - WATCH_INTERVAL_S)]
         stuck = any(now - since > REQUEST_TIMEOUT_S for since in list(self.receiving.values()))
-        late, count = [], 0
+        late, count, known = [], 0, list(self.working.values())
         for name, connection, info in self._connections():
             received_at = now - info.since_received_ms / 1000
-            client = clients.get(name, _Client(info.sent_bytes, received_at, 0, now))
-            if not info.is_pending or info.sent_bytes != client.sent_bytes:
+            client = clients.get(name, _Client(0, received_at, 0, now))
+            if newly_sent_bytes := info.sent_bytes - client.sent_bytes:
+                client = client._replace(was_asked=newly_sent_bytes == len(CONTINUE))
+            if not info.is_pending or newly_sent_bytes:
                 client = client._replace(sent_bytes=info.sent_bytes, pending_since=now)
             if info.is_read or info.taken_bytes >= client.due_bytes:
                 due_bytes = info.sent_bytes - info.repeated_bytes + info.unsent_bytes
@@ -2747,43 +2757,50 @@ class _GranianWorker:
                 cut(connection)
             elif info.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT):  # Else it is cut already: Granian will find out.
                 count += 1
-                lateness = max((now - client.pending_since) / REQUEST_TIMEOUT_S,
-                               (now - client.taken_at) / ANSWER_TIMEOUT_S,
-                               quiet_s / IDLE_TIMEOUT_S if info.is_read and not info.is_pending else 0)
-                if lateness > PATIENCE:
-                    late.append((info.is_pending, lateness, name, received_at))
+                is_asked = client.was_asked and not info.is_pending
+                sending_s = info.since_sent_ms / 1000 if is_asked else now - client.pending_since
+                idle_s = quiet_s if info.is_read and not info.is_pending else 0
+                lateness = max(sending_s / REQUEST_TIMEOUT_S, (now - client.taken_at) / ANSWER_TIMEOUT_S,
+                               idle_s / IDLE_TIMEOUT_S)
+                if lateness > PATIENCE_SHARE:
+                    late.append(_Late(name, lateness, is_asked, info.is_pending, received_at))
         self.other_files = self.files - len(self.clients)
-        self._make_room(count - CONNECTIONS_MAX, late)
+        self._make_room(count - CONNECTIONS_MAX, late, known)
 
     def is_crowded(self) -> bool:
         """Say whether there are too many connections, or slow senders in too many threads. This takes little time."""
         with suppress(OSError):  # No descriptor may be left to list them.
             self.files = len(os.listdir("/proc/self/fd"))
         now = time.monotonic()
-        late = min(self.glanced_at, now - PATIENCE * REQUEST_TIMEOUT_S)
+        late = min(self.glanced_at, now - PATIENCE_SHARE * REQUEST_TIMEOUT_S)
         slow_senders = sum(since < late for since in list(self.receiving.values()))
         # A quarter is few enough: Granian starts threads hesitantly, so that not all of them need be there.
         self.glanced_at, self.hogs = now, max(slow_senders - GRANIAN_THREADS // 4, 0)
         return self.files - self.other_files > CONNECTIONS_MAX or self.hogs > 0
 
-    def _make_room(self, over: int, late: list[tuple[bool, float, str, float]]) -> None:
+    def _make_room(self, over: int, late: list[_Late], known: list[float]) -> None:
         """Cut connections where it is the client's turn, so that others get in and find a thread.
 
         Where a client has sent something last, that may be a whole request. So none of these is cut when a thread has
-        worked since then on one, nor when most threads work, so that some may wait for one.
+        worked since then on one, nor when most threads work, so that some may wait for one. And a moment later it must
+        still be so: by then an answer has left that was made meanwhile.
         """
-        if over <= 0 and not self.hogs:
+        chosen = nlargest(over + CONNECTIONS_SPARE, late, key=lambda one: one.lateness) if over > 0 else []
+        senders = [one for one in late if one.is_asked or one.is_pending]
+        chosen += nlargest(self.hogs, senders, key=lambda one: (one.is_asked, one.lateness))
+        if not chosen:
             return
-        working = list(self.working.values())
-        late = [one for one in late if not one[0] or (len(working) <= GRANIAN_THREADS / 2 and not
-                                                      any(abs(since - one[3]) < 0.1 for since in working))]
-        chosen = nlargest(over + CONNECTIONS_SPARE, late, key=lambda one: one[1]) if over > 0 else []
-        names = {name for _, _, name, _ in chosen + nlargest(self.hogs, late)}
-        for name, connection, _ in self._connections():
-            if name in names:
+        time.sleep(0.02)
+        working, names, count = {*known, *self.working.values()}, {one.name: one for one in chosen}, 0
+        for name, connection, info in self._connections():
+            one, received_at = names.get(name), time.monotonic() - info.since_received_ms / 1000
+            if one and info.is_pending == one.is_pending and abs(received_at - one.received_at) < 0.01 and not (
+                    one.is_pending and (len(working) > GRANIAN_THREADS / 2
+                                        or any(abs(since - received_at) < 0.1 for since in working))):
                 cut(connection)
-        if names:
-            logger.warning("closed %d connections to make room for others", len(names))
+                count += 1
+        if count:
+            logger.warning("closed %d connections to make room for others", count)
 
     def watch(self, main: threading.Thread, parent_id: int, listening: Semaphore, opened: ExitStack) -> None:
         """Look after the connections until the process is told to stop, or has lost its parent; then stop it."""
