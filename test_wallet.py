@@ -54,7 +54,7 @@ import psycopg
 import pytest
 import yaml
 from bottle import Bottle
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -743,7 +743,7 @@ class Refused(Exception):
 class Model(RuleBasedStateMachine):
     """Random sequences of everything, against a wallet of a few lines of plain Python, on a clock of its own."""
 
-    dsn = "sqlite://"
+    kind, dsn = Wallet, "sqlite://"
     now_us = 0
     accounts, charges, held = Bundle("accounts"), Bundle("charges"), Bundle("held")
     keys = st.sampled_from([None] * 8 + ["a", "b", "c", "d"])  # Most requests get through to the money.
@@ -757,7 +757,7 @@ class Model(RuleBasedStateMachine):
     @initialize(target=accounts, balance=st.integers(1, 200))
     def start(self, balance):
         Model.now_us = 10**15
-        self.wallet = Wallet(self.dsn)
+        self.wallet = self.kind(self.dsn)
         self.books, self.holds, self.frozen, self.remembered, self.refunded = {}, {}, set(), {}, {}
         self.tokens = {}
         self.register("Bob")
@@ -1035,6 +1035,20 @@ def test_wallet_does_what_its_model_does(dsn, examples, monkeypatch):
         type("ModelOnDsn", (Model,), {"dsn": dsn}),
         settings=hypothesis_settings(max_examples=examples, stateful_step_count=50, deadline=None, database=None),
     )
+
+
+class KeylessWallet(Wallet):
+    """Takes no notice of the keys of charges."""
+
+    def charge(self, account_id, amount, *arguments, key=None, **options):
+        return super().charge(account_id, amount, *arguments, **options)
+
+
+def test_control_a_wallet_that_forgets_keys_differs_from_the_model(monkeypatch):
+    monkeypatch.setattr(time, "time_ns", lambda: Model.now_us * 1000)
+    with pytest.raises((AssertionError, WalletError, pytest.fail.Exception)):
+        run_state_machine_as_test(type("KeylessModel", (Model,), {"kind": KeylessWallet}), settings=hypothesis_settings(
+            max_examples=200, stateful_step_count=50, deadline=None, database=None, phases=[Phase.generate]))
 
 
 # Promise 2: a success that was answered is kept ######################################################################
@@ -4975,6 +4989,12 @@ def test_mutated_requests_get_the_answers_of_the_contract_and_no_connection_hang
 def test_control_a_fault_and_an_error_in_html_are_found_by_mutated_requests(file_dsn, server, careless):
     with pytest.raises(AssertionError, match="internal_error" if server == "waitress" else "text/html"):
         attack(file_dsn, server, 2000, careless)
+
+
+def test_client_of_http_1_0_is_told_once_that_its_connection_is_closed(waitress_url):
+    for request in (b"POST /api/register HTTP/1.0\r\nContent-Length: 99999\r\n", b"GET /livez HTTP/1.0\r\nBad\r\n"):
+        answer = raw_exchange(waitress_url, request + b"Connection: keep-alive\r\n\r\n")
+        assert re.findall(rb"(?i)\r\nConnection: (\S+)", answer) == [b"close"]
 
 
 def test_client_that_asks_before_it_sends_a_body_is_told_to_go_on_and_without_a_body_is_answered(module_url):

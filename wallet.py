@@ -2258,6 +2258,7 @@ class _ErrorTask(ErrorTask):
         document = b"".join(body)
         self.content_length = len(document)
         self.set_close_on_finish()
+        self.request.headers.pop("CONNECTION", None)
         known = vars(self.request)  # It has what was parsed before the request was refused.
         log_access(known.get("command", "-"), known.get("path", "-"), answer.status, time.perf_counter(), request_id)
         self.channel.refused = True
@@ -2276,6 +2277,7 @@ class _Task(WSGITask):
         last = self.channel.server.stopping and len(self.channel.requests) == 1
         if last or self.request.chunked or self.channel.total_outbufs_len > UNREAD_BYTES_MAX:
             self.set_close_on_finish()
+            self.request.headers.pop("CONNECTION", None)  # Else waitress promises the contrary to HTTP/1.0.
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
