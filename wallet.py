@@ -2613,7 +2613,7 @@ class _Late(NamedTuple):
     lateness: float  # What share of its time is over.
     is_asked: bool  # It was told to go on, and has sent nothing since.
     is_pending: bool  # It has sent some of a request, or all of it.
-    received_at: float
+    sent_bytes: int
 
 
 class _GranianWorker:
@@ -2765,7 +2765,7 @@ class _GranianWorker:
                 lateness = max(sending_s / REQUEST_TIMEOUT_S, (now - client.taken_at) / ANSWER_TIMEOUT_S,
                                idle_s / IDLE_TIMEOUT_S)
                 if lateness > PATIENCE_SHARE:
-                    late.append(_Late(name, lateness, is_asked, info.is_pending, received_at))
+                    late.append(_Late(name, lateness, is_asked, info.is_pending, info.sent_bytes))
         self.other_files = self.files - len(self.clients)
         self._make_room(count - CONNECTIONS_MAX, late, known)
 
@@ -2796,9 +2796,10 @@ class _GranianWorker:
         working, names, count = {*known, *self.working.values()}, {one.name: one for one in chosen}, 0
         for name, connection, info in self._connections():
             one, received_at = names.get(name), time.monotonic() - info.since_received_ms / 1000
-            if one and info.is_pending == one.is_pending and abs(received_at - one.received_at) < 0.01 and not (
-                    one.is_pending and (len(working) > GRANIAN_THREADS / 2
-                                        or any(abs(since - received_at) < 0.1 for since in working))):
+            if one is None or (info.is_pending, info.sent_bytes) != (one.is_pending, one.sent_bytes):
+                continue
+            if not one.is_pending or (len(working) <= GRANIAN_THREADS / 2
+                                      and all(abs(since - received_at) > 0.1 for since in working)):
                 cut(connection)
                 count += 1
         if count:
