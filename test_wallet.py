@@ -506,7 +506,7 @@ def complaints(log):
 
 def limited(**limits):
     """Return a program that is wallet.py with other limits, and that looks for slow clients more often."""
-    limits = {"WATCH_INTERVAL_S": 0.2, **limits}
+    limits = {"WATCH_INTERVAL_S": 0.2, "STOP_IDLE_S": 0.05, **limits}
     return "-c", f"import sys, wallet; vars(wallet).update({limits}); sys.exit(wallet.main())"
 
 
@@ -5077,6 +5077,26 @@ def test_under_granian_slow_senders_that_have_all_threads_lose_them_soon():
         assert time.monotonic() - started < wallet_module.REQUEST_TIMEOUT_S / 2
 
 
+def test_under_granian_who_may_have_sent_all_of_a_request_that_is_worked_on_makes_no_room(monkeypatch, caplog):
+    monkeypatch.setattr(wallet_module, "PATIENCE_SHARE", 0)
+    monkeypatch.setattr(wallet_module, "CONNECTIONS_MAX", 0)
+    with granian_worker(None) as (worker, listener), connect(f"http://127.0.0.1:{worker.port}") as client, \
+            listener.accept()[0]:
+        worker.working["thread"] = time.monotonic()
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        time.sleep(0.05)
+        for working, text in ((True, ""), (False, "closed 1 connections to make room for others")):
+            if not working:
+                del worker.working["thread"]
+            worker.look()
+            assert text in caplog.text
+            assert working == ("closed" not in caplog.text)
+        caplog.clear()
+        worker.look()  # It is closed already, but nobody has found out yet.
+        assert caplog.text == ""
+        assert client.recv(1) == b""
+
+
 def test_under_granian_an_answer_is_sent_as_it_was_made_and_says_when_it_is_the_last():
     def app(environ, start_response):
         start_response("200 OK", [])
@@ -5119,17 +5139,19 @@ def test_under_granian_an_answer_that_breaks_off_cuts_the_connections_where_no_r
     monkeypatch.setattr(wallet_module, "STOP_IDLE_S", 0.05)
     with granian_worker(app) as (worker, listener), contextlib.ExitStack() as stack:
         url = f"http://127.0.0.1:{worker.port}"
-        pairs = [(stack.enter_context(connect(url)), stack.enter_context(listener.accept()[0])) for _ in range(3)]
-        (broken, its), (waiting, other), (idle, _) = pairs
+        pairs = [(stack.enter_context(connect(url)), stack.enter_context(listener.accept()[0])) for _ in range(4)]
+        (broken, its), (waiting, other), (idle, quiet), (fresh, new) = pairs
         for client in (broken, waiting):
             client.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        its.sendall(b"HTTP/1.1 200 OK\r\n")
-        assert broken.recv(8) == b"HTTP/1.1"
+        for client, server in ((broken, its), (idle, quiet)):
+            server.sendall(b"HTTP/1.1")
+            assert client.recv(8) == b"HTTP/1.1"
         assert ask_worker(worker, "GET")[2] == b"half"
         broken.recv(65536)
         assert (broken.recv(1), idle.recv(1)) == (b"", b"")
-        other.sendall(b"HTTP/1.1 201")
-        assert waiting.recv(12) == b"HTTP/1.1 201"
+        for client, server in ((waiting, other), (fresh, new)):
+            server.sendall(b"HTTP/1.1 201")
+            assert client.recv(12) == b"HTTP/1.1 201"
     assert "RuntimeError: broken" in caplog.text
 
 
@@ -5271,19 +5293,18 @@ def test_connection_that_is_closed_while_others_are_handled_harms_none(wallet):
         while not server.active_channels:
             server.poll(0.05)
         (channel,) = server.active_channels.values()
-        channel._last_activity -= wallet_module.IDLE_TIMEOUT_S + 1
         plain, server._poller = server._poller, SimpleNamespace(register=server._poller.register,
                                                                 unregister=server._poller.unregister)
 
-        def poll(timeout_ms):  # It finds a new client and the end of the idle one, and the time to look for idle ones.
+        def poll(timeout_ms):  # It finds a new client and the end of the other, which something has closed meanwhile.
             idle.close()
             stack.enter_context(connect(server.url))
             while len(found := plain.poll(timeout_ms)) < 2:
                 pass
-            server.next_channel_cleanup = 0
+            channel.handle_close()
             return found
 
-        server.next_channel_cleanup, server._poller.poll = time.monotonic() + 60, poll
+        server._poller.poll = poll
         server.poll(1)
         assert channel not in server.active_channels.values()
         assert len(server.active_channels) == 1
@@ -5401,6 +5422,9 @@ def test_under_granian_slow_senders_lose_their_threads_and_nobody_else_a_connect
                         continue
                 senders.remove(connection)
         assert {ask(connection) for connection in idle} == {b"200"}
+        stack.close()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=30) == 0
 
 
 @pytest.mark.torture

@@ -2716,7 +2716,7 @@ class _GranianWorker:
             logger.exception("an answer broke off")
             until = time.monotonic() + STOP_IDLE_S
             while time.monotonic() < until:
-                self._cut(lambda info: not info.is_pending)
+                self._cut(lambda info: info.sent_bytes > 0 and not info.is_pending)
                 time.sleep(0.01)
 
     def _connections(self) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
