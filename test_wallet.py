@@ -1037,18 +1037,19 @@ def test_wallet_does_what_its_model_does(dsn, examples, monkeypatch):
     )
 
 
-class KeylessWallet(Wallet):
-    """Takes no notice of the keys of charges."""
+class GreedyWallet(Wallet):
+    """Takes one more than it is told to from whoever has it."""
 
-    def charge(self, account_id, amount, *arguments, key=None, **options):
-        return super().charge(account_id, amount, *arguments, **options)
+    def charge(self, account_id, amount, *arguments, **options):
+        more = self.account(account_id).available > amount
+        return super().charge(account_id, amount + more, *arguments, **options)
 
 
-def test_control_a_wallet_that_forgets_keys_differs_from_the_model(monkeypatch):
+def test_control_a_wallet_that_takes_too_much_differs_from_the_model(monkeypatch):
     monkeypatch.setattr(time, "time_ns", lambda: Model.now_us * 1000)
-    with pytest.raises((AssertionError, WalletError, pytest.fail.Exception)):
-        run_state_machine_as_test(type("KeylessModel", (Model,), {"kind": KeylessWallet}), settings=hypothesis_settings(
-            max_examples=200, stateful_step_count=50, deadline=None, database=None, phases=[Phase.generate]))
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(type("GreedyModel", (Model,), {"kind": GreedyWallet}), settings=hypothesis_settings(
+            max_examples=50, stateful_step_count=20, deadline=None, database=None, phases=[Phase.generate]))
 
 
 # Promise 2: a success that was answered is kept ######################################################################
@@ -3592,8 +3593,9 @@ def long_history():
         yield SimpleNamespace(wallet=wallet, id=ada.id, token=token)
 
 
+@pytest.mark.parametrize("wallet", ["file", "postgres"], indirect=True)
 def test_statement_of_any_length_takes_little_memory(wallet, ada):
-    fill_with_topups(wallet, ada.id, 6000)
+    fill_with_topups(wallet, ada.id, 5500)
     tracemalloc.start()
     try:
         length = sum(map(len, wallet_module.csv_chunks(wallet.statement(ada.id))))
@@ -7898,7 +7900,7 @@ def test_readme_names_the_run_behind_each_piece_of_evidence():
     for promise, _, found, name in rows:
         assert re.search(r"\d", found), promise
         decorators = " ".join(ast.unparse(one) for one in tests[name.strip("`")].decorator_list)
-        complete += [name] if "torture(" not in decorators else []
+        complete += [name] if "torture" not in decorators.lower() else []
     assert len(complete) == 2
     assert f"{len(list(raw_requests()))} requests with a second one" in README
 
