@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["bottle==0.13.4", "click==8.5.1", "granian==2.8.7", "psycopg[binary]==3.3.9",
-#                 "psycopg-pool==3.3.3", "typing_extensions==4.16.0", "waitress==3.0.2"]
+# dependencies = ["bottle==0.13.4", "click==8.5.1", "granian==2.8.7", "prometheus-client==0.26.0",
+#                 "psycopg[binary]==3.3.9", "psycopg-pool==3.3.3", "typing_extensions==4.16.0", "waitress==3.0.2"]
 # ///
 """Wallet: a small service that keeps money balances and is trusted with them.
 
