@@ -68,6 +68,7 @@ from hypothesis.stateful import (
 )
 from openapi_spec_validator import validate
 from packaging.requirements import Requirement
+from uv import find_uv_bin
 from waitress.parser import HTTPRequestParser
 from webtest import TestApp
 
@@ -476,11 +477,11 @@ def environment(**settings):
 
 
 @contextmanager
-def served(*arguments, program=("wallet.py",), under=(), cwd=None, **settings):
+def served(*arguments, python=(sys.executable,), program=("wallet.py",), under=(), cwd=None, **settings):
     """Run the service as a process of its own, `under` another program or not. Yield it, with its URL and banner."""
     program = [str(HERE / part) if part == "wallet.py" else part for part in program]
     process = subprocess.Popen(
-        [*under, sys.executable, *program, "--port", "0", *arguments],
+        [*under, *python, *program, "--port", "0", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(**settings),
     )
     try:
@@ -7956,6 +7957,18 @@ def test_versions_are_pinned_once_and_the_commands_are_the_same_everywhere():
     assert all("==" in line for line in developers[1:])
     test_command = next(line for line in README.splitlines() if "requirements-dev.txt" in line)
     assert test_command in (HERE / ".ci" / "run").read_text()
+
+
+def test_uv_runs_the_one_file_with_what_it_says_it_needs(tmp_path):
+    for name in ("wallet.py", "schema.sql"):
+        shutil.copy(HERE / name, tmp_path)
+    with served(python=(find_uv_bin(), "run"), program=(str(tmp_path / "wallet.py"),), cwd=tmp_path,
+                PYTHONPATH="") as server:
+        with urllib.request.urlopen(f"{server.url}/readyz") as answer:
+            assert json.load(answer) == {"status": "ok"}
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=20) == 0
+    assert (tmp_path / "wallet.db").exists()
 
 
 def run_bench(*arguments, **settings):
