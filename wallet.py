@@ -44,6 +44,7 @@ The sections, in the order in which a reader needs them:
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import csv
 import hashlib
@@ -1914,8 +1915,12 @@ def get_openapi(wallet: Wallet, caller: None) -> Response:
 
 @_routes.get("/", public=True)
 def get_page(wallet: Wallet, caller: None) -> Response:
-    """Serve the page."""
-    return Response(200, read_file("wallet.html"), {"Content-Type": "text/html; charset=utf-8"})
+    """Serve the page. It may run its own script and style, known by their hashes, and ask this wallet."""
+    page, policy = read_file("wallet.html"), SECURITY_HEADERS["Content-Security-Policy"] + "; connect-src 'self'"
+    for tag in (b"script", b"style"):
+        digest = hashlib.sha256(page.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0]).digest()
+        policy += f"; {tag.decode()}-src 'sha256-{base64.b64encode(digest).decode()}'"
+    return Response(200, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy})
 
 
 def to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
