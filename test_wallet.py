@@ -6024,7 +6024,7 @@ def send_known_requests(url, dsn):
         send(url, "POST", "/api/register", {"name": name})[2] for name in ("Ada in person", "Bob in person"))]
 
     def ask(status, method, path, body=None, **headers):
-        got, _, document = send(url, method, path, body, her_token, X_Request_Id="checkout-4711", **headers)
+        got, _, document = send(url, method, path, body, her_token, X_Request_Id="checkout-zebra", **headers)
         assert got == status, document
         return document
 
@@ -6032,10 +6032,10 @@ def send_known_requests(url, dsn):
         return ask(status, "POST", f"/api/{path}", {} if body is None else body, **headers)
 
     for _ in range(2):  # The second is the same movement.
-        post(201, "transactions/topup", {"amount": 1000}, Idempotency_Key="order-4711")
-    charge = post(201, "transactions/charge", {"amount": 250, "description": "Shoes-4711"})["id"]
+        post(201, "transactions/topup", {"amount": 1000}, Idempotency_Key="order-zebra")
+    charge = post(201, "transactions/charge", {"amount": 250, "description": "Shoes-zebra"})["id"]
     post(402, "transactions/charge", {"amount": 5000})
-    post(422, "transactions/charge", {"amount": "wlt_4711", "field-4711": 1})
+    post(422, "transactions/charge", {"amount": "wlt_zebra", "field-zebra": 1})
     post(201, f"transactions/{charge}/refund", {"amount": 50})
     post(201, "transactions/transfer", {"amount": 100, "to": bob})
     hold = post(201, "holds", {"amount": 200})["id"]
@@ -6048,7 +6048,7 @@ def send_known_requests(url, dsn):
     post(402, "transactions/batch", {"transactions": [{"type": "charge", "amount": 9999}]})
     ask(200, "GET", f"/api/transactions/{charge}")
     ask(404, "GET", f"/api/transactions/{charge}0")
-    ask(404, "GET", "/path-4711?query-4711=1")
+    ask(404, "GET", "/path-zebra?query-zebra=1")
     ask(405, "DELETE", "/api/account")
     assert raw_exchange(url, POST + b"Content-Length: 65537\r\n\r\n".ljust(65600))[9:12] == b"413"  # By the server.
     with contextlib.ExitStack() as locked:
@@ -6059,7 +6059,7 @@ def send_known_requests(url, dsn):
             locked.enter_context(psycopg.connect(dsn)).execute("LOCK TABLE accounts")
         post(503, "transactions/charge", {"amount": 1})
     ask(200, "GET", "/api/account")
-    return [ada[4:], bob[4:], her_token[20:], "4711", "person"]
+    return [ada[4:], bob[4:], her_token[20:], "zebra", "person"]
 
 
 KNOWN_ANSWERS = """
@@ -6084,6 +6084,8 @@ def test_metrics_are_exact_and_tell_of_nobody(durable_dsn, by):
         (process,) = workers_of(server)
         assert samples[("process_start_time_seconds",)] == pytest.approx(time.time(), abs=60)
         assert samples[("process_open_fds",)] == pytest.approx(len(os.listdir(f"/proc/{process}/fd")), abs=8)
+        server.terminate()
+        assert server.wait(30) == 0
     requests = {("wallet_requests_total", *sorted([route, method, status])): int(count)
                 for route, method, status, count in map(str.split, KNOWN_ANSWERS.split(","))}
     assert select_samples(samples, "wallet_requests_total") == requests
@@ -6335,16 +6337,22 @@ def test_proxy_that_is_not_one_address_is_refused():
 def test_log_that_is_no_terminals_is_json_with_the_address_that_the_trusted_proxy_tells(by):
     arguments = "--dsn", "sqlite://", "--server", by, "--host", "::1", "--trusted-proxy", "0:0:0:0:0:0:0:1"
     started = datetime.now(timezone.utc)
-    with served(*arguments) as server:
+    program = "-c", f"{BUGGY}\nsys.exit(wallet.main())"
+    with served(*arguments, program=program) as server:
         ada = send(server.url, "POST", "/api/register", {"name": "Ada"}, X_Request_Id="req-1")[2]
         for forwarded in ("192.0.2.66, 198.51.100.1", "garbage"):
             send(server.url, "GET", "/api/account", token=ada["token"], X_Forwarded_For=forwarded)
         request = POST + b"Connection: close\r\nX-Forwarded-For: 192.0.2.66\r\nX-Forwarded-For: 198.51.100.2\r\n"
         raw_exchange(server.url, request + b"Content-Length: 99999\r\n\r\n" + b"x" * 99999)
+        path = f"/api/account?at={ada['token']}"
+        assert send(server.url, "GET", path, token=ada["token"], X_Request_Id="req-2")[0] == 500
         server.send_signal(signal.SIGTERM)
         log = complaints(server.communicate(timeout=30)[1])
     lines = [json.loads(line) for line in log.splitlines()]
-    assert {line["level"] for line in lines} == {"INFO"}
+    (failed,) = [line for line in lines if line["level"] != "INFO"]
+    assert (failed["level"], failed["logger"], failed["message"]) == ("ERROR", "wallet", "request req-2 failed")
+    first, *_, last = failed["exception"].split("\n")
+    assert (first, last) == ("Traceback (most recent call last):", f"RuntimeError: ('a bug', ('{ada['id']}', '***'))")
     times = [datetime.fromisoformat(line["time"].replace("Z", "+00:00")) for line in lines]
     assert started <= times[0] <= times[-1] <= datetime.now(timezone.utc)
     assert all(re.fullmatch(r"[\d-]{10}T[\d:]{8}\.\d{6}Z", line["time"]) for line in lines)
@@ -6356,8 +6364,8 @@ def test_log_that_is_no_terminals_is_json_with_the_address_that_the_trusted_prox
         "status": 201, "request_id": "req-1", "account_id": None, "client": "::1"}
     assert [(line["status"], line["account_id"], line["client"]) for line in accesses] == [
         (200, ada["id"], "198.51.100.1"), (200, ada["id"], "::1"),
-        (413, None, "198.51.100.2")]
-    others = [line for line in lines if line["logger"] == "wallet"]
+        (413, None, "198.51.100.2"), (500, ada["id"], "::1")]
+    others = [line for line in lines if line["logger"] == "wallet" and line != failed]
     assert [line.keys() for line in others] == [{"time", "level", "logger", "message"}] * len(others)
     assert others[-1]["message"] == "stopped"
 
@@ -7807,7 +7815,7 @@ def test_version_is_told():
     (["--workers", "2", "--metrics", "1"], {"WALLET_SERVER": "granian", "WALLET_DSN": "postgresql://127.0.0.1:1/x"},
      "wallet: --metrics 1 shows one process, and never which of several: leave --workers at 1"),
     (["--metrics", "yes"], {}, "WALLET_METRICS must be an integer from 0 to 1, not 'yes'"),
-    (["--trusted-proxy", "*"], {}, "WALLET_TRUSTED_PROXY must be the IP address of one proxy. Of any other,"),
+    (["--trusted-proxy", "*"], {}, "WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted,"),
     ([], {"WALLET_TRUSTED_PROXY": "10.0.0.0/8"}, "WALLET_TRUSTED_PROXY must be the IP address of one proxy"),
     (["--server", "granian", "--host", "203.0.113.1"], {}, "cannot listen on 203.0.113.1 port 0: "),
     (["--server", "nginx"], {}, "WALLET_SERVER must be one of waitress, granian, not 'nginx'"),

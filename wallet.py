@@ -218,7 +218,7 @@ SETTINGS = (
     Setting("issuer-token", "",
             "at least 32 characters: only who sends them makes accounts and tops them up, else everyone does"),
     Setting("trusted-proxy", "",
-            "the IP address of a proxy in front, whose X-Forwarded-For tells the log where a request comes from"),
+            "the IP address of the proxy in front, which may tell the log where a request comes from"),
     Setting("metrics", "0", "1 to answer /metrics, in Prometheus's text format, to everyone who reaches the wallet",
             range(2)),
     Setting("log-level", "info", "how much to log; info is a line per request", ("debug", "info", "warning", "error")),
@@ -273,8 +273,8 @@ def parse_proxy(text: str) -> str:
     try:
         return text and parse_address(text)
     except ValueError:
-        raise ConfigurationError("WALLET_TRUSTED_PROXY must be the IP address of one proxy. Of any other, such as *,"
-                                 " anyone who gets at the wallet could forge a client's address") from None
+        raise ConfigurationError("WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted, as by"
+                                 " *, whoever reaches the wallet could forge an address") from None
 
 
 def parse_address(text: str) -> str:
@@ -1376,7 +1376,7 @@ class Execute(Protocol):
 class Database(Protocol):
     """What an engine supplies. It knows nothing about money. `location` says in words where it is.
 
-    `observe` is told what became of the writes of each commit, None or their error, and of each read that failed.
+    `observe` is told what became of the writes of each commit, None or an error, and of other calls that failed.
     """
 
     location: str
@@ -1400,6 +1400,11 @@ class Database(Protocol):
 
     def usage(self) -> dict[str, int]:
         """Return how many connections are `idle` and `in_use`, and how many calls are `waiting` for one."""
+
+    def failed(self, error: Unavailable) -> Unavailable:
+        """Tell `observe` of a call that has failed, and return its error."""
+        self.observe([error])
+        return error
 
     def close(self) -> None:
         """Let the write that runs finish, and let go of everything."""
@@ -1507,9 +1512,7 @@ class SQLiteDatabase(Database):
                 reader.execute(f"PRAGMA cache_size = -{SQLITE_READER_CACHE_KB}")
             return function(_execute_on(reader))
         except sqlite3.DatabaseError as error:
-            failure = _unavailable(error)
-            self.observe([failure])
-            raise failure from error
+            raise self.failed(_unavailable(error)) from error
         finally:
             with self._lock:
                 self._reading -= 1
@@ -1522,7 +1525,8 @@ class SQLiteDatabase(Database):
         """See too that the file is the one that was opened."""
         super().ping()
         if self._path is not None and file_identity(self._path) != self._identity:
-            raise Unavailable(f"{self.location} was removed or replaced. Stop this wallet before you do that.")
+            detail = f"{self.location} was removed or replaced. Stop this wallet before you do that."
+            raise self.failed(Unavailable(detail))
 
     def usage(self) -> dict[str, int]:
         """Tell it of those that read. What waits is a write, for the commit before it."""
@@ -1764,7 +1768,7 @@ class PostgresDatabase(Database):
         check_usable(self._process_id, self._pool.closed)
         started = time.monotonic()
         if started < self._away_until:
-            raise Unavailable("Nothing was changed, so try again. (the database has stopped answering)")
+            raise self.failed(Unavailable("Nothing was changed, so try again. (the database has stopped answering)"))
         unknown, mendings, pause_s = False, 0, RETRY_PAUSE_S
         while True:
             connection, committing = None, False
@@ -1799,9 +1803,7 @@ class PostgresDatabase(Database):
                         logger.error("%s does not answer: %s", self.location, error)
                         self._away_until = time.monotonic() + POSTGRES_AWAY_S
                         self._pool.drain()  # The others may be as dead.
-                    failure = OutcomeUnknown() if unknown else _unavailable(error)
-                    self.observe([failure])
-                    raise failure from error
+                    raise self.failed(OutcomeUnknown() if unknown else _unavailable(error)) from error
             time.sleep(random.uniform(0, pause_s))
             pause_s = min(2 * pause_s, RETRY_PAUSE_MAX_S)
 
@@ -2126,7 +2128,7 @@ class Metrics:
             "wallet_commit_writes", "writes to a commit, of which SQLite's have several", registry=registry,
             buckets=WRITES_BUCKETS)
         self.errors = Counter(
-            "wallet_database_errors", "reads and writes that the database could not do", ["code"], registry=registry)
+            "wallet_database_errors", "reads and writes that failed in the database", ["code"], registry=registry)
         connections = Gauge(
             "wallet_pool_connections", "connections to Postgres, or those that read SQLite", ["state"],
             registry=registry)
