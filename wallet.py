@@ -2112,43 +2112,35 @@ class Metrics:
 
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self.requests = Counter(
-            "wallet_requests", "answers; other is a route, or a method, that there is not",
-            ["route", "method", "status"], registry=registry)
-        self.durations = Histogram(
-            "wallet_request_duration_seconds", "seconds until an answer was made", ["route"], registry=registry,
-            buckets=DURATION_BUCKETS_S)
-        self.movements = Counter(
-            "wallet_movements", "transactions that were made, by requests", ["type"], registry=registry)
-        self.amounts = Counter(
-            "wallet_movement_amount", "their amounts, in minor units", ["type"], registry=registry)
-        self.refused = Counter(
-            "wallet_charges_refused", "charges and captures that got a 4xx", ["code"], registry=registry)
-        self.commits = Histogram(
-            "wallet_commit_writes", "writes to a commit, of which SQLite's have several", registry=registry,
-            buckets=WRITES_BUCKETS)
-        self.errors = Counter(
-            "wallet_database_errors", "reads and writes that failed in the database", ["code"], registry=registry)
-        connections = Gauge(
-            "wallet_pool_connections", "connections to Postgres, or those that read SQLite", ["state"],
-            registry=registry)
-        waiting = Gauge(
-            "wallet_pool_waiting", "calls that wait for a connection to Postgres, or to write to SQLite",
-            registry=registry)
-        for type in SIGN_BY_TYPE:
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        self.requests = counter("wallet_requests", "answers; other is a route, or a method, that there is not",
+                                ["route", "method", "status"])
+        self.durations = histogram("wallet_request_duration_seconds", "seconds until an answer was made", ["route"],
+                                   buckets=DURATION_BUCKETS_S)
+        self.movements = counter("wallet_movements", "transactions that were made, by requests", ["type"])
+        self.amounts = counter("wallet_movement_amount", "their amounts, in minor units", ["type"])
+        self.refused = counter("wallet_charges_refused", "charges and captures that got a 4xx", ["code"])
+        self.commits = histogram("wallet_commit_writes", "writes to a commit, of which SQLite's have several",
+                                 buckets=WRITES_BUCKETS)
+        self.errors = counter("wallet_database_errors", "reads and writes that failed in the database", ["code"])
+        connections = gauge("wallet_pool_connections", "connections to Postgres, or those that read SQLite", ["state"])
+        waiting = gauge("wallet_pool_waiting", "calls that wait for a connection to Postgres, or to write to SQLite")
+
+        def use(state: str) -> int:
+            return database.usage()[state]
+
+        waiting.set_function(partial(use, "waiting"))
+        for state in ("idle", "in_use"):
+            connections.labels(state).set_function(partial(use, state))
+        for type in SIGN_BY_TYPE:  # Who watches these sees their first one too, if they begin at 0.
             self.movements.labels(type), self.amounts.labels(type)
         for error in (Unavailable, OutcomeUnknown):
             self.errors.labels(error.code)
-        for state in ("idle", "in_use"):
-            connections.labels(state).set_function(partial(self._usage, state))
-        waiting.set_function(partial(self._usage, "waiting"))
-        self._database, database.observe = database, self.observe
-
-    def _usage(self, what: str) -> int:
-        return self._database.usage()[what]
+        database.observe = self.observe
 
     def get(self, wallet: Wallet, caller: None) -> Response:
-        """Show everything, but for the time at which each series began."""
+        """Show it all, but for when each series began, which would be as many again."""
         from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
         lines = re.sub(rb"(?m)^(# \w+ )?\w+_created\b.*\n", b"", generate_latest(self.registry))
@@ -2224,7 +2216,7 @@ class App:
         return [] if method == "HEAD" else body
 
     def _client(self, environ: WSGIEnvironment) -> str:
-        """Return the client's address. It is the peer's, or what the proxy that is trusted has added as that of its."""
+        """Return the peer's address, or if that is the trusted proxy, the one that it has added to X-Forwarded-For."""
         peer: str = environ.get("REMOTE_ADDR", "")
         with suppress(ValueError):
             if self._trusted_proxy and parse_address(peer) == self._trusted_proxy:
