@@ -76,6 +76,8 @@ from datetime import datetime, timedelta, timezone
 from functools import partial
 from heapq import nlargest
 from http.client import responses as REASONS
+from importlib.util import find_spec
+from ipaddress import ip_address
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
@@ -141,6 +143,10 @@ GRANIAN_THREADS = 64  # As many may wait for their commit, the database or a slo
 GRANIAN_BUSY_MAX = 56  # Of these in a standstill: the others are there to refuse at once what is too much.
 WATCH_INTERVAL_S = 1  # Between two looks at Granian's connections, when there are not too many.
 GLANCE_INTERVAL_S = 0.05  # Between two glances at whether there are too many: that costs little.
+
+DURATION_BUCKETS_S = .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10  # A read, to all timeouts.
+WRITES_BUCKETS = 1, 2, 4, 8, 16, 32, 64  # To a commit: as many as threads.
+OTHER = "other"  # What metrics have for a route that there is not, and for a method that no route takes.
 
 DATABASE_TIMEOUT_S = 5  # For SQLite's write lock, which another process may hold, and for all that one call asks of
 # Postgres, repeats and a restart of the server included: longer than either should take.
@@ -212,6 +218,10 @@ SETTINGS = (
     Setting("currency", "", "three capital letters, fixed when the database is made; USD if not given then"),
     Setting("issuer-token", "",
             "at least 32 characters: only who sends them makes accounts and tops them up, else everyone does"),
+    Setting("trusted-proxy", "",
+            "the IP address of the proxy in front, which may tell the log where a request comes from"),
+    Setting("metrics", "0", "1 to answer /metrics, in Prometheus's text format, to everyone who reaches the wallet",
+            range(2)),
     Setting("log-level", "info", "how much to log; info is a line per request", ("debug", "info", "warning", "error")),
 )
 
@@ -248,6 +258,7 @@ def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
     copy.add_argument("--to", dest="target", metavar="DSN", required=True, help="the database, which must be empty")
     settings = vars(parser.parse_args(arguments))
     check_issuer_token(settings["issuer-token"])
+    parse_proxy(settings["trusted-proxy"])
     return settings
 
 
@@ -256,6 +267,21 @@ def check_issuer_token(token: str | None) -> None:
     if token and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", token):
         raise ConfigurationError(f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
                                  " printable ASCII without spaces, as from: openssl rand -hex 32")
+
+
+def parse_proxy(text: str) -> str:
+    """Return the address of the proxy that is trusted, "" for none. Raises ConfigurationError."""
+    try:
+        return text and parse_address(text)
+    except ValueError:
+        raise ConfigurationError("WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted, as by"
+                                 " *, whoever reaches the wallet could forge an address") from None
+
+
+def parse_address(text: str) -> str:
+    """Return an IP address in its one form, so that equal ones compare equal. Raises ValueError."""
+    address = ip_address(text.strip().partition("%")[0])  # What follows is an interface of this machine.
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 # Errors ###############################################################################################
@@ -1349,9 +1375,13 @@ class Execute(Protocol):
 
 
 class Database(Protocol):
-    """What an engine supplies. It knows nothing about money. `location` says in words where it is."""
+    """What an engine supplies. It knows nothing about money. `location` says in words where it is.
+
+    `observe` is told what became of the writes of each commit, None or an error, and of other calls that failed.
+    """
 
     location: str
+    observe: Callable[[Sequence[Exception | None]], None] = staticmethod(lambda outcomes: None)
 
     def write(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` in one transaction, and return its result once that is committed.
@@ -1368,6 +1398,14 @@ class Database(Protocol):
     def ping(self) -> None:
         """Read the one row that every wallet has. Raises Unavailable."""
         self.read(lambda tx: tx("SELECT currency FROM wallet"))
+
+    def usage(self) -> dict[str, int]:
+        """Return how many connections are `idle` and `in_use`, and how many calls are `waiting` for one."""
+
+    def failed(self, error: Unavailable) -> Unavailable:
+        """Tell `observe` of a call that has failed, and return its error."""
+        self.observe([error])
+        return error
 
     def close(self) -> None:
         """Let the write that runs finish, and let go of everything."""
@@ -1418,6 +1456,7 @@ class SQLiteDatabase(Database):
         self._leader: _Write | None = None  # The one whose thread commits at the moment, for all in the queue.
         self._closed = False
         self._idle_readers: list[sqlite3.Connection] = []
+        self._reading = 0  # How many readers are in use.
         try:
             self._writer = self._open_writer(create)
             self._identity = file_identity(self._path) if self._path else None
@@ -1466,6 +1505,7 @@ class SQLiteDatabase(Database):
         with self._lock:
             check_usable(self._process_id, self._closed)
             reader = self._idle_readers.pop() if self._idle_readers else None
+            self._reading += 1
         try:
             if not reader:
                 reader = self._connect()
@@ -1473,9 +1513,10 @@ class SQLiteDatabase(Database):
                 reader.execute(f"PRAGMA cache_size = -{SQLITE_READER_CACHE_KB}")
             return function(_execute_on(reader))
         except sqlite3.DatabaseError as error:
-            raise _unavailable(error) from error
+            raise self.failed(_unavailable(error)) from error
         finally:
             with self._lock:
+                self._reading -= 1
                 if reader and self._closed:
                     reader.close()
                 elif reader:
@@ -1485,7 +1526,12 @@ class SQLiteDatabase(Database):
         """See too that the file is the one that was opened."""
         super().ping()
         if self._path is not None and file_identity(self._path) != self._identity:
-            raise Unavailable(f"{self.location} was removed or replaced. Stop this wallet before you do that.")
+            detail = f"{self.location} was removed or replaced. Stop this wallet before you do that."
+            raise self.failed(Unavailable(detail))
+
+    def usage(self) -> dict[str, int]:
+        """Tell it of those that read. What waits is a write, for the commit before it."""
+        return {"idle": len(self._idle_readers), "in_use": self._reading, "waiting": len(self._queue)}
 
     def close(self) -> None:
         """Wait for the writes that are begun, at most DATABASE_TIMEOUT_S; then close what is not in use."""
@@ -1518,6 +1564,7 @@ class SQLiteDatabase(Database):
         for write in batch:
             write.error = type(failure)(str(failure)) if failure else write.error
             write.done = True
+        self.observe([write.error for write in batch])
 
     def _try_commit(self, batch: list[_Write]) -> Unavailable | None:
         """Return None once the batch is committed, else why it is not, or may not be."""
@@ -1704,6 +1751,12 @@ class PostgresDatabase(Database):
         """Run `function`, each statement in a transaction of its own."""
         return self._run(function, False, time.monotonic() + DATABASE_TIMEOUT_S)
 
+    def usage(self) -> dict[str, int]:
+        """Tell it of the pool."""
+        pool = self._pool.get_stats()
+        idle = pool["pool_available"]
+        return {"idle": idle, "in_use": pool["pool_size"] - idle, "waiting": pool["requests_waiting"]}
+
     def close(self) -> None:
         """Close what is not in use; what is in use is closed when its call has ended."""
         self._pool.close()
@@ -1716,7 +1769,7 @@ class PostgresDatabase(Database):
         check_usable(self._process_id, self._pool.closed)
         started = time.monotonic()
         if started < self._away_until:
-            raise Unavailable("Nothing was changed, so try again. (the database has stopped answering)")
+            raise self.failed(Unavailable("Nothing was changed, so try again. (the database has stopped answering)"))
         unknown, mendings, pause_s = False, 0, RETRY_PAUSE_S
         while True:
             connection, committing = None, False
@@ -1734,6 +1787,7 @@ class PostgresDatabase(Database):
                     result = function(tx)
                     committing = True
                     tx("COMMIT")
+                    self.observe([None])
                     return result
             except Error as error:
                 unknown |= committing and error.sqlstate not in LOST_A_RACE
@@ -1750,7 +1804,7 @@ class PostgresDatabase(Database):
                         logger.error("%s does not answer: %s", self.location, error)
                         self._away_until = time.monotonic() + POSTGRES_AWAY_S
                         self._pool.drain()  # The others may be as dead.
-                    raise OutcomeUnknown() if unknown else _unavailable(error) from error
+                    raise self.failed(OutcomeUnknown() if unknown else _unavailable(error)) from error
             time.sleep(random.uniform(0, pause_s))
             pause_s = min(2 * pause_s, RETRY_PAUSE_MAX_S)
 
@@ -2051,17 +2105,97 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
                          parse_int=lambda digits: int(digits[:20]))
 
 
-BUSY = "wallet.busy"  # In the environ: the server asks to refuse the request at once.
+class Metrics:
+    """What an App and its database do, for Prometheus (https://prometheus.io/docs/practices/naming/).
+
+    No label has a value that a client can make up, lest their number grows, or tells of an account.
+    """
+
+    def __init__(self, database: Database) -> None:
+        check_installed("prometheus-client", "the setting metrics")
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        self.requests = counter("wallet_requests", "answers; other is a route, or a method, that there is not",
+                                ["route", "method", "status"])
+        self.durations = histogram("wallet_request_duration_seconds", "seconds until an answer was made", ["route"],
+                                   buckets=DURATION_BUCKETS_S)
+        self.movements = counter("wallet_movements", "transactions that were made, by requests", ["type"])
+        self.amounts = counter("wallet_movement_amount", "their amounts, in minor units", ["type"])
+        self.refused = counter("wallet_charges_refused", "charges and captures that got a 4xx", ["code"])
+        self.commits = histogram("wallet_commit_writes", "writes to a commit, of which SQLite's have several",
+                                 buckets=WRITES_BUCKETS)
+        self.errors = counter("wallet_database_errors", "reads and writes that failed in the database", ["code"])
+        connections = gauge("wallet_pool_connections", "connections to Postgres, or those that read SQLite", ["state"])
+        waiting = gauge("wallet_pool_waiting", "calls that wait for a connection to Postgres, or to write to SQLite")
+
+        def use(state: str) -> int:
+            return database.usage()[state]
+
+        waiting.set_function(partial(use, "waiting"))
+        for state in ("idle", "in_use"):
+            connections.labels(state).set_function(partial(use, state))
+        for type in SIGN_BY_TYPE:  # Who watches these sees their first one too, if they begin at 0.
+            self.movements.labels(type), self.amounts.labels(type)
+        for error in (Unavailable, OutcomeUnknown):
+            self.errors.labels(error.code)
+        database.observe = self.observe
+
+    def get(self, wallet: Wallet, caller: None) -> Response:
+        """Show it all, but for when each series began, which would be as many again."""
+        from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
+        lines = re.sub(rb"(?m)^(# \w+ )?\w+_created\b.*\n", b"", generate_latest(self.registry))
+        return Response(200, lines, {"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    def observe(self, outcomes: Sequence[Exception | None]) -> None:
+        """Count a commit, and what the database could not do (see Database)."""
+        if written := outcomes.count(None):
+            self.commits.observe(written)
+        for error in outcomes:
+            if isinstance(error, Unavailable):
+                self.errors.labels(error.code).inc()
+
+    def count(self, rule: str, method: str, answer: Response, duration_s: float) -> None:
+        """Count an answer. An earlier one that is repeated has moved nothing."""
+        route = re.sub("<.*>", "{id}", rule)
+        method = method if method in ("GET", "HEAD", "POST") else OTHER
+        self.requests.labels(route, method, answer.status).inc()
+        self.durations.labels(route).observe(duration_s)
+        body = answer.body if isinstance(answer.body, dict) else {"transactions": [answer.body]}
+        if answer.status == 201:
+            for made in body.get("transactions", ()):
+                if isinstance(made, Transaction) and not made.replayed:
+                    for type in {made.type, made.type.replace("_out", "_in")}:  # A transfer has both.
+                        self.movements.labels(type).inc()
+                        self.amounts.labels(type).inc(made.amount)
+        elif route.endswith(("/charge", "/capture")) and answer.status < 500:
+            self.refused.labels(body["code"]).inc()
+
+
+REFUSAL = "wallet.refusal"  # In the environ: the error with which the server asks to refuse the request at once.
+TOO_MANY = "Too many requests wait, and nothing was changed."
+ROUTE, CALLER = "wallet.route", "wallet.caller"  # And what App notes there for the log and the metrics.
 
 
 class App:
     """The WSGI application. Every answer is made here, whatever happens: there is no other way out."""
 
-    def __init__(self, wallet: Wallet, issuer_token: str | None = None) -> None:
+    def __init__(self, wallet: Wallet, issuer_token: str | None = None, metrics: bool = False,
+                 trusted_proxy: str = "") -> None:
         check_issuer_token(issuer_token)
-        self.wallet = wallet
+        self.wallet, self.routes = wallet, _routes
         self.has_issuer = bool(issuer_token)
         self._issuer_token_hash = hash_token(issuer_token) if issuer_token else ""
+        self._trusted_proxy = parse_proxy(trusted_proxy)
+        self._metrics = Metrics(wallet.database) if metrics else None
+        if self._metrics:
+            self.routes = Bottle()
+            self.routes.merge(_routes)
+            self.routes.get("/metrics", public=True)(self._metrics.get)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         started, method, path = time.perf_counter(), environ["REQUEST_METHOD"], environ.setdefault("PATH_INFO", "")
@@ -2076,24 +2210,38 @@ class App:
             logger.exception("request %s failed", request_id)
             answer = error_response(InternalError())
         status, headers, body = render(answer, request_id)
-        log_access(method, path, answer.status, started, request_id)
+        duration_s, caller = time.perf_counter() - started, environ.get(CALLER)
+        if not isinstance(caller, Account) and answer.status in (401, 500, 503):
+            caller = None  # It is only what the token says, which nobody may have looked at.
+        account_id = getattr(caller, "id", caller)
+        log_access(method, path, answer.status, duration_s, request_id, account_id, self._client(environ))
+        if self._metrics:
+            self._metrics.count(environ.get(ROUTE, OTHER), method, answer, duration_s)
         start_response(status, headers)
         return [] if method == "HEAD" else body
 
+    def _client(self, environ: WSGIEnvironment) -> str:
+        """Return the peer's address, or if that is the trusted proxy, the one that it has added to X-Forwarded-For."""
+        peer: str = environ.get("REMOTE_ADDR", "")
+        with suppress(ValueError):
+            if self._trusted_proxy and parse_address(peer) == self._trusted_proxy:
+                return parse_address(environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2])
+        return peer
+
     def _dispatch(self, environ: WSGIEnvironment) -> Response:
-        if environ.get(BUSY):
-            raise Unavailable("Too many requests wait, and nothing was changed.")
+        if REFUSAL in environ:
+            raise environ[REFUSAL]
         try:
             if "\n" in environ["PATH_INFO"]:  # Which a pattern's end would match.
                 raise HTTPError(404)
-            route, arguments = _routes.match(environ)
+            route, arguments = self.routes.match(environ)
         except HTTPError as error:
             if error.status_code != 405:
                 raise NotFound("There is no such route; /openapi.yaml lists them all.") from None
             allow = error.headers["Allow"].replace("GET", "GET, HEAD")
             raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
-        takes = route.config
-        arguments["caller"] = caller = self._authenticate(environ, takes, arguments)
+        takes, environ[ROUTE] = route.config, route.rule
+        arguments["caller"] = caller = environ[CALLER] = self._authenticate(environ, takes, arguments)
         try:
             arguments |= parse_query(environ.get("QUERY_STRING", ""), takes.get("query", ()))
             if takes.get("key") and "HTTP_IDEMPOTENCY_KEY" in environ:
@@ -2164,11 +2312,18 @@ def render(answer: Response, request_id: str) -> tuple[str, list[tuple[str, str]
 _encode = json.JSONEncoder(ensure_ascii=False, default=to_json).encode
 
 
-def log_access(method: str, path: str, status: int, started: float, request_id: str) -> None:
+# What a line about a request has as attributes of its record too, for formatters of your own.
+REQUEST_FIELDS = "method", "path", "status", "duration_ms", "request_id", "account_id", "client"
+
+
+def log_access(method: str, path: str, status: int, duration_s: float, request_id: str, account_id: str | None,
+               client: str) -> None:
     """Log one request: never its query or body, nor a token that someone put into what is logged."""
     if access_logger.isEnabledFor(logging.INFO):
-        duration_ms = (time.perf_counter() - started) * 1000
-        access_logger.info("%s %d %.1f ms %s", loggable(f"{method} {path}")[:200], status, duration_ms, request_id)
+        known = (loggable(method)[:20], loggable(path)[:200], status, round(duration_s * 1000, 1), request_id,
+                 account_id, client)
+        access_logger.info("%s %s %s %s ms %s %s %s", *("-" if value in (None, "") else value for value in known),
+                           extra=dict(zip(REQUEST_FIELDS, known, strict=True)))
 
 
 def loggable(text: str) -> str:
@@ -2181,16 +2336,20 @@ def hide_tokens(text: str) -> str:
     return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", text)
 
 
-def create_app(wallet: Wallet | None = None, issuer_token: str | None = None) -> App:
+def create_app(wallet: Wallet | None = None, issuer_token: str | None = None, metrics: bool = False,
+               trusted_proxy: str = "") -> App:
     """Return the WSGI application of a wallet, or of what the environment's WALLET_DSN and the other settings name.
 
-    With `issuer_token`, only who sends that makes and fills accounts. Raises ConfigurationError.
+    With `issuer_token`, only who sends that makes and fills accounts. With `metrics`, it answers GET /metrics.
+    `trusted_proxy` is the IP address whose X-Forwarded-For tells the log where requests come from. Raises
+    ConfigurationError.
     """
     if wallet is None:
         settings = load_settings()
         wallet, issuer_token = open_wallet(settings), issuer_token or settings["issuer-token"]
+        metrics, trusted_proxy = metrics or settings["metrics"], trusted_proxy or settings["trusted-proxy"]
         warn_of_wal_reset_bug(settings["dsn"])
-    return App(wallet, issuer_token)
+    return App(wallet, issuer_token, metrics, trusted_proxy)
 
 
 def open_wallet(settings: Mapping[str, Any], create: bool = True) -> Wallet:
@@ -2257,17 +2416,20 @@ class _ErrorTask(ErrorTask):
         refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
         reason = self.request.error.body.partition(' "')[0]  # What follows is the line, maybe with a token in it.
         malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
-        answer, request_id = error_response(refusals.get(self.request.error.code, malformed)), make_request_id("")
-        self.status, headers, body = render(answer, request_id)
-        self.response_headers.extend(headers)
-        document = b"".join(body)
+        known = vars(self.request)  # It has what was parsed before the request was refused.
+        environ = {"REQUEST_METHOD": known.get("command", "-"), "PATH_INFO": known.get("path", "-"),
+                   "REMOTE_ADDR": self.channel.addr[0], REFUSAL: refusals.get(self.request.error.code, malformed),
+                   "HTTP_X_FORWARDED_FOR": self.request.headers.get("X_FORWARDED_FOR", "")}
+        document = b"".join(self.channel.server.application(environ, self._start))
         self.content_length = len(document)
         self.set_close_on_finish()
         self.request.headers.pop("CONNECTION", None)
-        known = vars(self.request)  # It has what was parsed before the request was refused.
-        log_access(known.get("command", "-"), known.get("path", "-"), answer.status, time.perf_counter(), request_id)
         self.channel.refused = True
         self.write(document)
+
+    def _start(self, status: str, headers: list[tuple[str, str]]) -> None:
+        self.status = status
+        self.response_headers.extend(headers)
 
 
 class _Task(WSGITask):
@@ -2286,7 +2448,8 @@ class _Task(WSGITask):
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
-        environ[BUSY] = self.channel.busy or time.monotonic() - self.channel.queued > QUEUE_TIMEOUT_S
+        if self.channel.busy or time.monotonic() - self.channel.queued > QUEUE_TIMEOUT_S:
+            environ[REFUSAL] = Unavailable(TOO_MANY)
         return environ
 
     def finish(self) -> None:
@@ -2651,7 +2814,8 @@ class _GranianWorker:
         except WalletError as error:
             return self._refuse(error, environ, start_response)
         self.working[threading.get_ident()] = time.monotonic()
-        environ[BUSY] = environ["PATH_INFO"] != "/livez" and self._is_stuck()
+        if environ["PATH_INFO"] != "/livez" and self._is_stuck():
+            environ[REFUSAL] = Unavailable(TOO_MANY)
         try:
             answer = self.app(environ, start)
         finally:
@@ -2691,11 +2855,11 @@ class _GranianWorker:
         return body
 
     def _refuse(self, error: WalletError, environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
-        answer, request_id, started = error_response(error), make_request_id(""), time.perf_counter()
-        status, headers, document = render(answer, request_id)
-        log_access(environ["REQUEST_METHOD"], environ["PATH_INFO"], answer.status, started, request_id)
-        start_response(status, [*headers, ("Connection", "close")])
-        return self._hear_out(document, environ)
+        def start(status: str, headers: list[tuple[str, str]], error: Any = None) -> Callable[[bytes], object]:
+            return start_response(status, [*headers, ("Connection", "close")], error)
+
+        environ[REFUSAL] = error
+        return self._hear_out(self.app(environ, start), environ)
 
     def _hear_out(self, document: Iterable[bytes], environ: WSGIEnvironment) -> Iterator[bytes]:
         """Answer, and then read on: closing while the client still sends would lose it the answer."""
@@ -2997,16 +3161,47 @@ def check_server(settings: Mapping[str, Any]) -> None:
     if settings["server"] == "granian":
         if sys.platform != "linux":
             raise ConfigurationError("--server granian runs on Linux only: leave it at waitress")
-        try:
-            import granian  # noqa: F401
-        except ImportError:
-            raise ConfigurationError("--server granian needs another package: pip install granian") from None
+        check_installed("granian", "--server granian")
+    if settings["metrics"]:
+        check_installed("prometheus-client", "--metrics")
+        if settings["workers"] > 1:
+            raise ConfigurationError("--metrics 1 shows one process, and never which of several: leave --workers at 1,"
+                                     " and start as many wallets with a port each")
+
+
+def check_installed(package: str, whose: str) -> None:
+    """Raise ConfigurationError if a package is not installed that something needs."""
+    if find_spec(package.replace("-", "_")) is None:
+        raise ConfigurationError(f"{whose} needs another package: pip install {package}")
+
+
+class _LineFormatter(logging.Formatter):
+    """A line for people."""
+
+    def formatException(self, ei: Any) -> str:
+        return hide_tokens(super().formatException(ei))
+
+
+class _JSONFormatter(_LineFormatter):
+    """A JSON object in a line, for programs. It has what `log_access` knows of a request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, timezone.utc)
+        document = {"time": format_time(moment), "level": record.levelname, "logger": record.name,
+                    "message": record.getMessage()}
+        if record.name == access_logger.name:
+            document |= {name: vars(record)[name] for name in REQUEST_FIELDS}
+        if record.exc_info:
+            document["exception"] = self.formatException(record.exc_info)
+        return json.dumps(document)
 
 
 def configure_logging(level: str) -> None:
-    """Log to stderr."""
-    logging.basicConfig(level=level.upper(), datefmt="%Y-%m-%dT%H:%M:%S%z",
-                        format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """Log to stderr: lines for people on a terminal, elsewhere JSON."""
+    handler = logging.StreamHandler()
+    line = _LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+    handler.setFormatter(line if sys.stderr.isatty() else _JSONFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("psycopg").setLevel(logging.ERROR)  # Else, in an outage, many lines a second.
 
 
@@ -3015,7 +3210,7 @@ def load_app(settings: Mapping[str, Any]) -> Iterator[App]:
     """Open the application in a process of Granian's."""
     configure_logging(settings["log-level"])
     with open_wallet(settings) as wallet:
-        yield create_app(wallet, settings["issuer-token"])
+        yield create_app(wallet, settings["issuer-token"], settings["metrics"], settings["trusted-proxy"])
 
 
 def copy_wallet(source_dsn: str, target_dsn: str) -> None:
@@ -3047,7 +3242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # only to see whether they can be.
             with listen(settings["host"], settings["port"]) as listener, open_wallet(settings) as wallet:
                 warn_of_wal_reset_bug(settings["dsn"])
-                app, address = create_app(wallet, settings["issuer-token"]), listener.getsockname()[:2]
+                app = create_app(wallet, settings["issuer-token"], settings["metrics"], settings["trusted-proxy"])
+                address = listener.getsockname()[:2]
                 banner = make_banner(app, url_of(*address))
                 if settings["server"] == "waitress":
                     serve(app, listener, settings["threads"], banner)
