@@ -86,7 +86,7 @@ from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.task import ThreadedTaskDispatcher, WSGITask
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Semaphore
@@ -2046,7 +2046,8 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
                          parse_int=lambda digits: int(digits[:20]))
 
 
-BUSY = "wallet.busy"  # In the environ: the server asks to refuse the request at once.
+REFUSAL = "wallet.refusal"  # In the environ: the error with which the server asks to refuse the request at once.
+TOO_MANY = "Too many requests wait, and nothing was changed."
 
 
 class App:
@@ -2076,8 +2077,8 @@ class App:
         return [] if method == "HEAD" else body
 
     def _dispatch(self, environ: WSGIEnvironment) -> Response:
-        if environ.get(BUSY):
-            raise Unavailable("Too many requests wait, and nothing was changed.")
+        if REFUSAL in environ:
+            raise environ[REFUSAL]
         try:
             if "\n" in environ["PATH_INFO"]:  # Which a pattern's end would match.
                 raise HTTPError(404)
@@ -2213,6 +2214,9 @@ class _Parser(HTTPRequestParser):
     what waitress's own patterns take seconds over, such as kilobytes of white space.
     """
 
+    command = path = "-"  # Until they are known: what is refused before is answered and logged too.
+    request_uri = query = url_scheme = ""
+
     def __init__(self, adj: Adjustments) -> None:
         super().__init__(adj)
         self.started = time.monotonic()
@@ -2245,50 +2249,38 @@ class _Parser(HTTPRequestParser):
             self.adj.max_request_body_size = BATCH_BODY_BYTES_MAX + 1
 
 
-class _ErrorTask(ErrorTask):
-    """Answers what waitress refuses by itself, in the same form as all else."""
-
-    def execute(self) -> None:
-        refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
-        reason = self.request.error.body.partition(' "')[0]  # What follows is the line, maybe with a token in it.
-        malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
-        answer, request_id = error_response(refusals.get(self.request.error.code, malformed)), make_request_id("")
-        self.status, headers, body = render(answer, request_id)
-        self.response_headers.extend(headers)
-        document = b"".join(body)
-        self.content_length = len(document)
-        self.set_close_on_finish()
-        self.request.headers.pop("CONNECTION", None)
-        known = vars(self.request)  # It has what was parsed before the request was refused.
-        log_access(known.get("command", "-"), known.get("path", "-"), answer.status, time.perf_counter(), request_id)
-        self.channel.refused = True
-        self.write(document)
-
-
 class _Task(WSGITask):
-    """Ends the connection after this answer if the server is stopping, or the client does not read.
+    """Answers a request. What waitress refuses by itself is answered by the application too, like all else.
 
-    And after a body in chunks: waitress passes over blank lines between them, and looks into no trailers, so that
-    another server may see its end elsewhere. What follows there is not taken for a request.
+    The connection ends after this answer if the server is stopping, the client does not read, or the request was
+    refused. And after a body in chunks: waitress passes over blank lines between them, and looks into no trailers, so
+    that another server may see its end elsewhere. What follows there is not taken for a request.
     """
 
     def start(self) -> None:
         super().start()
+        self.channel.refused = self.request.error is not None
         last = self.channel.server.stopping and len(self.channel.requests) == 1
-        if last or self.request.chunked or self.channel.total_outbufs_len > UNREAD_BYTES_MAX:
+        if last or self.request.error or self.request.chunked or self.channel.total_outbufs_len > UNREAD_BYTES_MAX:
             self.set_close_on_finish()
             self.request.headers.pop("CONNECTION", None)  # Else waitress promises the contrary to HTTP/1.0.
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
-        environ[BUSY] = self.channel.busy or time.monotonic() - self.channel.queued > QUEUE_TIMEOUT_S
+        if error := self.request.error:
+            reason = error.body.partition(' "')[0]  # What follows is the line, maybe with a token in it.
+            refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
+            malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
+            environ[REFUSAL] = refusals.get(error.code, malformed)
+        elif self.channel.busy or time.monotonic() - self.channel.queued > QUEUE_TIMEOUT_S:
+            environ[REFUSAL] = Unavailable(TOO_MANY)
         return environ
 
     def finish(self) -> None:
         super().finish()
         with self.channel.outbuf_lock:
             if self.channel.total_outbufs_len:
-                self.channel._flush_exception(self.channel._flush_some, do_close=False)
+                self.channel._flush_exception(self.channel._flush_some)
 
 
 class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 takes no argument here.
@@ -2299,54 +2291,45 @@ class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 t
 
 
 class _Channel(HTTPChannel):
-    """A connection. A refused client is heard out: closing while it still sends would lose it our answer."""
+    """A connection."""
 
-    parser_class, task_class, error_task_class = _Parser, _Task, _ErrorTask
+    parser_class, task_class, error_task_class = _Parser, _Task, _Task
     logger = _Logger(logging.getLogger("waitress"), {})
-    refused = lingering = busy = False
-    flushed, queued, taken_bytes = 0.0, 0.0, 0
+    refused = busy = False
+    queued, taken_bytes = 0.0, 0
+    given_at = 0.0  # When the client was last given time: it had nothing to read, or took UNREAD_BYTES_MAX of it.
+    watched = 0  # What the server's poller waits for.
 
     def handle_close(self) -> None:
-        if not self.refused or self.lingering:
+        """Close, but hear a refused client out first: to close while it still sends would lose it the answer."""
+        if not self.refused or self.total_outbufs_len:
             super().handle_close()
             return
-        self.lingering, self.will_close = True, False
-        self.request = self.parser_class(self.adj)  # REQUEST_TIMEOUT_S from now, `maintenance` ends it.
+        self.refused = self.will_close = False
+        self.request = self.parser_class(self.adj)  # One that never ends: it has REQUEST_TIMEOUT_S, as any other.
+        self.request.received = len  # type: ignore[method-assign, assignment]
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
     def _flush_some(self, do_close: bool = True) -> bool:
         waiting_bytes = self.total_outbufs_len
-        sent: bool = super()._flush_some(do_close)
+        sent: bool = super()._flush_some(do_close=False)  # Only the server's own thread closes: it will find out.
         self.taken_bytes += waiting_bytes - self.total_outbufs_len
         if not self.total_outbufs_len or self.taken_bytes > UNREAD_BYTES_MAX:
-            self.flushed, self.taken_bytes = time.monotonic(), 0
+            self.given_at, self.taken_bytes = time.monotonic(), 0
         return sent
-
-    @property
-    def last_activity(self) -> float:
-        """When something was received or sent last, by a clock that nobody sets: waitress's own may jump by a day."""
-        return self._last_activity
-
-    @last_activity.setter
-    def last_activity(self, _: float) -> None:
-        self._last_activity = time.monotonic()
 
     def add_channel(self, map: Any = None) -> None:
         super().add_channel(map)
-        self.flushed = time.monotonic()
+        self.given_at = time.monotonic()
         self.server._changed.append(self)
-
-    def del_channel(self, map: Any = None) -> None:
-        self.server.forget(self._fileno)
-        super().del_channel(map)
 
     def service(self) -> None:
         self.server._answered.channel = self
         super().service()
 
     def readable(self) -> bool:
-        return self.lingering or not (self.requests or self.writable())
+        return not (self.requests or self.writable())
 
     def writable(self) -> bool:
         """Say whether there is something to send or to close. What a thread is about to send is its own affair."""
@@ -2355,32 +2338,27 @@ class _Channel(HTTPChannel):
                     or self.will_close or self.close_when_flushed)
 
     def lateness(self, now: float) -> float:
-        """Return which share of its time the client has used up: to send a request, to read its answer, or to go on."""
-        if not self.total_outbufs_len:
-            self.flushed = now
-        if self.request and not self.lingering and (self.requests or self.total_outbufs_len):
+        """Return which share of its time the client has used up: to send a request, to go on, or to read its answer."""
+        if not (self.requests or self.total_outbufs_len):
+            if self.request:
+                return (now - self.request.started) / REQUEST_TIMEOUT_S
+            return (now - self.given_at) / IDLE_TIMEOUT_S
+        if self.request:
             self.request.started = now  # It is not read while an earlier one is answered.
-        idle_s: float = now - self.last_activity if not self.requests else 0
-        sending_s: float = now - self.request.started if self.request else 0
-        reading_s: float = now - self.flushed
-        return max(idle_s / IDLE_TIMEOUT_S, sending_s / REQUEST_TIMEOUT_S, reading_s / ANSWER_TIMEOUT_S)
+        if not self.total_outbufs_len:
+            self.given_at = now
+        return (now - self.given_at) / ANSWER_TIMEOUT_S
 
     def handle_write(self) -> None:
         if self.connected:  # Else what was read has just ended it.
             super().handle_write()
-
-    def handle_read(self) -> None:
-        if self.lingering:
-            self.recv(BODY_BYTES_MAX)  # At its end it calls handle_close.
-        else:
-            super().handle_read()
 
 
 class _Server(TcpWSGIServer):
     """waitress with every limit explicit, a deadline for slow requests, and a stop that drops none."""
 
     channel_class = _Channel
-    next_channel_cleanup = 0.0
+    next_channel_cleanup, watched = 0.0, 0
 
     def __init__(self, app: App, listener: socket.socket, threads: int) -> None:
         # /livez has a thread of its own: it says that the process lives when all others wait for the database. So do
@@ -2397,11 +2375,10 @@ class _Server(TcpWSGIServer):
         adjustments.socket_options = SOCKET_OPTIONS
         adjustments.send_bytes = BODY_BYTES_MAX  # What is shorter is sent at once, by `_Task.finish`.
         self._poller, self._changed, self._answered = select.poll(), deque[Any](), threading.local()
-        self._watched: dict[int, int] = {}  # What the poller waits for, by the number of the descriptor.
         sockinfo = (listener.family, listener.type, listener.proto, listener.getsockname())
         super().__init__(app, _sock=listener, bind_socket=False, sockinfo=sockinfo, adj=adjustments,
                          dispatcher=self._dispatchers[""])
-        self._changed.append(self.trigger)
+        self._poller.register(self.trigger._fileno, select.POLLIN)
         self.url, self.stopping, self._room_at = url_of(*listener.getsockname()[:2]), False, 0.0
 
     def poll(self, timeout_s: float) -> None:
@@ -2412,42 +2389,29 @@ class _Server(TcpWSGIServer):
         # Its own socket comes last, so that a client whose request is there is not closed to make room for another.
         for number, flags in sorted(self._poller.poll(timeout_s * 1000), key=lambda event: event[0] == self._fileno):
             channel = self._map.get(number)
-            if channel is None:  # It was closed while the others were handled, or by a thread while it was looked at.
-                with suppress(KeyError):
-                    self._poller.unregister(number)
+            if channel is None:  # It was closed, by now or before, and its number may be that of some other file.
+                self._poller.unregister(number)
                 continue
             serving = bool(getattr(channel, "requests", ()))
             if flags & select.POLLOUT or not serving:
                 wasyncore.readwrite(channel, flags)
             # Few clients send more before they are answered, so it is waited for all the same until one does.
-            if serving or not getattr(channel, "requests", ()):
+            if isinstance(channel, _Channel) and (serving or not channel.requests):
                 self._watch(channel)
 
-    def _watch(self, channel: Any) -> None:
+    def _watch(self, channel: _Server | _Channel) -> None:
         """Wait for what a channel waits for. Another thread may change that meanwhile, and has looked here already."""
-        while (number := channel._fileno) in self._map and self._watched.get(number, 0) != (flags := events(channel)):
-            self._watched[number] = flags
+        while channel._fileno and channel.watched != (flags := events(channel)):
+            channel.watched = flags
             if flags:
-                self._poller.register(number, flags)
+                self._poller.register(channel._fileno, flags)
             else:  # Else it would be told of a client that hangs up, again and again.
-                with suppress(KeyError):
-                    self._poller.unregister(number)
-
-    def forget(self, number: int) -> None:
-        """Wait for a channel no more, before its number is another's."""
-        if self._watched.pop(number, 0):
-            with suppress(KeyError):  # A thread may close a channel while this looks at it.
-                self._poller.unregister(number)
-
-    def del_channel(self, map: Any = None) -> None:
-        """Stop to accept connections."""
-        self.forget(self._fileno)
-        super().del_channel(map)
+                self._poller.unregister(channel._fileno)
 
     def pull_trigger(self) -> None:
         """Have the channel that this thread answers looked at again, if it waits for something else now."""
         channel = self._answered.channel
-        if self._watched.get(channel._fileno) != events(channel):
+        if channel.watched != events(channel):
             self._changed.append(channel)
             super().pull_trigger()
 
@@ -2461,6 +2425,7 @@ class _Server(TcpWSGIServer):
         """Queue the first request of a connection to be answered, or to be refused where it would wait too long."""
         dispatcher = self._dispatchers.get(getattr(task.requests[0], "path", ""), self._dispatchers[""])
         queue, task.queued = dispatcher.queue, time.monotonic()
+        task.given_at = task.queued
         with dispatcher.lock:
             task.busy = len(queue) >= QUEUE_MAX and task.queued - queue[0].queued > QUEUE_STALL_S
         (self._dispatchers["/livez"] if task.busy else dispatcher).add_task(task)
@@ -2480,7 +2445,7 @@ class _Server(TcpWSGIServer):
             self.poll(0.05)
             for channel in list(self.active_channels.values()):
                 idle = not (channel.requests or channel.request or channel.total_outbufs_len)
-                if channel.lingering or (idle and time.monotonic() - channel.last_activity > STOP_IDLE_S):
+                if idle and time.monotonic() - channel.given_at > STOP_IDLE_S:
                     channel.handle_close()
         for dispatcher in self._dispatchers.values():
             dispatcher.shutdown(timeout=1)
@@ -2635,22 +2600,25 @@ class _GranianWorker:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         # Granian does not tell a length that came beside chunks (RFC 9112, section 6.1), nor chunks that are malformed.
         # So what follows them is not taken for a request.
-        chunked = "HTTP_TRANSFER_ENCODING" in environ
+        body, chunked, refused = environ["wsgi.input"], "HTTP_TRANSFER_ENCODING" in environ, False
 
         def start(status: str, headers: list[tuple[str, str]], error: Any = None) -> Callable[[bytes], object]:
-            last = self.stopping or chunked
+            last = self.stopping or chunked or refused
             return start_response(status, [*headers, ("Connection", "close")] if last else headers, error)
 
         try:
             environ["wsgi.input"] = io.BytesIO(self._receive(environ))
         except WalletError as error:
-            return self._refuse(error, environ, start_response)
+            environ[REFUSAL], refused = error, True
         self.working[threading.get_ident()] = time.monotonic()
-        environ[BUSY] = environ["PATH_INFO"] != "/livez" and self._is_stuck()
+        if environ["PATH_INFO"] != "/livez" and self._is_stuck():
+            environ.setdefault(REFUSAL, Unavailable(TOO_MANY))
         try:
             answer = self.app(environ, start)
         finally:
             del self.working[threading.get_ident()]
+        if refused:
+            return self._hear_out(answer, body, "HTTP_EXPECT" in environ)
         return answer if isinstance(answer, list) else self._stream(answer)
 
     def _is_stuck(self) -> bool:
@@ -2685,21 +2653,13 @@ class _GranianWorker:
             raise MalformedRequest("The request is not valid HTTP: the body is shorter than its length.")
         return body
 
-    def _refuse(self, error: WalletError, environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
-        answer, request_id, started = error_response(error), make_request_id(""), time.perf_counter()
-        status, headers, document = render(answer, request_id)
-        log_access(environ["REQUEST_METHOD"], environ["PATH_INFO"], answer.status, started, request_id)
-        start_response(status, [*headers, ("Connection", "close")])
-        return self._hear_out(document, environ)
-
-    def _hear_out(self, document: Iterable[bytes], environ: WSGIEnvironment) -> Iterator[bytes]:
+    def _hear_out(self, answer: Iterable[bytes], body: Any, is_asking: bool) -> Iterator[bytes]:
         """Answer, and then read on: closing while the client still sends would lose it the answer."""
-        yield from document
+        yield from answer
         started = self.receiving[threading.get_ident()] = time.monotonic()
         try:
-            while "HTTP_EXPECT" not in environ and time.monotonic() < started + REQUEST_TIMEOUT_S:
-                if not environ["wsgi.input"].read(BODY_BYTES_MAX):
-                    break
+            while not is_asking and time.monotonic() < started + REQUEST_TIMEOUT_S and body.read(BODY_BYTES_MAX):
+                pass
         finally:
             del self.receiving[threading.get_ident()]
 
