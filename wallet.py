@@ -2327,9 +2327,6 @@ class _Channel(HTTPChannel):
         self.server._answered.channel = self
         super().service()
 
-    def readable(self) -> bool:
-        return not self.requests
-
     def writable(self) -> bool:
         """Say whether there is something to send or to close. What a thread is about to send is its own affair."""
         unsent_bytes = self.total_outbufs_len
@@ -2347,6 +2344,7 @@ class _Channel(HTTPChannel):
         if not self.total_outbufs_len:
             self.given_at = now
         return (now - self.given_at) / ANSWER_TIMEOUT_S
+
 
 class _Server(TcpWSGIServer):
     """waitress with every limit explicit, a deadline for slow requests, and a stop that drops none."""
