@@ -89,7 +89,7 @@ from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.task import ThreadedTaskDispatcher, WSGITask
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Semaphore
@@ -2377,6 +2377,9 @@ class _Parser(HTTPRequestParser):
     what waitress's own patterns take seconds over, such as kilobytes of white space.
     """
 
+    command = path = "-"  # Until they are known: what is refused before is answered and logged too.
+    request_uri = query = url_scheme = ""
+
     def __init__(self, adj: Adjustments) -> None:
         super().__init__(adj)
         self.started = time.monotonic()
@@ -2409,54 +2412,37 @@ class _Parser(HTTPRequestParser):
             self.adj.max_request_body_size = BATCH_BODY_BYTES_MAX + 1
 
 
-class _ErrorTask(ErrorTask):
-    """Answers what waitress refuses by itself, in the same form as all else."""
-
-    def execute(self) -> None:
-        refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
-        reason = self.request.error.body.partition(' "')[0]  # What follows is the line, maybe with a token in it.
-        malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
-        known = vars(self.request)  # It has what was parsed before the request was refused.
-        environ = {"REQUEST_METHOD": known.get("command", "-"), "PATH_INFO": known.get("path", "-"),
-                   "REMOTE_ADDR": self.channel.addr[0], REFUSAL: refusals.get(self.request.error.code, malformed),
-                   "HTTP_X_FORWARDED_FOR": self.request.headers.get("X_FORWARDED_FOR", "")}
-        document = b"".join(self.channel.server.application(environ, self._start))
-        self.content_length = len(document)
-        self.set_close_on_finish()
-        self.request.headers.pop("CONNECTION", None)
-        self.channel.refused = True
-        self.write(document)
-
-    def _start(self, status: str, headers: list[tuple[str, str]]) -> None:
-        self.status = status
-        self.response_headers.extend(headers)
-
-
 class _Task(WSGITask):
-    """Ends the connection after this answer if the server is stopping, or the client does not read.
+    """Answers a request. What waitress refuses by itself is answered by the application too, like all else.
 
-    And after a body in chunks: waitress passes over blank lines between them, and looks into no trailers, so that
-    another server may see its end elsewhere. What follows there is not taken for a request.
+    The connection ends after this answer if the server is stopping, the client does not read, or the request was
+    refused. And after a body in chunks: waitress passes over blank lines between them, and looks into no trailers, so
+    that another server may see its end elsewhere. What follows there is not taken for a request.
     """
 
     def start(self) -> None:
         super().start()
+        self.channel.refused = self.request.error is not None
         last = self.channel.server.stopping and len(self.channel.requests) == 1
-        if last or self.request.chunked or self.channel.total_outbufs_len > UNREAD_BYTES_MAX:
+        if last or self.request.error or self.request.chunked or self.channel.total_outbufs_len > UNREAD_BYTES_MAX:
             self.set_close_on_finish()
             self.request.headers.pop("CONNECTION", None)  # Else waitress promises the contrary to HTTP/1.0.
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
-        if self.channel.busy or time.monotonic() - self.channel.queued > QUEUE_TIMEOUT_S:
+        if error := self.request.error:
+            reason = error.body.partition(' "')[0]  # What follows is the line, maybe with a token in it.
+            refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
+            malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
+            environ[REFUSAL] = refusals.get(error.code, malformed)
+        elif self.channel.busy or time.monotonic() - self.channel.queued > QUEUE_TIMEOUT_S:
             environ[REFUSAL] = Unavailable(TOO_MANY)
         return environ
 
     def finish(self) -> None:
         super().finish()
         with self.channel.outbuf_lock:
-            if self.channel.total_outbufs_len:
-                self.channel._flush_exception(self.channel._flush_some, do_close=False)
+            self.channel._flush_exception(self.channel._flush_some)
 
 
 class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 takes no argument here.
@@ -2467,54 +2453,42 @@ class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 t
 
 
 class _Channel(HTTPChannel):
-    """A connection. A refused client is heard out: closing while it still sends would lose it our answer."""
+    """A connection."""
 
-    parser_class, task_class, error_task_class = _Parser, _Task, _ErrorTask
+    parser_class, task_class, error_task_class = _Parser, _Task, _Task
     logger = _Logger(logging.getLogger("waitress"), {})
-    refused = lingering = busy = False
-    flushed, queued, taken_bytes = 0.0, 0.0, 0
+    refused = busy = False
+    queued, taken_bytes = 0.0, 0
+    given_at = 0.0  # When the client was last given time: it had nothing to read, or took UNREAD_BYTES_MAX of it.
+    watched = 0  # What the server's poller waits for.
 
     def handle_close(self) -> None:
-        if not self.refused or self.lingering:
+        """Close, but hear a refused client out first: to close while it still sends would lose it the answer."""
+        if not self.refused or self.total_outbufs_len:
             super().handle_close()
             return
-        self.lingering, self.will_close = True, False
-        self.request = self.parser_class(self.adj)  # REQUEST_TIMEOUT_S from now, `maintenance` ends it.
+        self.refused = self.will_close = False
+        self.request = self.parser_class(self.adj)  # One that never ends: it has REQUEST_TIMEOUT_S, as any other.
+        self.request.received = len  # type: ignore[method-assign, assignment]
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
     def _flush_some(self, do_close: bool = True) -> bool:
         waiting_bytes = self.total_outbufs_len
-        sent: bool = super()._flush_some(do_close)
+        sent: bool = super()._flush_some(do_close=False)  # Only the server's own thread closes: it will find out.
         self.taken_bytes += waiting_bytes - self.total_outbufs_len
         if not self.total_outbufs_len or self.taken_bytes > UNREAD_BYTES_MAX:
-            self.flushed, self.taken_bytes = time.monotonic(), 0
+            self.given_at, self.taken_bytes = time.monotonic(), 0
         return sent
-
-    @property
-    def last_activity(self) -> float:
-        """When something was received or sent last, by a clock that nobody sets: waitress's own may jump by a day."""
-        return self._last_activity
-
-    @last_activity.setter
-    def last_activity(self, _: float) -> None:
-        self._last_activity = time.monotonic()
 
     def add_channel(self, map: Any = None) -> None:
         super().add_channel(map)
-        self.flushed = time.monotonic()
+        self.given_at = time.monotonic()
         self.server._changed.append(self)
-
-    def del_channel(self, map: Any = None) -> None:
-        self.server.forget(self._fileno)
-        super().del_channel(map)
 
     def service(self) -> None:
         self.server._answered.channel = self
         super().service()
-
-    def readable(self) -> bool:
-        return self.lingering or not (self.requests or self.writable())
 
     def writable(self) -> bool:
         """Say whether there is something to send or to close. What a thread is about to send is its own affair."""
@@ -2523,32 +2497,23 @@ class _Channel(HTTPChannel):
                     or self.will_close or self.close_when_flushed)
 
     def lateness(self, now: float) -> float:
-        """Return which share of its time the client has used up: to send a request, to read its answer, or to go on."""
-        if not self.total_outbufs_len:
-            self.flushed = now
-        if self.request and not self.lingering and (self.requests or self.total_outbufs_len):
+        """Return which share of its time the client has used up: to send a request, to go on, or to read its answer."""
+        if not (self.requests or self.total_outbufs_len):
+            if self.request:
+                return (now - self.request.started) / REQUEST_TIMEOUT_S
+            return (now - self.given_at) / IDLE_TIMEOUT_S
+        if self.request:
             self.request.started = now  # It is not read while an earlier one is answered.
-        idle_s: float = now - self.last_activity if not self.requests else 0
-        sending_s: float = now - self.request.started if self.request else 0
-        reading_s: float = now - self.flushed
-        return max(idle_s / IDLE_TIMEOUT_S, sending_s / REQUEST_TIMEOUT_S, reading_s / ANSWER_TIMEOUT_S)
-
-    def handle_write(self) -> None:
-        if self.connected:  # Else what was read has just ended it.
-            super().handle_write()
-
-    def handle_read(self) -> None:
-        if self.lingering:
-            self.recv(BODY_BYTES_MAX)  # At its end it calls handle_close.
-        else:
-            super().handle_read()
+        if not self.total_outbufs_len:
+            self.given_at = now
+        return (now - self.given_at) / ANSWER_TIMEOUT_S
 
 
 class _Server(TcpWSGIServer):
     """waitress with every limit explicit, a deadline for slow requests, and a stop that drops none."""
 
     channel_class = _Channel
-    next_channel_cleanup = 0.0
+    next_channel_cleanup, watched = 0.0, 0
 
     def __init__(self, app: App, listener: socket.socket, threads: int) -> None:
         # /livez has a thread of its own: it says that the process lives when all others wait for the database. So do
@@ -2565,11 +2530,10 @@ class _Server(TcpWSGIServer):
         adjustments.socket_options = SOCKET_OPTIONS
         adjustments.send_bytes = BODY_BYTES_MAX  # What is shorter is sent at once, by `_Task.finish`.
         self._poller, self._changed, self._answered = select.poll(), deque[Any](), threading.local()
-        self._watched: dict[int, int] = {}  # What the poller waits for, by the number of the descriptor.
         sockinfo = (listener.family, listener.type, listener.proto, listener.getsockname())
         super().__init__(app, _sock=listener, bind_socket=False, sockinfo=sockinfo, adj=adjustments,
                          dispatcher=self._dispatchers[""])
-        self._changed.append(self.trigger)
+        self._poller.register(self.trigger._fileno, select.POLLIN)
         self.url, self.stopping, self._room_at = url_of(*listener.getsockname()[:2]), False, 0.0
 
     def poll(self, timeout_s: float) -> None:
@@ -2580,42 +2544,29 @@ class _Server(TcpWSGIServer):
         # Its own socket comes last, so that a client whose request is there is not closed to make room for another.
         for number, flags in sorted(self._poller.poll(timeout_s * 1000), key=lambda event: event[0] == self._fileno):
             channel = self._map.get(number)
-            if channel is None:  # It was closed while the others were handled, or by a thread while it was looked at.
-                with suppress(KeyError):
-                    self._poller.unregister(number)
+            if channel is None:  # It was closed, by now or before, and its number may be that of some other file.
+                self._poller.unregister(number)
                 continue
             serving = bool(getattr(channel, "requests", ()))
             if flags & select.POLLOUT or not serving:
                 wasyncore.readwrite(channel, flags)
             # Few clients send more before they are answered, so it is waited for all the same until one does.
-            if serving or not getattr(channel, "requests", ()):
+            if isinstance(channel, _Channel) and (serving or not channel.requests):
                 self._watch(channel)
 
-    def _watch(self, channel: Any) -> None:
+    def _watch(self, channel: _Server | _Channel) -> None:
         """Wait for what a channel waits for. Another thread may change that meanwhile, and has looked here already."""
-        while (number := channel._fileno) in self._map and self._watched.get(number, 0) != (flags := events(channel)):
-            self._watched[number] = flags
+        while channel._fileno and channel.watched != (flags := events(channel)):
+            channel.watched = flags
             if flags:
-                self._poller.register(number, flags)
+                self._poller.register(channel._fileno, flags)
             else:  # Else it would be told of a client that hangs up, again and again.
-                with suppress(KeyError):
-                    self._poller.unregister(number)
-
-    def forget(self, number: int) -> None:
-        """Wait for a channel no more, before its number is another's."""
-        if self._watched.pop(number, 0):
-            with suppress(KeyError):  # A thread may close a channel while this looks at it.
-                self._poller.unregister(number)
-
-    def del_channel(self, map: Any = None) -> None:
-        """Stop to accept connections."""
-        self.forget(self._fileno)
-        super().del_channel(map)
+                self._poller.unregister(channel._fileno)
 
     def pull_trigger(self) -> None:
         """Have the channel that this thread answers looked at again, if it waits for something else now."""
         channel = self._answered.channel
-        if self._watched.get(channel._fileno) != events(channel):
+        if channel.watched != events(channel):
             self._changed.append(channel)
             super().pull_trigger()
 
@@ -2627,8 +2578,9 @@ class _Server(TcpWSGIServer):
 
     def add_task(self, task: _Channel) -> None:
         """Queue the first request of a connection to be answered, or to be refused where it would wait too long."""
-        dispatcher = self._dispatchers.get(getattr(task.requests[0], "path", ""), self._dispatchers[""])
+        dispatcher = self._dispatchers.get(task.requests[0].path, self._dispatchers[""])
         queue, task.queued = dispatcher.queue, time.monotonic()
+        task.given_at = task.queued
         with dispatcher.lock:
             task.busy = len(queue) >= QUEUE_MAX and task.queued - queue[0].queued > QUEUE_STALL_S
         (self._dispatchers["/livez"] if task.busy else dispatcher).add_task(task)
@@ -2648,7 +2600,7 @@ class _Server(TcpWSGIServer):
             self.poll(0.05)
             for channel in list(self.active_channels.values()):
                 idle = not (channel.requests or channel.request or channel.total_outbufs_len)
-                if channel.lingering or (idle and time.monotonic() - channel.last_activity > STOP_IDLE_S):
+                if idle and time.monotonic() - channel.given_at > STOP_IDLE_S:
                     channel.handle_close()
         for dispatcher in self._dispatchers.values():
             dispatcher.shutdown(timeout=1)
@@ -2670,7 +2622,7 @@ class _Server(TcpWSGIServer):
 
     def maintenance(self, now: float) -> None:
         """Close what is idle, and what takes too long to send a request or to read its answer."""
-        for channel in list(self.active_channels.values()):  # Other threads may close one meanwhile.
+        for channel in list(self.active_channels.values()):
             if channel.lateness(now) > 1 or channel.will_close:
                 if channel.request or channel.total_outbufs_len:
                     logger.info("closed a connection that was too slow")
@@ -2679,9 +2631,9 @@ class _Server(TcpWSGIServer):
     def make_room(self) -> None:
         """Close connections where it is the client's turn, several since more may come. If none is late, wait a bit."""
         now = time.monotonic()
-        waiting = [(channel.lateness(now), number, channel) for number, channel in list(self.active_channels.items())
-                   if not channel.requests]
-        late = [channel for lateness, _, channel in nlargest(CONNECTIONS_SPARE, waiting) if lateness > PATIENCE_SHARE]
+        waiting = [channel for channel in self.active_channels.values()
+                   if not channel.requests and channel.lateness(now) > PATIENCE_SHARE]
+        late = nlargest(CONNECTIONS_SPARE, waiting, key=lambda channel: channel.lateness(now))
         for channel in late:
             channel.refused = False  # There is no time to hear it out.
             channel.handle_close()
@@ -2693,7 +2645,7 @@ class _Server(TcpWSGIServer):
 
 def events(channel: Any) -> int:
     """Return what a channel waits for, as poll() has it."""
-    return (select.POLLIN if channel.readable() else 0) | (select.POLLOUT if channel.writable() else 0)
+    return select.POLLOUT if channel.writable() else select.POLLIN if channel.readable() else 0
 
 
 def pin_process(number: int) -> None:
@@ -2704,7 +2656,7 @@ def pin_process(number: int) -> None:
 
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # As Granian sends it.
-TCP_ESTABLISHED, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 7, 8, 10  # As in net/tcp_states.h of Linux.
+TCP_ESTABLISHED, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 8, 10  # As in net/tcp_states.h of Linux.
 
 
 class _SocketInfo(NamedTuple):
@@ -2738,8 +2690,8 @@ def read_socket(found: socket.socket) -> _SocketInfo:
     return _SocketInfo(*struct.unpack_from("=B23xI16xI4xI64xQQ8xI52xQQ", info))
 
 
-def find_sockets(port: int) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
-    """Yield this process's TCP sockets at a port, each with a name of its own and what is known of it.
+def find_sockets(port: int, listening: bool = False) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
+    """Yield this process's TCP connections at a port, or what listens there, with names and what is known of each.
 
     Each is looked at in its place and left open. A copy of its descriptor could by then be one of a database file, and
     to close that would end SQLite's locks.
@@ -2748,40 +2700,44 @@ def find_sockets(port: int) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
     with suppress(OSError):  # No descriptor may be left to list them.
         numbers = os.listdir("/proc/self/fd")
     for number in numbers:
-        with suppress(OSError):  # Each may be closed at any time.
-            if (name := os.readlink(f"/proc/self/fd/{number}")).startswith("socket:"):
-                found = socket.socket(fileno=int(number))
-                try:
-                    if found.getsockname()[1:2] == (port,):
-                        yield name, found, read_socket(found)
-                finally:
-                    found.detach()
+        with suppress(OSError):  # It is no socket, or is closed by now.
+            found = socket.socket(fileno=int(number))
+            try:
+                if found.getsockname()[1:2] == (port,):
+                    info = read_socket(found)
+                    if (info.state == TCP_LISTEN) == listening:
+                        yield os.readlink(f"/proc/self/fd/{number}"), found, info
+            finally:
+                found.detach()
 
 
-def cut(connection: socket.socket) -> None:
-    """End a connection, whoever has it. What was sent still arrives."""
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+@dataclass
+class _Client:
+    """A connection, as the watch knows it from one look to the next."""
 
-
-class _Client(NamedTuple):
-    """What the watch remembers of a connection from one look to the next."""
-
-    sent_bytes: int
-    pending_since: float  # The request that is coming, or waits for its answer.
-    due_bytes: int  # How much it is to have taken ANSWER_TIMEOUT_S after `taken_at`: what waited for it then.
+    pending_since: float  # At each look since then some of a request had come, or all of it, and no answer was sent.
     taken_at: float
-    was_asked: bool = False  # What it was sent last is that it may send the body.
+    due_bytes: int = 0  # How much it is to have taken ANSWER_TIMEOUT_S after `taken_at`: what waited for it then.
+    sent_bytes: int = 0
+    is_pending: bool = False
+    is_asked: bool = False  # What it was sent last is that it may send the body, of which nothing has come since.
+    lateness: float = 0.0  # What share of its time is over, unless its request is worked on.
 
-
-class _Late(NamedTuple):
-    """A connection where it is the client's turn, and has been for a while."""
-
-    name: str
-    lateness: float  # What share of its time is over.
-    is_asked: bool  # It was told to go on, and has sent nothing since.
-    is_pending: bool  # It has sent some of a request, or all of it.
-    sent_bytes: int
+    def look(self, info: _SocketInfo, now: float, idle_timeout_s: float) -> None:
+        """Note what is known of it now."""
+        newly_sent_bytes = info.sent_bytes - self.sent_bytes
+        if newly_sent_bytes or not (info.is_pending and self.is_pending):
+            self.pending_since = now
+        if newly_sent_bytes or info.is_pending:
+            self.is_asked = newly_sent_bytes == len(CONTINUE) and not info.is_pending
+        if info.is_read or info.taken_bytes >= self.due_bytes:
+            self.due_bytes, self.taken_at = info.sent_bytes - info.repeated_bytes + info.unsent_bytes, now
+        self.sent_bytes, self.is_pending = info.sent_bytes, info.is_pending
+        sending_s = info.since_sent_ms / 1000 if self.is_asked else now - self.pending_since
+        is_idle = info.is_read and not info.is_pending
+        idle_s = min(info.since_sent_ms, info.since_received_ms) / 1000 if is_idle else 0
+        self.lateness = max(sending_s / REQUEST_TIMEOUT_S, (now - self.taken_at) / ANSWER_TIMEOUT_S,
+                            idle_s / idle_timeout_s)
 
 
 class _GranianWorker:
@@ -2796,30 +2752,33 @@ class _GranianWorker:
         self.app, self.port, self.stopping = app, port, False
         self.receiving: dict[int, float] = {}  # By thread: since when it reads a body.
         self.working: dict[int, float] = {}  # By thread: since when it has all of the request that it answers.
+        self.known: list[float] = []  # What `working` had at the last look.
         self.clients: dict[str, _Client] = {}
-        self.looked_at = self.glanced_at = self.stuck_at = 0.0
-        self.files = self.other_files = self.hogs = 0  # Descriptors, those that are no connections, and slow senders.
+        self.files = self.other_files = 0  # Descriptors, and those that are no connections.
+        self.stuck_at = 0.0
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         # Granian does not tell a length that came beside chunks (RFC 9112, section 6.1), nor chunks that are malformed.
         # So what follows them is not taken for a request.
-        chunked = "HTTP_TRANSFER_ENCODING" in environ
+        body, chunked, refused = environ["wsgi.input"], "HTTP_TRANSFER_ENCODING" in environ, False
 
         def start(status: str, headers: list[tuple[str, str]], error: Any = None) -> Callable[[bytes], object]:
-            last = self.stopping or chunked
+            last = self.stopping or chunked or refused
             return start_response(status, [*headers, ("Connection", "close")] if last else headers, error)
 
         try:
             environ["wsgi.input"] = io.BytesIO(self._receive(environ))
         except WalletError as error:
-            return self._refuse(error, environ, start_response)
+            environ[REFUSAL], refused = error, True
         self.working[threading.get_ident()] = time.monotonic()
         if environ["PATH_INFO"] != "/livez" and self._is_stuck():
-            environ[REFUSAL] = Unavailable(TOO_MANY)
+            environ.setdefault(REFUSAL, Unavailable(TOO_MANY))
         try:
             answer = self.app(environ, start)
         finally:
             del self.working[threading.get_ident()]
+        if refused:
+            return self._hear_out(answer, body, "HTTP_EXPECT" in environ)
         return answer if isinstance(answer, list) else self._stream(answer)
 
     def _is_stuck(self) -> bool:
@@ -2843,34 +2802,26 @@ class _GranianWorker:
         length = bytes_max + 1 if declared is None else int(declared)
         if declared is not None and length > bytes_max:
             raise BodyTooLarge()
-        self.receiving[threading.get_ident()] = time.monotonic()
-        try:
-            body: bytes = environ["wsgi.input"].read(length)
-        finally:
-            del self.receiving[threading.get_ident()]
+        body = self._read(environ["wsgi.input"], length)
         if len(body) > bytes_max:
             raise BodyTooLarge()
         if declared is not None and len(body) < length:
             raise MalformedRequest("The request is not valid HTTP: the body is shorter than its length.")
         return body
 
-    def _refuse(self, error: WalletError, environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
-        def start(status: str, headers: list[tuple[str, str]], error: Any = None) -> Callable[[bytes], object]:
-            return start_response(status, [*headers, ("Connection", "close")], error)
-
-        environ[REFUSAL] = error
-        return self._hear_out(self.app(environ, start), environ)
-
-    def _hear_out(self, document: Iterable[bytes], environ: WSGIEnvironment) -> Iterator[bytes]:
-        """Answer, and then read on: closing while the client still sends would lose it the answer."""
-        yield from document
-        started = self.receiving[threading.get_ident()] = time.monotonic()
+    def _read(self, body: Any, length: int) -> bytes:
+        self.receiving[threading.get_ident()] = time.monotonic()
         try:
-            while "HTTP_EXPECT" not in environ and time.monotonic() < started + REQUEST_TIMEOUT_S:
-                if not environ["wsgi.input"].read(BODY_BYTES_MAX):
-                    break
+            return body.read(length)  # type: ignore[no-any-return]
         finally:
             del self.receiving[threading.get_ident()]
+
+    def _hear_out(self, answer: Iterable[bytes], body: Any, is_asking: bool) -> Iterator[bytes]:
+        """Answer, and then read on: closing while the client still sends would lose it the answer."""
+        yield from answer
+        until = time.monotonic() + REQUEST_TIMEOUT_S
+        while not is_asking and time.monotonic() < until and self._read(body, BODY_BYTES_MAX):
+            pass
 
     def _stream(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """Send an answer as it comes. One that breaks off must not be taken for a whole one.
@@ -2885,107 +2836,84 @@ class _GranianWorker:
             logger.exception("an answer broke off")
             until = time.monotonic() + STOP_IDLE_S
             while time.monotonic() < until:
-                self._cut(lambda info: info.sent_bytes > 0 and not info.is_pending)
+                self._cut(lambda _, info: info.sent_bytes > 0 and not info.is_pending)
                 time.sleep(0.01)
 
-    def _connections(self) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
-        return (one for one in find_sockets(self.port) if one[2].state not in (TCP_CLOSE, TCP_LISTEN))
+    def _cut(self, is_chosen: Callable[[str, _SocketInfo], bool]) -> None:
+        """End connections, whoever has them. What was sent still arrives."""
+        for name, connection, info in find_sockets(self.port):
+            if is_chosen(name, info):
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
-    def _cut(self, chosen: Callable[[_SocketInfo], bool]) -> None:
-        for _, connection, info in self._connections():
-            if chosen(info):
-                cut(connection)
+    def _count_hogs(self) -> int:
+        """Return how many threads too many are taken by slow senders.
 
-    def look(self) -> None:
-        """Cut the connections whose clients take too long to send a request, or to read its answer.
-
-        Of a request that is sent too slowly, the thread that reads its body would wait for ever.
+        A quarter is few enough: Granian starts threads hesitantly, so that not all of them need be there.
         """
-        now, clients = time.monotonic(), self.clients
-        self.clients, looked_at, self.looked_at = {}, self.looked_at, now
-        # A request that was there at the last look, and since when all of it was: it is not what is still coming.
-        working = [since for since in list(self.working.values()) if since < min(looked_at, now - WATCH_INTERVAL_S)]
-        stuck = any(now - since > REQUEST_TIMEOUT_S for since in list(self.receiving.values()))
-        late, count, known = [], 0, list(self.working.values())
-        for name, connection, info in self._connections():
-            received_at = now - info.since_received_ms / 1000
-            client = clients.get(name, _Client(0, received_at, 0, now))
-            if newly_sent_bytes := info.sent_bytes - client.sent_bytes:
-                client = client._replace(was_asked=newly_sent_bytes == len(CONTINUE))
-            if not info.is_pending or newly_sent_bytes:
-                client = client._replace(sent_bytes=info.sent_bytes, pending_since=now)
-            if info.is_read or info.taken_bytes >= client.due_bytes:
-                due_bytes = info.sent_bytes - info.repeated_bytes + info.unsent_bytes
-                client = client._replace(due_bytes=due_bytes, taken_at=now)
-            self.clients[name] = client
-            slow_sender = now - client.pending_since > REQUEST_TIMEOUT_S \
-                and max(working, default=0) < received_at - 0.1
-            # Where an answer went out after some of the next request came, the latter does not show.
-            quiet_s = min(info.since_sent_ms, info.since_received_ms) / 1000
-            stuck_sender = stuck and info.is_read and not info.is_pending and quiet_s > REQUEST_TIMEOUT_S
-            if slow_sender or stuck_sender or now - client.taken_at > ANSWER_TIMEOUT_S:
-                logger.info("closed a connection that was too slow")
-                cut(connection)
-            elif info.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT):  # Else it is cut already: Granian will find out.
-                count += 1
-                is_asked = client.was_asked and not info.is_pending
-                sending_s = info.since_sent_ms / 1000 if is_asked else now - client.pending_since
-                idle_s = quiet_s if info.is_read and not info.is_pending else 0
-                lateness = max(sending_s / REQUEST_TIMEOUT_S, (now - client.taken_at) / ANSWER_TIMEOUT_S,
-                               idle_s / IDLE_TIMEOUT_S)
-                if lateness > PATIENCE_SHARE:
-                    late.append(_Late(name, lateness, is_asked, info.is_pending, info.sent_bytes))
-        self.other_files = self.files - len(self.clients)
-        self._make_room(count - CONNECTIONS_MAX, late, known)
+        late = time.monotonic() - PATIENCE_SHARE * REQUEST_TIMEOUT_S
+        return max(sum(since < late for since in list(self.receiving.values())) - GRANIAN_THREADS // 4, 0)
 
     def is_crowded(self) -> bool:
         """Say whether there are too many connections, or slow senders in too many threads. This takes little time."""
         with suppress(OSError):  # No descriptor may be left to list them.
             self.files = len(os.listdir("/proc/self/fd"))
-        now = time.monotonic()
-        late = min(self.glanced_at, now - PATIENCE_SHARE * REQUEST_TIMEOUT_S)
-        slow_senders = sum(since < late for since in list(self.receiving.values()))
-        # A quarter is few enough: Granian starts threads hesitantly, so that not all of them need be there.
-        self.glanced_at, self.hogs = now, max(slow_senders - GRANIAN_THREADS // 4, 0)
-        return self.files - self.other_files > CONNECTIONS_MAX or self.hogs > 0
+        return self.files - self.other_files > CONNECTIONS_MAX or self._count_hogs() > 0
 
-    def _make_room(self, over: int, late: list[_Late], known: list[float]) -> None:
-        """Cut connections where it is the client's turn, so that others get in and find a thread.
+    def look(self) -> None:
+        """Cut the connections whose clients take too long, and make room where there are too many."""
+        now, clients, slow, count = time.monotonic(), self.clients, set(), 0
+        late: dict[str, _Client] = {}
+        # When the requests that are worked on began, and those of the last look: an answer of theirs may not have left.
+        working, self.known, self.clients = {*self.known, *self.working.values()}, list(self.working.values()), {}
+        # Work that began just now is not on what still comes, however much of that has just come.
+        working_since = max((since for since in self.known if since < now - WATCH_INTERVAL_S), default=0.0)
+        # Where an answer went out after some of the next request came, the latter does not show. So whoever sends that
+        # and keeps a thread for too long looks idle.
+        stuck = any(now - since > REQUEST_TIMEOUT_S for since in list(self.receiving.values()))
+        for name, _, info in find_sockets(self.port):
+            received_at = now - info.since_received_ms / 1000
+            client = self.clients[name] = clients.get(name) or _Client(pending_since=now, taken_at=now)
+            client.look(info, now, REQUEST_TIMEOUT_S if stuck else IDLE_TIMEOUT_S)
+            if info.state not in (TCP_ESTABLISHED, TCP_CLOSE_WAIT):
+                continue  # It is cut already: Granian will find out.
+            count += 1
+            # What it has sent may be a whole request, which a thread works on, or which waits for one as most work.
+            is_request = info.is_pending and (len(working) > GRANIAN_THREADS / 2 or any(
+                abs(since - received_at) <= 0.1 for since in working))
+            if client.lateness > 1 and not (info.is_pending and working_since >= received_at - 0.1):
+                logger.info("closed a connection that was too slow")
+                slow.add(name)
+            elif client.lateness > PATIENCE_SHARE and not is_request:
+                late[name] = client
+        self.other_files = self.files - len(self.clients)
+        chosen = self._make_room(count - len(slow) - CONNECTIONS_MAX, late)
+        if slow or chosen:
+            self._cut(lambda name, info: name in slow
+                      or (name in chosen and info.is_pending == late[name].is_pending))
 
-        Where a client has sent something last, that may be a whole request. So none of these is cut when a thread has
-        worked since then on one, nor when most threads work, so that some may wait for one. And a moment later it must
-        still be so: by then an answer has left that was made meanwhile.
-        """
-        chosen = nlargest(over + CONNECTIONS_SPARE, late, key=lambda one: one.lateness) if over > 0 else []
-        senders = [one for one in late if one.is_asked or one.is_pending]
-        chosen += nlargest(self.hogs, senders, key=lambda one: (one.is_asked, one.lateness))
-        if not chosen:
-            return
-        time.sleep(0.02)
-        working, names, count = {*known, *self.working.values()}, {one.name: one for one in chosen}, 0
-        for name, connection, info in self._connections():
-            one, received_at = names.get(name), time.monotonic() - info.since_received_ms / 1000
-            if one is None or (info.is_pending, info.sent_bytes) != (one.is_pending, one.sent_bytes):
-                continue
-            if not one.is_pending or (len(working) <= GRANIAN_THREADS / 2
-                                      and all(abs(since - received_at) > 0.1 for since in working)):
-                cut(connection)
-                count += 1
-        if count:
-            logger.warning("closed %d connections to make room for others", count)
+    def _make_room(self, over: int, late: dict[str, _Client]) -> set[str]:
+        """Return which connections to cut, so that others get in and find a thread."""
+        senders = [name for name, client in late.items() if client.is_asked or client.is_pending]
+        chosen = {*nlargest(over + CONNECTIONS_SPARE if over > 0 else 0, late, key=lambda name: late[name].lateness),
+                  *nlargest(self._count_hogs(), senders, key=lambda name: (late[name].is_asked, late[name].lateness))}
+        if chosen:
+            logger.warning("closed %d connections to make room for others", len(chosen))
+        return chosen
 
     def watch(self, main: threading.Thread, parent_id: int, listening: Semaphore, opened: ExitStack) -> None:
         """Look after the connections until the process is told to stop, or has lost its parent; then stop it."""
-        while main.is_alive() and not any(info.state == TCP_LISTEN for _, _, info in find_sockets(self.port)):
+        while main.is_alive() and not any(find_sockets(self.port, listening=True)):
             time.sleep(0.01)
-        for _, found, _ in find_sockets(self.port):
+        for _, found, _ in find_sockets(self.port, listening=True):
             for option in SOCKET_OPTIONS:  # The connections get them from the socket that listens.
                 found.setsockopt(*option)
         listening.release()
-        told = False
+        told, looked_at = False, 0.0
         while main.is_alive() and os.getppid() == parent_id and not told:
             told = bool(signal.sigtimedwait([signal.SIGTERM], GLANCE_INTERVAL_S))
-            if self.is_crowded() or told or time.monotonic() - self.looked_at >= WATCH_INTERVAL_S:
+            if self.is_crowded() or time.monotonic() - looked_at >= WATCH_INTERVAL_S:
+                looked_at = time.monotonic()
                 self.look()
         with opened:
             self._stop(main, parent_id if told else os.getppid())
@@ -2994,18 +2922,18 @@ class _GranianWorker:
     def _stop(self, main: threading.Thread, parent_id: int) -> None:
         """Let Granian stop once no client can be about to use its connection: it closes those that are idle."""
         started, self.stopping, told = time.monotonic(), True, False
-        logger.info("stopping: %d connections are open", len(list(self._connections())))
+        logger.info("stopping: %d connections are open", len(list(find_sockets(self.port))))
         with suppress(OSError):  # No descriptor may be left for it.
             self._stop_listening(started + STOP_IDLE_S)
         while main.is_alive():
             if os.getppid() != parent_id:  # A second signal has ended it.
                 os._exit(1)
             elapsed_s = time.monotonic() - started
-            if not told and (elapsed_s > STOP_IDLE_S or not any(self._connections())):
+            if not told and (elapsed_s > STOP_IDLE_S or not any(find_sockets(self.port))):
                 told = True
                 signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore[operator, misc]
             if elapsed_s > STOP_TIMEOUT_S:
-                self._cut(lambda info: True)
+                self._cut(lambda *_: True)
             main.join(0.02)
         while self.working and time.monotonic() - started < STOP_TIMEOUT_S:  # Whose clients have gone.
             time.sleep(0.01)
@@ -3019,12 +2947,10 @@ class _GranianWorker:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as nobodys:
             nobodys.bind("")
             nobodys.listen()
-            for _, found, info in find_sockets(self.port):
-                while info.state == TCP_LISTEN and info.segments and time.monotonic() < deadline:
+            for _, found, _ in find_sockets(self.port, listening=True):
+                while read_socket(found).segments and time.monotonic() < deadline:
                     time.sleep(0.001)
-                    info = read_socket(found)
-                if info.state == TCP_LISTEN:
-                    os.dup2(nobodys.fileno(), found.fileno(), inheritable=False)
+                os.dup2(nobodys.fileno(), found.fileno(), inheritable=False)
 
 
 def start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplication]], port: int, parent_id: int,
@@ -3095,21 +3021,16 @@ def listen(host: str, port: int) -> socket.socket:
 @contextmanager
 def running(wallet: Wallet | None = None, issuer_token: str | None = None) -> Iterator[str]:
     """Serve a wallet, a new one in memory if none is given, on a free port; yield its URL."""
-    if wallet is None:
-        with Wallet() as wallet, running(wallet, issuer_token) as url:
-            yield url
-        return
-    server = _Server(create_app(wallet, issuer_token), listen("127.0.0.1", 0), threads=4)
-    thread = threading.Thread(target=server.run, name="wallet", daemon=True)
-    thread.start()
-    try:
+    with ExitStack() as opened:
+        wallet = wallet or opened.enter_context(Wallet())
+        server = _Server(create_app(wallet, issuer_token), listen("127.0.0.1", 0), threads=4)
+        thread = threading.Thread(target=server.run, name="wallet", daemon=True)
+        thread.start()
+        opened.callback(thread.join)
+        opened.callback(server.stop)
         yield server.url
-    finally:
-        server.stop()
-        thread.join()
 
 
-BANNER = "wallet {version} listens on {address}, with its data in {location}. {more}"
 TRY = """\
 Try it from another terminal:
 
@@ -3131,7 +3052,7 @@ def make_banner(app: App, address: str) -> str:
     """Return what is printed at the start."""
     url = address.replace("//0.0.0.0", "//127.0.0.1").replace("[::]", "[::1]")
     more = "Only the issuer's token makes and fills accounts." if app.has_issuer else TRY.format(url=url)
-    return BANNER.format(version=__version__, address=address, location=app.wallet.database.location, more=more)
+    return f"wallet {__version__} listens on {address}, with its data in {app.wallet.database.location}. {more}"
 
 
 def serve(app: App, listener: socket.socket, threads: int, banner: str) -> None:
