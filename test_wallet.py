@@ -93,6 +93,7 @@ from wallet import (
     ValidationFailed,
     Wallet,
     WalletError,
+    WrongBooks,
     create_app,
     running,
 )
@@ -7092,7 +7093,7 @@ WANTING = ["SERIAL", "BIGSERIAL", "IDENTITY", "CREATE SEQUENCE", "nextval", "TRI
 
 
 # What SQL is put together from, apart from constants: parts of it that are, each, one of a few constants.
-SQL_PARTS = {"columns", "condition", "end_sql", "into", "key", "marks", "of_each", "of_type", "one", "order", "table",
+SQL_PARTS = {"cache_kb", "check", "columns", "condition", "end_sql", "into", "key", "marks", "of_each", "of_type", "one", "order", "table",
              "values", "' DESC, '.join(columns)"}
 
 
@@ -7361,10 +7362,10 @@ def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
     "UPDATE accounts SET balance = balance - 1 WHERE balance > held",
     "DELETE FROM holds WHERE status = 'active'",
 ])
-def test_copy_of_books_that_are_wrong_is_refused_and_names_the_account(full_dsn, postgres_dsn, damage):
+def test_copy_of_books_that_are_wrong_is_refused_and_names_the_row(full_dsn, postgres_dsn, damage):
     with Wallet(full_dsn) as source, Wallet(postgres_dsn) as target:
         source.database.write(lambda tx: tx(damage))
-        with pytest.raises(ConfigurationError, match=r"the books of acc_\w{16} are wrong: its balance is not"):
+        with pytest.raises(WrongBooks, match=r"^(accounts|transactions|holds) \(acc_\w{16}(, \d+)?\): "):
             source.copy_to(target)
         assert contents(postgres_dsn)[1:] == [[], [], []]
 
