@@ -7616,13 +7616,11 @@ def test_verify_writes_nothing_and_exits_0_or_1_with_the_row(durable_dsn, tmp_pa
 
 
 def test_verify_names_the_first_fault_that_sqlite_finds(file_dsn, tmp_path, monkeypatch, capsys):
-    """One that SQLite sees only, one that breaks a CHECK of no interest to the books, and one that both see."""
     fill_books(file_dsn, monkeypatch)
     whole = (tmp_path / "wallet.db").read_bytes()
     for damage, wrong in (
         ("UPDATE sqlite_master SET sql = 'CREATE INDEX active_holds ON holds (account_id, amount)' WHERE name = "
          "'active_holds'", f"{tmp_path}/wallet.db is damaged: row 1 missing from index active_holds"),
-        ("UPDATE accounts SET name = ''", f"{tmp_path}/wallet.db is damaged: CHECK constraint failed in accounts"),
         (account(A, balance=-1), f"accounts ({A}): the balance is -1, and should be 56"),
     ):
         (tmp_path / "wallet.db").write_bytes(whole)
@@ -8410,6 +8408,11 @@ def test_readme_lists_every_setting():
         [f"`--{setting.name}`", f"`{setting.variable}`", setting.default and f"`{setting.default}`", setting.meaning]
         for setting in SETTINGS
     ]
+
+
+def test_readme_lists_every_command():
+    assert readme_table("Commands") == [
+        [f"`{one.name}`", one.meaning, f"`python wallet.py {one.example}`"] for one in wallet_module.COMMANDS]
 
 
 def error_classes(base=WalletError):
