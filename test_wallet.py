@@ -96,6 +96,7 @@ from wallet import (
     ValidationFailed,
     Wallet,
     WalletError,
+    WrongBooks,
     create_app,
     running,
 )
@@ -162,6 +163,7 @@ def check_books(wallet):
     check_holds(read, rows, {account_id: held for account_id, *_, held in accounts})
     if isinstance(wallet.database, wallet_module.SQLiteDatabase):
         assert read("PRAGMA integrity_check") == [("ok",)]
+    wallet.verify()
 
 
 class PostgresServer:
@@ -7424,7 +7426,8 @@ def test_driver_is_imported_for_a_dsn_of_postgres_only_and_the_client_of_prometh
 def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(file_dsn, postgres_dsn, monkeypatch):
     def session(dsn):
         random, times = iter(string.ascii_letters), iter(range(10**15, 10**16, 1_234_567))
-        monkeypatch.setattr(wallet_module, "random_base62", lambda length: next(random) * length)
+        monkeypatch.setattr(wallet_module, "random_base62",
+                        lambda length: next(random) * length)
         monkeypatch.setattr(time, "time_ns", lambda: next(times) * 1000)
         with Wallet(dsn) as wallet:
             api, answers = Client(create_app(wallet)), []
@@ -7519,8 +7522,8 @@ WANTING = ["SERIAL", "BIGSERIAL", "IDENTITY", "CREATE SEQUENCE", "nextval", "TRI
 
 
 # What SQL is put together from, apart from constants: parts of it that are, each, one of a few constants.
-SQL_PARTS = {"columns", "condition", "end_sql", "into", "key", "marks", "of_each", "of_type", "one", "order", "table",
-             "values", "' DESC, '.join(columns)"}
+SQL_PARTS = {"cache_kb", "check", "columns", "condition", "end_sql", "into", "key", "marks", "of_each", "of_type",
+             "one", "order", "table", "values", "' DESC, '.join(columns)"}
 
 
 def foreign_parts(source):
@@ -7788,12 +7791,580 @@ def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
     "UPDATE accounts SET balance = balance - 1 WHERE balance > held",
     "DELETE FROM holds WHERE status = 'active'",
 ])
-def test_copy_of_books_that_are_wrong_is_refused_and_names_the_account(full_dsn, postgres_dsn, damage):
+def test_copy_of_books_that_are_wrong_is_refused_and_names_the_row(full_dsn, postgres_dsn, damage):
     with Wallet(full_dsn) as source, Wallet(postgres_dsn) as target:
         source.database.write(lambda tx: tx(damage))
-        with pytest.raises(ConfigurationError, match=r"the books of acc_\w{16} are wrong: its balance is not"):
+        with pytest.raises(WrongBooks, match=r"^(accounts|transactions|holds) \(acc_\w{16}(, \d+)?\): "):
             source.copy_to(target)
         assert contents(postgres_dsn)[1:] == [[], [], []]
+
+
+# The operator's commands ##############################################################################################
+
+
+def fill_books(dsn, monkeypatch):
+    """Make a wallet with every kind of entry and hold, and with known ids."""
+    names = iter("ABCD")
+    monkeypatch.setattr(wallet_module, "random_base62", lambda length: next(names) * 16 if length == 16 else "s" * 32)
+    with Wallet(dsn) as wallet:
+        ada, bob, _, dan = (wallet.register(name)[0].id for name in ("Ada", "Bob", "Cas", "Dan"))
+        wallet.topup(ada, 100)
+        charge = wallet.charge(ada, 30)
+        wallet.refund(ada, charge.id, 10)
+        wallet.charge(ada, 5)
+        wallet.hold(ada, 3)
+        wallet.database.write(lambda tx: wallet._end_expired(tx, ada, time.time_ns() // 1000 + 8 * 24 * 3600 * 10**6))
+        wallet.capture(ada, wallet.hold(ada, 20).id, 15)
+        wallet.release(ada, wallet.hold(ada, 5).id)
+        wallet.hold(ada, 7)
+        wallet.transfer(ada, bob, 4)
+        wallet.topup(dan, 50)
+        wallet.topup(dan, 50)
+        check_books(wallet)
+
+
+@pytest.fixture(scope="module")
+def books_by_engine(request, tmp_path_factory):
+    """A function of an engine that returns how to run SQL on such books, which are not checked by the engine itself."""
+    opened = {}
+
+    def open_books(engine):
+        if engine not in opened:
+            with pytest.MonkeyPatch.context() as patches:
+                if engine == "file":
+                    path = tmp_path_factory.mktemp("books") / "wallet.db"
+                    fill_books(f"sqlite:///{path}", patches)
+                    connection = sqlite3.connect(path, isolation_level=None)
+                    connection.execute("PRAGMA ignore_check_constraints = ON")
+                    opened[engine] = connection, wallet_module._execute_on(connection)
+                else:
+                    fill_books(request.getfixturevalue("kept_schema"), patches)
+                    connection = psycopg.connect(request.getfixturevalue("kept_schema"), autocommit=True)
+                    opened[engine] = connection, partial(wallet_module._execute_on_postgres, connection)
+        return opened[engine][1]
+
+    yield open_books
+    for connection, _ in opened.values():
+        connection.close()
+    if "postgres" in opened:
+        with Wallet(request.getfixturevalue("kept_schema")) as wallet:
+            wallet.database.write(lambda tx: tx("TRUNCATE holds, transactions, accounts"))
+
+
+@pytest.fixture(params=["file", "postgres"])
+def books(request, books_by_engine):
+    """A function that runs SQL on books which may be damaged: all is undone after the test."""
+    tx = books_by_engine(request.param)
+    tx("BEGIN")
+    if request.param == "postgres":
+        for table, name in tx("SELECT CAST(conrelid AS regclass), conname FROM pg_constraint WHERE contype IN"
+                              " ('c', 'f') AND connamespace = CAST(current_schema() AS regnamespace)"):
+            tx(f"ALTER TABLE {table} DROP CONSTRAINT {name}")
+    yield tx
+    tx("ROLLBACK")
+
+
+A, B, C, D = ("acc_" + letter * 16 for letter in "ABCD")
+INSERT = f"INSERT INTO transactions ({wallet_module.ENTRY_COLUMNS}) VALUES"
+FOLLOWS, OWNED, KEPT, HELD, REFUNDED, TRANSFERRED = wallet_module.CHECKS
+
+
+def entry(account, sequence, type, amount, balance, reference="NULL"):
+    return (f"{INSERT} ('{account}', 'key {sequence}', 'f', {sequence}, '{type}', {amount}, {balance}, NULL, NULL,"
+            f" {reference}, 9000000000000000)")
+
+
+def account(id, **columns):
+    return f"UPDATE accounts SET {', '.join(f'{name} = {value}' for name, value in columns.items())} WHERE id = '{id}'"
+
+
+def changed(table, id, sequence, **columns):
+    changes = ", ".join(f"{name} = {value}" for name, value in columns.items())
+    return f"UPDATE {table} SET {changes} WHERE account_id = '{id}' AND sequence = {sequence}"
+
+
+changed_entry, changed_hold = partial(changed, "transactions"), partial(changed, "holds")
+DAMAGES = [  # The check that finds it, the wrong row and what is wrong with it, and how it came about.
+    (FOLLOWS, f"transactions ({A}, 2): the balance is 71, and should be 70", changed_entry(A, 2, balance=71)),
+    (FOLLOWS, f"transactions ({A}, 2): the balance is 70, and should be 69", changed_entry(A, 2, amount=31)),
+    (FOLLOWS, f"transactions ({A}, 4): the balance is 75, and should be 85", changed_entry(A, 4, type="'topup'")),
+    (FOLLOWS, f"transactions ({A}, 1): the balance is 101, and should be 100", changed_entry(A, 1, balance=101)),
+    (FOLLOWS, f"transactions ({A}, 5): the entry before it is missing",
+     f"DELETE FROM transactions WHERE account_id = '{A}' AND sequence = 4"),
+    (FOLLOWS, f"transactions ({A}, 4): its time is before that of the entry before it",
+     changed_entry(A, 4, created_at="created_at - 3600000000")),
+    (FOLLOWS, f"transactions ({C}, 1): a number is out of its bounds",
+     entry(C, 1, "topup", -5, -5), entry(C, 2, "topup", 5, 0), account(C, last_sequence=2)),
+    (FOLLOWS, f"transactions ({C}, 1): a number is out of its bounds",
+     entry(C, 1, "topup", 0, 0), account(C, last_sequence=1)),
+    (FOLLOWS, f"transactions ({C}, 1): a number is out of its bounds",
+     entry(C, 1, "topup", 2**53, 2**53), account(C, balance=2**53, last_sequence=1)),
+    (FOLLOWS, f"transactions ({C}, 0): a number is out of its bounds",
+     entry(C, 0, "topup", 5, 5), account(C, balance=5)),
+    (OWNED, f"transactions ({D}, 1): its account is missing", f"DELETE FROM accounts WHERE id = '{D}'"),
+    *[(OWNED, f"transactions ({id}, 1): its account is missing", entry(id, 1, "topup", 5, 5))
+      for id in ("acc_" + 16 * "0", "acc_" + 16 * "z")],
+    (KEPT, f"accounts ({A}): the balance is 57, and should be 56", account(A, balance=57)),
+    (KEPT, f"accounts ({C}): the balance is 1, and should be 0", account(C, balance=1)),
+    (KEPT, f"accounts ({D}): last_sequence is 3, and should be 2", account(D, last_sequence=3)),
+    (KEPT, f"accounts ({D}): last_sequence is 2, and should be 1",
+     f"DELETE FROM transactions WHERE account_id = '{D}' AND sequence = 2"),
+    (KEPT, f"accounts ({A}): held is 6, and should be 7", account(A, held=6)),
+    (KEPT, f"accounts ({A}): held is 7, and should be 0",
+     changed_hold(A, 10, status="'expired'")),
+    (KEPT, f"accounts ({D}): more is held than there is", entry(D, 3, "hold", 200, 100),
+     f"INSERT INTO holds VALUES ('{D}', 3, 200, 0, 'active', 0)", account(D, last_sequence=3, held=200)),
+    (HELD, f"transactions ({A}, 6): its row in holds is missing",
+     f"DELETE FROM holds WHERE account_id = '{A}' AND sequence = 6"),
+    (HELD, f"holds ({A}, 2): the entry that made it is missing",
+     f"INSERT INTO holds VALUES ('{A}', 2, 5, 0, 'expired', 0)"),
+    *[(HELD, f"holds ({id}, 1): the entry that made it is missing",
+       f"INSERT INTO holds VALUES ('{id}', 1, 5, 0, 'active', 0)") for id in ("acc_" + 16 * "0", "acc_" + 16 * "z")],
+    (HELD, f"holds ({A}, 5): the amount is 4, and should be 3", changed_hold(A, 5, amount=4)),
+    (HELD, f"holds ({A}, 6): captured is 14, and should be 15", changed_hold(A, 6, captured=14)),
+    (HELD, f"holds ({A}, 6): captured is 0, and should be 15", changed_hold(A, 6, captured=0, status="'released'")),
+    (HELD, f"holds ({A}, 6): the status is expired, and should be captured", changed_hold(A, 6, status="'expired'")),
+    (HELD, f"holds ({A}, 8): the status is expired, and should be released", changed_hold(A, 8, status="'expired'")),
+    (HELD, f"holds ({A}, 5): the status is released, and should be active", changed_hold(A, 5, status="'released'")),
+    (HELD, f"holds ({A}, 10): the status is released, and should be active",
+     changed_hold(A, 10, status="'released'"), account(A, held=0)),
+    (HELD, f"holds ({A}, 6): it has ended 2 times", changed_entry(A, 2, reference=f"'hld_{A[4:]}_6'")),
+    (HELD, f"holds ({A}, 8): the amount is 5, and that of its release 6", changed_entry(A, 9, amount=6)),
+    (HELD, f"holds ({A}, 6): more is captured than was held",
+     changed_hold(A, 6, amount=14), changed_entry(A, 6, amount=14)),
+    (HELD, f"transactions ({A}, 2): the hold that it ends is missing", changed_entry(A, 2, reference="'hld_'")),
+    (HELD, f"transactions ({A}, 2): the hold that it ends is missing",
+     changed_entry(A, 2, reference=f"'hld_{B[4:]}_6'")),
+    (HELD, f"holds ({A}, 8): the status is released, and should be active", changed_entry(A, 9, reference="NULL")),
+    *[(REFUNDED, f"transactions ({A}, 3): the charge that it refunds is missing", changed_entry(A, 3, reference=wrong))
+      for wrong in ("NULL", "''", "'txn_'", f"'txn_{A[4:]}_1'", f"'txn_{A[4:]}_02'", f"'txn_{A[4:]}_99'",
+                    f"'txn_{B[4:]}_2'", f"'hld_{A[4:]}_2'", f"'txn_{A[4:]}_{'9' * 30}'", f"'txn_{A[4:]}_2x'")],
+    (REFUNDED, f"transactions ({A}, 3): with it, 10 is refunded of a charge of 5",
+     changed_entry(A, 3, reference=f"'txn_{A[4:]}_4'")),
+    (TRANSFERRED, f"transactions ({A}, 11): no transfer_in of this amount is in the other account for it",
+     changed_entry(A, 11, reference=f"'{C}'")),
+    (TRANSFERRED, f"transactions ({A}, 11): no transfer_in of this amount is in the other account for it",
+     changed_entry(B, 1, type="'topup'")),
+    (TRANSFERRED, f"transactions ({B}, 1): no transfer_out of this amount is in the other account for it",
+     changed_entry(A, 11, type="'charge'", reference="NULL")),
+    (TRANSFERRED, f"transactions ({A}, 11): no transfer_in of this amount is in the other account for it",
+     changed_entry(B, 1, amount=3, balance=3), account(B, balance=3)),
+]
+
+
+@pytest.mark.parametrize(("check", "wrong", "damage"), [(check, wrong, damage) for check, wrong, *damage in DAMAGES],
+                         ids=range(len(DAMAGES)))
+def test_verify_names_the_damaged_row_and_would_pass_without_the_check_that_finds_it(
+        books, monkeypatch, check, wrong, damage):
+    assert wallet_module.verify_books(books) == (4, 14)
+    for statement in damage:
+        books(statement)
+    with pytest.raises(WrongBooks) as found:
+        wallet_module.verify_books(books)
+    assert str(found.value) == wrong
+    others = {name: sql for name, sql in wallet_module.CHECKS.items() if name != check}
+    monkeypatch.setattr(wallet_module, "CHECKS", others)
+    wallet_module.verify_books(books)
+
+
+def test_verify_looks_at_every_part_of_the_accounts(books, monkeypatch):
+    for number in (1, 2, 3, 4):
+        monkeypatch.setattr(wallet_module, "VERIFY_ACCOUNTS", number)
+        told = []
+        assert wallet_module.verify_books(books, lambda *done, told=told: told.append(done)) == (4, 14)
+        assert told == sorted(told)
+        assert told[-1] == (18, 18)
+        assert len(told) in (4 // number, 4 // number + 1)
+        for id in (A, B, C, D):
+            books("SAVEPOINT whole")
+            books(account(id, balance="balance + 1"))
+            with pytest.raises(WrongBooks, match=f"accounts .{id}.: the balance is"):
+                wallet_module.verify_books(books)
+            books("ROLLBACK TO whole")
+
+
+def test_verify_of_a_wallet_without_accounts_has_nothing_to_say(dsn):
+    with Wallet(dsn) as wallet:
+        assert wallet.verify() == (0, 0)
+
+
+def spend_in_every_way(wallet, ids, number, stopped):
+    """Do all that there is with some accounts until told to stop. Return how many operations there were."""
+    rng, done = random.Random(number), 0
+    while not stopped.is_set():
+        one, other = rng.sample(ids, 2)
+        with contextlib.suppress(WalletError):
+            wallet.topup(one, 30)
+            wallet.transfer(one, other, rng.randint(1, 20))
+            wallet.refund(one, wallet.charge(one, 2).id, 1)
+            wallet.capture(one, wallet.hold(one, 3).id, 2)
+            wallet.release(one, wallet.hold(one, 1).id)
+            wallet.hold(one, 1)
+            wallet.batch([{"account": id, "type": "topup", "amount": 1} for id in ids])
+            wallet.register("Eve")
+        done += 1
+    return done
+
+
+@pytest.mark.parametrize("times", [20, torture(1000)])
+def test_verify_raises_no_false_alarm_while_others_write(durable_dsn, times, monkeypatch, report):
+    monkeypatch.setattr(wallet_module, "VERIFY_ACCOUNTS", 3)
+    stopped = threading.Event()
+    with (Wallet(durable_dsn) as wallet, Wallet(durable_dsn, read_only=True) as looking,
+          ThreadPoolExecutor(4) as threads):
+        ids = [wallet.register("Ada")[0].id for _ in range(6)]
+        spending = [threads.submit(spend_in_every_way, wallet, ids, number, stopped) for number in range(4)]
+        try:
+            counts = [looking.verify()]
+            while len(counts) < times or counts[-1][1] < counts[0][1] + 300:
+                counts.append(looking.verify())
+        finally:
+            stopped.set()
+        operations = sum(one.result(timeout=30) for one in spending)
+        check_books(wallet)
+    assert counts == sorted(counts)
+    report(f"0 false alarms in {len(counts)} looks, during {operations:,} rounds of all operations, which made"
+           f" {counts[-1][1]:,} entries")
+
+
+def test_verify_writes_nothing_and_exits_0_or_1_with_the_row(durable_dsn, tmp_path, monkeypatch, capsys):
+    fill_books(durable_dsn, monkeypatch)
+    is_file = durable_dsn.startswith("sqlite:")
+    with Wallet(durable_dsn) as wallet:
+        location = wallet.database.location
+    content = (tmp_path / "wallet.db").read_bytes() if is_file else contents(durable_dsn)
+    assert wallet_module.main(["verify", "--dsn", durable_dsn]) == 0
+    assert capsys.readouterr() == (f"verified: {location} has 4 accounts and 14 entries that agree\n", "")
+    assert content == ((tmp_path / "wallet.db").read_bytes() if is_file else contents(durable_dsn))
+    with Wallet(durable_dsn) as wallet:
+        wallet.database.write(lambda tx: tx(account(A, balance=57)))
+    assert wallet_module.main(["--dsn", durable_dsn, "verify"]) == 1
+    assert capsys.readouterr() == ("", f"wallet: accounts ({A}): the balance is 57, and should be 56\n")
+
+
+def test_verify_names_the_first_fault_that_sqlite_finds(file_dsn, tmp_path, monkeypatch, capsys):
+    fill_books(file_dsn, monkeypatch)
+    whole = (tmp_path / "wallet.db").read_bytes()
+    for damage, wrong in (
+        ("UPDATE sqlite_master SET sql = 'CREATE INDEX active_holds ON holds (account_id, amount)' WHERE name = "
+         "'active_holds'", f"{tmp_path}/wallet.db is damaged: row 1 missing from index active_holds"),
+        (account(A, balance=-1), f"accounts ({A}): the balance is -1, and should be 56"),
+    ):
+        (tmp_path / "wallet.db").write_bytes(whole)
+        with contextlib.closing(sqlite3.connect(tmp_path / "wallet.db", isolation_level=None)) as damaged:
+            for pragma in ("ignore_check_constraints = ON", "writable_schema = ON"):
+                damaged.execute(f"PRAGMA {pragma}")
+            damaged.execute(damage)
+        assert wallet_module.main(["verify", "--dsn", file_dsn]) == 1
+        out, err = capsys.readouterr()
+        assert (out, err.startswith(f"wallet: {wrong}"), err.count("\n")) == ("", True, 1), err
+
+
+def test_verify_of_a_file_with_any_damaged_page_is_one_line_and_exit_code_1(file_dsn, tmp_path, monkeypatch, capsys):
+    fill_books(file_dsn, monkeypatch)
+    whole = (tmp_path / "wallet.db").read_bytes()
+    codes = Counter()
+    for start in range(0, len(whole), 4096):
+        for junk in (b"\xff" * 4096, bytes(4096), os.urandom(4096)):
+            (tmp_path / "wallet.db").write_bytes(whole[:start] + junk + whole[start + 4096:])
+            code = wallet_module.main(["verify", "--dsn", file_dsn])
+            out, err = capsys.readouterr()
+            assert (out, err.startswith("wallet: "), err.count("\n")) == ("", True, 1), (start, out, err)
+            codes[start == 0, code] += 1
+    (tmp_path / "wallet.db").write_bytes(whole[:4096 * 3])
+    assert wallet_module.main(["verify", "--dsn", file_dsn]) == 1
+    assert codes == {(True, 2): 3, (False, 1): len(whole) // 4096 * 3 - 3}  # Without its first page it is any file.
+
+
+@contextmanager
+def pseudo_terminal():
+    """Yield the two ends of a terminal."""
+    ours, theirs = os.openpty()
+    try:
+        yield ours, theirs
+    finally:
+        os.close(ours)
+
+
+def test_verify_and_backup_draw_a_bar_on_a_terminal_only(file_dsn, tmp_path):
+    with Wallet(file_dsn) as wallet:
+        wallet.register("Ada")
+    for arguments in (["verify"], ["backup", str(tmp_path / "backup.db")]):
+        with pseudo_terminal() as (ours, theirs):
+            process = subprocess.Popen([sys.executable, str(HERE / "wallet.py"), *arguments, "--dsn", file_dsn],
+                                       stdout=subprocess.PIPE, stderr=theirs, env=environment())
+            os.close(theirs)
+            out, _ = process.communicate(timeout=60)
+            shown = os.read(ours, 65536).decode()
+        assert process.returncode == 0
+        assert out.startswith(b"verified: ")
+        assert set(shown.split("\r")) == {"[####################]", ""}
+
+
+# Which leaves out what is still in the log, and may take a page before a change and another one after it.
+COPIES = {"backup": lambda wallet, path: wallet.backup(path),
+          "careless": lambda wallet, path: shutil.copyfile(wallet.database.location, path)}
+
+
+def back_up_under_load(folder, times, back_up):
+    """Back a wallet up while a server takes topups. Return how many answers there were before, and were lost."""
+    dsn, known, acknowledged, lost = f"sqlite:///{folder}/wallet.db", [], 0, 0
+    with served("--dsn", dsn, "--log-level", "error") as server:
+        tokens = [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
+
+        def spend(number):
+            for count in itertools.count():
+                if stopped.is_set():
+                    return
+                intent = Intent.numbered(count, tokens[number], tokens[number - 1])
+                intent.key += f" {number}"
+                intent.send(server.url)
+                known.append(intent)
+
+        stopped = threading.Event()
+        with Wallet(dsn, read_only=True) as wallet, ThreadPoolExecutor(4) as threads:
+            running = [threads.submit(spend, number) for number in range(4)]
+            try:
+                for number in range(times):
+                    while len(known) < 20 * number + 20:
+                        assert not any(one.done() for one in running), [one.result() for one in running]
+                        time.sleep(0.001)
+                    before, path = list(known), folder / f"backup-{number}.db"
+                    back_up(wallet, path)
+                    assert back_up is COPIES["careless"] or [path] == list(folder.glob("backup-*"))
+                    try:
+                        with Wallet(f"sqlite:///{path}") as restored:
+                            missing, _ = count_lost_and_surplus(restored, before)
+                    except (AssertionError, WalletError):  # It is not even a wallet.
+                        missing = len(before)
+                    acknowledged, lost = acknowledged + len(before), lost + missing
+                    for file in folder.glob("backup-*"):
+                        file.unlink()
+            finally:
+                stopped.set()
+            for one in running:
+                one.result(timeout=30)
+    return acknowledged, lost
+
+
+@pytest.mark.parametrize("times", [3, torture(100)])
+def test_backup_under_load_restores_all_that_was_answered_before_it(tmp_path, times, report):
+    acknowledged, lost = back_up_under_load(tmp_path, times, COPIES["backup"])
+    assert (acknowledged >= 20 * times, lost) == (True, 0)
+    report(f"{times} backups, each restored, with books that agree: of {acknowledged:,} answers from before them,"
+           f" {lost} lost")
+
+
+def test_control_a_plain_copy_of_the_file_loses_what_is_still_in_the_log(tmp_path):
+    assert back_up_under_load(tmp_path, 1, COPIES["careless"])[1] > 0
+
+
+def test_backup_is_one_file_for_its_owner_only_and_is_a_wallet_by_itself(file_dsn, tmp_path, capsys):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    with Wallet(file_dsn) as wallet:
+        ada, token = wallet.register("Ada")
+        wallet.topup(ada.id, 5)
+        before = {path.name: path.read_bytes() for path in tmp_path.glob("wallet.db*")}
+        assert wallet_module.main(["backup", str(folder / "backup.db"), "--dsn", file_dsn]) == 0
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("wallet.db*") if path.suffix != ".db-shm"} \
+            == {name: content for name, content in before.items() if not name.endswith("-shm")}
+        wallet.topup(ada.id, 6)
+    (backup,) = folder.iterdir()
+    assert (backup.name, oct(backup.stat().st_mode & 0o777), backup.stat().st_nlink) == ("backup.db", "0o600", 1)
+    size = f"{backup.stat().st_size:,}"
+    assert capsys.readouterr().out == f"verified: {backup} has {size} bytes, 1 accounts and 1 entries\n"
+    assert wallet_module.main(["verify", "--dsn", f"sqlite:///{backup}"]) == 0
+    assert list(folder.iterdir()) == [backup]
+    with Wallet(f"sqlite:///{backup}") as restored:
+        assert restored.authenticate(token).balance == 5
+        assert restored.topup(ada.id, 1).balance == 6
+
+
+def test_backup_never_takes_the_place_of_a_file_and_leaves_nothing_where_it_fails(
+        file_dsn, tmp_path, monkeypatch, capsys):
+    with Wallet(file_dsn) as wallet:
+        wallet.register("Ada")
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("mine")
+    Path("dangling").symlink_to("nowhere")
+    before = {path.name for path in tmp_path.iterdir()} | {"wallet.db-shm", "wallet.db-wal"}
+
+    def told(code, *arguments):
+        assert wallet_module.main(["backup", *arguments, "--dsn", file_dsn]) == code
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert {path.name for path in tmp_path.iterdir()} <= before
+        assert not list(tmp_path.glob("no*"))
+        return err
+
+    assert told(2, "taken") == f"wallet: {tmp_path}/taken is there already: name a new file\n"
+    assert told(2, "dangling") == f"wallet: {tmp_path}/dangling is there already: name a new file\n"
+    assert told(2, "no/backup") == f"wallet: cannot back up to {tmp_path}/no/backup: No such file or directory\n"
+    assert told(2, "n" * 256) == f"wallet: cannot back up to {tmp_path}/{'n' * 256}: File name too long\n"
+    verify = Wallet.verify
+
+    def lose_a_race(self, report):
+        Path("raced").write_text("mine")
+        before.add("raced")
+        return verify(self, report)
+
+    monkeypatch.setattr(Wallet, "verify", lose_a_race)
+    assert told(2, "raced") == f"wallet: cannot back up to {tmp_path}/raced: File exists\n"
+    monkeypatch.setattr(Wallet, "verify", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    assert told(130, "interrupted") == "wallet: interrupted\n"
+    monkeypatch.setattr(Wallet, "verify", verify)
+    with Wallet(file_dsn) as wallet:
+        wallet.database.write(lambda tx: tx("UPDATE accounts SET balance = 1"))
+    assert re.fullmatch(r"wallet: accounts \(acc_\w+\): the balance is 1, and should be 0\n", told(2, "wrong"))
+    assert Path("taken").read_text() == Path("raced").read_text() == "mine"
+
+
+def test_backup_to_a_disk_that_is_full_is_one_line_and_leaves_nothing(file_dsn, tmp_path):
+    with Wallet(file_dsn) as wallet:
+        wallet.register("Ada")
+        program = f"import resource, sys, wallet\n{FILES_CANNOT_GROW}\nsys.exit(wallet.main())"
+        done = subprocess.run([sys.executable, "-c", program, "backup", str(tmp_path / "backup.db"), "--dsn", file_dsn],
+                              capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"wallet: cannot back up to {tmp_path}/backup\.db: [^\n]+\n", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["wallet.db"]
+
+
+FILES_CANNOT_GROW = """
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+"""
+
+
+def test_backup_of_what_is_in_memory_is_refused(capsys):
+    with Wallet() as wallet, pytest.raises(ConfigurationError, match=r"in memory .* there is nothing to back up"):
+        wallet.backup("backup.db")
+    assert wallet_module.main(["backup", "backup.db", "--dsn", "sqlite://"]) == 2
+    assert capsys.readouterr().err == "wallet: there is no wallet in memory, gone when it stops\n"
+    assert not Path("backup.db").exists()
+
+
+def test_backup_over_postgres_names_the_commands_that_do_it_and_they_do(
+        new_schema, postgres_server, tmp_path, monkeypatch, capsys):
+    dsn, password = new_schema(on=postgres_server), "pass%20word"
+    fill_books(dsn, monkeypatch)
+    before = contents(dsn)
+    with_password = dsn.replace("postgres@", f"postgres:{password}@")
+    file = tmp_path / "a backup"
+    assert wallet_module.main(["backup", str(file), "--dsn", with_password]) == 2
+    out, err = capsys.readouterr()
+    assert (out, "pass word" in err, password in err) == ("", False, False)
+    first, dump, _, restore = err.splitlines()
+    assert first == "wallet: Postgres is backed up while it serves by"
+    schema = dsn.partition("%3D")[2]
+    for run in (dump, None, restore):
+        if run:
+            subprocess.run(["bash", "-c", f"PATH={postgres_server.server.bin_path}:$PATH; {run} --schema={schema}"],
+                           check=True, timeout=60)
+        else:
+            postgres_server.query(f"DROP SCHEMA {schema} CASCADE")
+            postgres_server.query(f"CREATE SCHEMA {schema}")
+    assert contents(dsn) == before
+    assert wallet_module.main(["verify", "--dsn", dsn]) == 0
+
+
+def test_accounts_are_listed_as_a_table_and_as_json_however_odd_their_names(durable_dsn, monkeypatch, capsys):
+    monkeypatch.setattr(wallet_module, "COPY_ROWS", 2)
+    names = ["Ada", "日本 😀", "\u202egnol", "a\u2028b", "Ä" * 100]
+    with Wallet(durable_dsn, currency="JPY") as wallet:
+        made = sorted((wallet.register(name)[0] for name in names), key=lambda account: account.id)
+        rich = made[2].id
+        wallet.topup(rich, AMOUNT_MAX)
+        wallet.hold(rich, 1)
+        wallet.freeze(rich)
+        shown = sorted(wallet.accounts(), key=lambda account: account.id)
+        assert shown == [wallet.account(account.id) for account in made]
+    assert wallet_module.main(["accounts", "--dsn", durable_dsn, "--json"]) == 0
+    lines = sorted(map(json.loads, capsys.readouterr().out.splitlines()), key=lambda account: account["id"])
+    assert lines == json.loads(json.dumps([wallet_module.to_json(account) for account in shown]))
+    assert wallet_module.main(["accounts", "--dsn", durable_dsn]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["id", "balance", "available", "frozen", "created_at", "name"]
+    assert {row[90:] for row in rows} == {"Ada", "日本 😀", "\\u202egnol", "a\\u2028b", "Ä" * 100}
+    assert {(row[:20], row[21:37].strip(), row[38:54].strip(), row[55:61]) for row in rows} == {
+        (id, *(("9007199254740991", "9007199254740990", "frozen") if id == rich else ("0", "0", " " * 6)))
+        for id in (account.id for account in made)}
+
+
+def test_accounts_take_little_memory_and_a_reader_may_stop_reading(file_dsn):
+    with Wallet(file_dsn) as wallet:
+        row = "(?, 'Ada', ?, 0, 0, 0, 0, 0, 0)"
+        for first in range(0, 20_000, 5000):
+            values = [value for number in range(first, first + 5000) for value in (f"acc_{number:016}", "f" * 64)]
+            wallet.database.write(lambda tx, values=values: tx(
+                f"INSERT INTO accounts VALUES {', '.join([row] * 5000)}", *values))
+        tracemalloc.start()
+        assert sum(1 for _ in wallet.accounts()) == 20_000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1_000_000
+    program = [sys.executable, str(HERE / "wallet.py"), "accounts", "--dsn", file_dsn]
+    listing = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    assert listing.stdout.readline().startswith("id ")
+    listing.stdout.close()
+    assert (listing.wait(timeout=60), listing.stderr.read()) == (141, "")
+    listing.stderr.close()
+
+
+def test_accounts_can_be_shown_where_only_ascii_can(file_dsn):
+    with Wallet(file_dsn) as wallet:
+        wallet.register("Ä日")
+    done = command("accounts", WALLET_DSN=file_dsn, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(" \\xc4\\u65e5\n")
+
+
+def test_command_token_prints_a_new_one_alone_and_the_old_one_is_dead(durable_dsn, capsys):
+    with Wallet(durable_dsn) as wallet:
+        ada, lost = wallet.register("Ada")
+        assert wallet_module.main(["token", ada.id, "--dsn", durable_dsn]) == 0
+        out, err = capsys.readouterr()
+        assert wallet.authenticate(out.removesuffix("\n")) == ada
+        assert out.strip() not in err
+        assert err == f"wallet: this is the token of {ada.id} from now on, and the old one is dead\n"
+        with pytest.raises(Unauthorized):
+            wallet.authenticate(lost)
+        assert wallet_module.main(["token", "acc_0000000000000000", "--dsn", durable_dsn]) == 2
+        assert capsys.readouterr() == ("", "wallet: There is no such account.\n")
+
+
+EXAMPLES = {"account": "acc_4fKq0ZbT9xWm2Lr7", "file": "backup.db", "source": "sqlite:///wallet.db"}
+
+
+@pytest.mark.parametrize("one", wallet_module.COMMANDS, ids=lambda one: one.name)
+def test_every_command_helps_with_an_example_that_works_and_makes_no_database(one, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        wallet_module.main([one.name, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"Example: python wallet.py {one.example}" in shown
+    assert all(options["help"] in shown for options in one.arguments.values())
+    monkeypatch.chdir(tmp_path)
+    arguments = one.example.replace("postgresql://db/wallet", "sqlite:///copy.db").split()
+    assert wallet_module.main(arguments) == 2
+    assert re.fullmatch(r"wallet: cannot open wallet\.db: unable to open database file\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+    with Wallet("sqlite:///wallet.db", currency="JPY") as wallet:
+        wallet.database.write(lambda tx: tx("INSERT INTO accounts VALUES (?, 'Ada', ?, 0, 0, 0, 0, 0, 0)",
+                                            EXAMPLES["account"], "f" * 64))
+    assert wallet_module.main(arguments) == 0
+    assert wallet_module.main([one.name, "--port", "x", *arguments[1:]]) == 2
+    assert "--port or WALLET_PORT must be an integer" in capsys.readouterr().err
+
+
+def test_options_may_come_before_a_command_and_behind_it(file_dsn, monkeypatch):
+    monkeypatch.setenv("WALLET_THREADS", "3")
+    monkeypatch.setenv("WALLET_LOG_LEVEL", "error")
+    settings = wallet_module.load_settings(
+        ["--dsn", file_dsn, "--port", "1", "verify", "--threads", "5", "--port", "2"])
+    assert (settings["dsn"], settings["port"], settings["threads"]) == (file_dsn, 2, 5)
+    assert (settings["log-level"], settings["command"]) == ("error", "verify")
 
 
 # Settings and the command line #######################################################################################
@@ -8852,6 +9423,11 @@ def test_readme_lists_every_setting():
         [f"`--{setting.name}`", f"`{setting.variable}`", setting.default and f"`{setting.default}`", setting.meaning]
         for setting in SETTINGS
     ]
+
+
+def test_readme_lists_every_command():
+    assert readme_table("Commands") == [
+        [f"`{one.name}`", one.meaning, f"`python wallet.py {one.example}`"] for one in wallet_module.COMMANDS]
 
 
 def error_classes(base=WalletError):

@@ -57,12 +57,14 @@ import random
 import re
 import secrets
 import select
+import shlex
 import signal
 import socket
 import sqlite3
 import string
 import struct
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -70,7 +72,7 @@ import zlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -161,10 +163,13 @@ POSTGRES_DEFAULTS = {  # libpq's options, where the DSN does not say otherwise: 
     "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 COPY_TIMEOUT_S = 24 * 3600  # For all of a wallet, in one transaction.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
+VERIFY_ACCOUNTS = 100  # To a statement, which is what a bar of progress moves by.
+BACKUP_PAGES = 5000  # At a time, 20 MB: between two of these Ctrl-C is heard.
 CAUTIOUS_COMMITS = 20  # After one in which a write failed: to run all again costs more than that many savepoints.
 SQLITE_CHECKPOINT_PAGES = 4000  # 16 MB of log: to move it into the database takes syncs too, so not too often.
 SQLITE_CACHE_KB = 8_000  # For the connection that writes: the pages that hundreds of busy accounts write to.
 SQLITE_READER_CACHE_KB = 500  # For each of those that read. The system keeps the file in memory anyway.
+SQLITE_VERIFY_CACHE_KB = 64_000  # For one that is opened to look at everything, in another order than that of the file.
 SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
 SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Of 3.x, from which patch on (sqlite.org/wal.html#walresetbug).
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
@@ -247,15 +252,15 @@ def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
                             default=os.environ.get(setting.variable, setting.default),
                             help=f"{setting.meaning} [{setting.variable}={setting.default}]")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands, instead of serving")
-    for name, meaning in (("freeze", "let an account receive nothing and spend nothing"), ("unfreeze", "undo freeze")):
-        command = commands.add_parser(name, help=meaning, allow_abbrev=False,
-                                      epilog=f"Example: python wallet.py {name} acc_4fKq0ZbT9xWm2Lr7")
-        command.add_argument("account", metavar="ACCOUNT", help="the id of the account")
-    copy = commands.add_parser("copy", help="copy a stopped wallet to another database, and verify it",
-                               epilog="Example: python wallet.py copy --from sqlite:///wallet.db --to postgresql://db/wallet",
-                               allow_abbrev=False)
-    copy.add_argument("--from", dest="source", metavar="DSN", required=True, help="the wallet, which must be stopped")
-    copy.add_argument("--to", dest="target", metavar="DSN", required=True, help="the database, which must be empty")
+    for command in COMMANDS:
+        taken = commands.add_parser(command.name, help=command.meaning, description=f"It is to {command.meaning}.",
+                                    allow_abbrev=False, epilog=f"Options of `python wallet.py --help`, such as --dsn,"
+                                    f" may come here too. Example: python wallet.py {command.example}")
+        for name, options in command.arguments.items():
+            taken.add_argument(name, **options)
+        for setting in SETTINGS:
+            taken.add_argument(f"--{setting.name}", dest=setting.name, type=setting.parse, default=argparse.SUPPRESS,
+                               help=argparse.SUPPRESS)
     settings = vars(parser.parse_args(arguments))
     check_issuer_token(settings["issuer-token"])
     parse_proxy(settings["trusted-proxy"])
@@ -409,6 +414,9 @@ class OutcomeUnknown(Unavailable, status=503, code="outcome_unknown", title="It 
 
 class ConfigurationError(WalletError, status=500, code="configuration", title="The wallet cannot start like this."):
     """It cannot be opened, started or copied as it was asked to. No request raises it."""
+
+class WrongBooks(ConfigurationError, status=500, code="wrong_books", title="The books are wrong."):
+    """What is kept contradicts itself, or is damaged. No request raises it."""
 
 
 # Values ###############################################################################################
@@ -788,10 +796,10 @@ POST = f"""UPDATE accounts
         AND NOT EXISTS (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
     RETURNING last_sequence, balance, updated_at"""
 ACCOUNT = """
-    SELECT token_hash, name, balance, balance - held + (
+    SELECT token_hash, id, name, balance, balance - held + (
         SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
         WHERE account_id = accounts.id AND status = 'active' AND expires_at <= ?), frozen, created_at
-    FROM accounts WHERE id = ?"""
+    FROM accounts"""
 HOLDS = """
     SELECT h.sequence, h.amount, CASE WHEN status = 'active' AND expires_at <= ? THEN 'expired' ELSE status END,
         captured, expires_at, description, metadata, created_at
@@ -804,17 +812,19 @@ class Wallet:
 
     Amounts are integers in minor units. Every method may be called from many threads, and raises
     Unavailable when the database cannot do it now. `currency` is three capital letters (ISO 4217), fixed
-    when the database is made. `connections` is how many are kept to Postgres at most. Raises
-    ConfigurationError when the database cannot be opened, or is not there and must not be made.
+    when the database is made. `connections` is how many are kept to Postgres at most. With `read_only`,
+    nothing is ever written. Raises ConfigurationError when the database cannot be opened, or is not there
+    and must not be made.
     """
 
     def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None, connections: int = 8,
-                 create: bool = True) -> None:
+                 create: bool = True, read_only: bool = False) -> None:
         if currency and not re.fullmatch("[A-Z]{3}", currency):
             raise ConfigurationError("the currency must be three capital letters, such as USD")
-        self.database = open_database(dsn, connections, create)
+        create = create and not read_only
+        self.database = open_database(dsn, connections, create, read_only)
         try:
-            self.currency = self._prepare(currency, create)
+            self.currency = self._prepare(currency, create, {} if read_only else MIGRATIONS)
         except (OSError, Unavailable) as error:
             self.database.close()
             raise ConfigurationError(f"cannot use {self.database.location}: {error}") from error
@@ -874,6 +884,18 @@ class Wallet:
     def account(self, account_id: str) -> Account:
         """Return an account as it stands. Raises AccountNotFound."""
         return self.database.read(lambda tx: self._account(tx, parse_account_id(account_id)))[1]
+
+    def accounts(self) -> Iterator[Account]:
+        """Yield all accounts, in the order of their ids, little in memory at a time."""
+        sql = f"{ACCOUNT} WHERE id > ? ORDER BY id LIMIT {COPY_ROWS}"
+
+        def read(last_id: str) -> list[Row]:
+            return self.database.read(lambda tx: tx(sql, time.time_ns() // 1000, last_id))
+
+        rows = read("")
+        while rows:
+            yield from (self._as_account(*row) for _, *row in rows)
+            rows = read(rows[-1][1])
 
     def freeze(self, account_id: str, frozen: bool = True) -> None:
         """Let an account receive nothing and spend nothing, or with False let it again. Raises AccountNotFound."""
@@ -1154,11 +1176,12 @@ class Wallet:
 
     def _account(self, tx: Execute, account_id: str, now_us: int | None = None) -> tuple[str, Account]:
         """Return the hash of an account's token, and the account at a time, by default now. Raises AccountNotFound."""
-        for token_hash, name, balance, available, frozen, created_at_us in tx(
-                ACCOUNT, now_us or time.time_ns() // 1000, account_id):
-            return token_hash, Account(account_id, name, self.currency, balance, available, bool(frozen),
-                                       as_time(created_at_us))
+        for token_hash, *row in tx(f"{ACCOUNT} WHERE id = ?", now_us or time.time_ns() // 1000, account_id):
+            return token_hash, self._as_account(*row)
         raise AccountNotFound()
+
+    def _as_account(self, id: str, name: str, balance: int, available: int, frozen: int, created_at_us: int) -> Account:
+        return Account(id, name, self.currency, balance, available, bool(frozen), as_time(created_at_us))
 
     def _transaction(self, tx: Execute, account_id: str, transaction_id: str) -> Transaction:
         sequence = parse_entry_id("txn", account_id, transaction_id)
@@ -1248,16 +1271,41 @@ class Wallet:
                     report(copied)
             if any(digest_table(tx, table) != digest_table(read, table) for table in KEY_COLUMNS):
                 raise ConfigurationError("the wallet was changed while it was copied: stop it first")
-            if wrong := tx(WRONG_BOOKS):
-                raise ConfigurationError(f"the books of {wrong[0][0]} are wrong: its balance is not the sum of its"
-                                         " transactions, or what is held not that of its holds")
+            verify_books(tx)
             if target.currency != self.currency:
                 tx("UPDATE wallet SET currency = ?", self.currency)
 
         target.database.write(copy, COPY_TIMEOUT_S)
         target.currency = self.currency
 
-    def _prepare(self, currency: str | None, create: bool) -> str:
+    def verify(self, report: Report = lambda done, total: None) -> tuple[int, int]:
+        """Recompute every balance, sequence, hold, refund and transfer; return how many accounts and entries there are.
+
+        It writes nothing, and may run while others write. `report` is told now and then how much of how much is
+        done. Raises WrongBooks, which names the first row that is wrong.
+        """
+
+        def read(sql: str, *parameters: str | int | None) -> list[Row]:
+            return self.database.read(lambda tx: tx(sql, *parameters), COPY_TIMEOUT_S)
+
+        if fault := self.database.find_fault():
+            raise WrongBooks(f"{self.database.location} is damaged: {fault}")
+        return verify_books(read, report)
+
+    def backup(self, path: str, report: Report = lambda done, total: None) -> tuple[int, int]:
+        """Copy a wallet on SQLite to a new file, as it is at one moment, and return what `verify` does of the copy.
+
+        Others may write meanwhile. The file appears whole, verified and synced, or not at all. Raises
+        ConfigurationError, also where there is a file of that name, and WrongBooks.
+        """
+
+        def verify(copy: str) -> tuple[int, int]:
+            with Wallet(f"sqlite:///{copy}", read_only=True) as wallet:
+                return wallet.verify(report)
+
+        return self.database.backup(os.path.abspath(path), verify, report)
+
+    def _prepare(self, currency: str | None, create: bool, migrations: Mapping[int, Any]) -> str:
         """Make the tables if there are none, one to a transaction, and return the currency that is kept.
 
         The row of `wallet` comes last, so that where it is, all is. Where it is, nothing is written, but for
@@ -1265,9 +1313,12 @@ class Wallet:
         """
 
         def read(columns: str, table: str) -> list[Row] | None:
-            with suppress(Unavailable):  # There is no such table or column.
+            try:
                 return self.database.read(lambda tx: tx(f"SELECT {columns} FROM {table} LIMIT 1"))
-            return None
+            except Unavailable as error:
+                if "malformed" in str(error):
+                    raise
+                return None  # There is no such table or column.
 
         def make(sql: str, *parameters: str | int) -> None:
             self.database.write(lambda tx: tx(sql, *parameters))
@@ -1286,7 +1337,7 @@ class Wallet:
             make("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING", SCHEMA_VERSION, currency or "USD")
             rows = self.database.read(lambda tx: tx("SELECT schema_version, currency FROM wallet"))
         ((version, kept),) = rows
-        while version in MIGRATIONS:
+        while version in migrations:
             version = self.database.write(migrate, COPY_TIMEOUT_S)
         if version != SCHEMA_VERSION:
             raise ConfigurationError(f"the database has schema version {version}, and this wallet has {SCHEMA_VERSION}:"
@@ -1299,13 +1350,99 @@ class Wallet:
 # They come first in their tables.
 KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"), "holds": ("account_id", "sequence")}
 SIGN = "CASE type " + " ".join(f"WHEN '{type}' THEN {sign}" for type, sign in SIGN_BY_TYPE.items()) + " ELSE 0 END"
-WRONG_BOOKS = f"""
-    SELECT id FROM accounts LEFT JOIN (SELECT account_id, count(*) AS entries, sum({SIGN} * amount) AS total
-                                       FROM transactions GROUP BY account_id) AS book ON book.account_id = id
-        LEFT JOIN (SELECT account_id, sum(amount) AS active FROM holds WHERE status = 'active' GROUP BY account_id)
-            AS kept ON kept.account_id = id
-    WHERE balance <> coalesce(total, 0) OR last_sequence <> coalesce(entries, 0) OR held <> coalesce(active, 0)
-    ORDER BY id LIMIT 1"""
+RANGE = "account_id > ? AND account_id <= ?"
+# What must be so, and a statement that finds where it is not: each row is the table, the key and what is wrong. As
+# each statement sees one moment, all may run while the wallet serves. The question marks come in pairs, as RANGE.
+CHECKS = {
+    "An entry follows the one before it, and its amount is what changed the balance": f"""
+        SELECT 'transactions', account_id, sequence, CASE
+            WHEN last_balance IS NULL AND sequence > 1 THEN 'the entry before it is missing'
+            WHEN balance <> coalesce(last_balance, 0) + change THEN 'the balance is ' || CAST(balance AS TEXT)
+                || ', and should be ' || CAST(coalesce(last_balance, 0) + change AS TEXT)
+            WHEN balance NOT BETWEEN 0 AND {AMOUNT_MAX} OR amount NOT BETWEEN 1 AND {AMOUNT_MAX} OR sequence < 1
+                THEN 'a number is out of its bounds'
+            WHEN created_at < last_created_at THEN 'its time is before that of the entry before it' END AS wrong
+        FROM (SELECT this.account_id, this.sequence, this.amount, this.balance, this.created_at,
+                  {SIGN} * this.amount AS change, last.balance AS last_balance, last.created_at AS last_created_at
+              FROM (SELECT * FROM transactions WHERE {RANGE}) AS this
+                  LEFT JOIN (SELECT account_id, sequence, balance, created_at FROM transactions WHERE {RANGE}) AS last
+                  ON last.account_id = this.account_id AND last.sequence = this.sequence - 1) AS entries""",
+    "An entry is of an account": f"""
+        SELECT 'transactions', account_id, sequence, 'its account is missing' AS wrong
+        FROM transactions
+        WHERE {RANGE} AND sequence = 1 AND NOT EXISTS (SELECT 1 FROM accounts WHERE id = account_id)""",
+    "An account is what its last entry and its active holds say": """
+        SELECT 'accounts', account_id, CAST(NULL AS BIGINT), CASE
+            WHEN last_sequence <> entries THEN 'last_sequence is ' || CAST(last_sequence AS TEXT) || ', and should be '
+                || CAST(entries AS TEXT)
+            WHEN balance <> total THEN 'the balance is ' || CAST(balance AS TEXT) || ', and should be '
+                || CAST(total AS TEXT)
+            WHEN held <> active THEN 'held is ' || CAST(held AS TEXT) || ', and should be ' || CAST(active AS TEXT)
+            WHEN held > balance THEN 'more is held than there is' END AS wrong
+        FROM (SELECT id AS account_id, balance, held, last_sequence,
+                  coalesce((SELECT max(sequence) FROM transactions WHERE account_id = id), 0) AS entries,
+                  coalesce((SELECT balance FROM transactions WHERE account_id = id ORDER BY sequence DESC LIMIT 1), 0)
+                      AS total,
+                  coalesce((SELECT sum(amount) FROM holds WHERE account_id = id AND status = 'active'), 0) AS active
+              FROM accounts WHERE id > ? AND id <= ?) AS kept""",
+    "A hold is made by one entry, ended by at most one, and is what these say": f"""
+        SELECT CASE WHEN amount IS NULL THEN 'transactions' ELSE 'holds' END, account_id, sequence, CASE
+            WHEN amount IS NULL AND made IS NULL THEN 'the hold that it ends is missing'
+            WHEN amount IS NULL THEN 'its row in holds is missing'
+            WHEN made IS NULL THEN 'the entry that made it is missing'
+            WHEN amount <> made THEN 'the amount is ' || CAST(amount AS TEXT) || ', and should be '
+                || CAST(made AS TEXT)
+            WHEN ends > 1 THEN 'it has ended ' || CAST(ends AS TEXT) || ' times'
+            WHEN released <> amount THEN 'the amount is ' || CAST(amount AS TEXT) || ', and that of its release '
+                || CAST(released AS TEXT)
+            WHEN captured <> coalesce(charged, 0) THEN 'captured is ' || CAST(captured AS TEXT) || ', and should be '
+                || CAST(coalesce(charged, 0) AS TEXT)
+            WHEN charged > amount THEN 'more is captured than was held'
+            WHEN status <> told THEN 'the status is ' || status || ', and should be ' || told END AS wrong
+        FROM (SELECT account_id, max(status) AS status, max(captured) AS captured,
+                  coalesce(min(CASE WHEN type IN ('row', 'hold') THEN sequence END), min(sequence)) AS sequence,
+                  sum(CASE type WHEN 'row' THEN amount END) AS amount,
+                  sum(CASE type WHEN 'hold' THEN amount END) AS made,
+                  sum(CASE type WHEN 'charge' THEN amount END) AS charged,
+                  sum(CASE type WHEN 'release' THEN amount END) AS released,
+                  count(CASE WHEN type IN ('charge', 'release') THEN 1 END) AS ends,
+                  coalesce(max(CASE type WHEN 'charge' THEN 'captured' WHEN 'release' THEN 'released' END),
+                           max(CASE status WHEN 'expired' THEN 'expired' END), 'active') AS told
+              FROM (SELECT account_id, 'hld_' || substr(account_id, 5) || '_' || CAST(sequence AS TEXT) AS hold,
+                        sequence, 'row' AS type, amount, status, captured FROM holds WHERE {RANGE}
+                    UNION ALL
+                    SELECT account_id, CASE type
+                            WHEN 'hold' THEN 'hld_' || substr(account_id, 5) || '_' || CAST(sequence AS TEXT)
+                            ELSE coalesce(reference, '') END,
+                        sequence, type, amount, NULL, NULL FROM transactions
+                    WHERE {RANGE} AND (type IN ('hold', 'release') OR type = 'charge' AND reference IS NOT NULL)
+                   ) AS events GROUP BY account_id, hold) AS ended""",
+    "Refunds are of a charge of the same account, and do not exceed it together": f"""
+        SELECT 'transactions', refunds.account_id, refunds.sequence, CASE
+            WHEN amount IS NULL THEN 'the charge that it refunds is missing'
+            WHEN refunded > amount THEN 'with it, ' || CAST(refunded AS TEXT) || ' is refunded of a charge of '
+                || CAST(amount AS TEXT) END AS wrong
+        FROM (SELECT account_id, reference, max(sequence) AS sequence, sum(amount) AS refunded, CASE
+                  WHEN length(reference) BETWEEN 22 AND 39 AND ltrim(substr(reference, 22), '0123456789') = ''
+                      THEN CAST(substr(reference, 22) AS BIGINT) END AS charge
+              FROM transactions WHERE {RANGE} AND type = 'refund' GROUP BY account_id, reference) AS refunds
+            LEFT JOIN transactions AS charges
+                ON charges.account_id = refunds.account_id AND charges.sequence = charge AND charges.type = 'charge'
+                AND refunds.reference = 'txn_' || substr(charges.account_id, 5) || '_' || CAST(charge AS TEXT)""",
+    "A transfer is in both accounts": """
+        SELECT 'transactions', CASE WHEN surplus > 0 THEN sender ELSE receiver END AS account_id,
+            CASE WHEN surplus > 0 THEN sent ELSE received END AS sequence, CASE
+            WHEN surplus > 0 THEN 'no transfer_in of this amount is in the other account for it'
+            WHEN surplus < 0 THEN 'no transfer_out of this amount is in the other account for it' END AS wrong
+        FROM (SELECT sender, receiver, sum(entries) AS surplus, max(sent) AS sent, max(received) AS received
+              FROM (SELECT account_id AS sender, reference AS receiver, amount, 1 AS entries, sequence AS sent,
+                        NULL AS received
+                    FROM accounts JOIN transactions ON account_id = id AND type = 'transfer_out'
+                    UNION ALL
+                    SELECT reference, account_id, amount, -1, NULL, sequence
+                    FROM accounts JOIN transactions ON account_id = id AND type = 'transfer_in'
+                   ) AS halves GROUP BY sender, receiver, amount) AS transfers""",
+}
 # What makes the tables of an older version those of the next, before and after these are made anew.
 MIGRATIONS = {1: ((
     "DROP INDEX transactions_by_type",
@@ -1320,6 +1457,34 @@ MIGRATIONS = {1: ((
     "DROP TABLE transactions_1",
     "DROP TABLE accounts_1",
 ))}
+
+
+def verify_books(tx: Execute, report: Report = lambda done, total: None) -> tuple[int, int]:
+    """Return how many accounts and entries there are, all as they should be. Raises WrongBooks."""
+
+    def look(check: str, *bounds: str) -> None:
+        first = f"SELECT * FROM ({check}) AS found WHERE wrong IS NOT NULL ORDER BY 2, 3 LIMIT 1"
+        for table, account_id, sequence, wrong in tx(first, *bounds * (check.count("?") // 2)):
+            raise WrongBooks(f"{table} ({account_id}{'' if sequence is None else f', {sequence}'}): {wrong}")
+
+    ((total, end),) = tx("""
+        SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (SELECT coalesce(max(id), '') FROM (
+            SELECT max(id) AS id FROM accounts UNION ALL SELECT max(account_id) FROM transactions
+            UNION ALL SELECT max(account_id) FROM holds) AS ends) FROM accounts""")
+    low, accounts, entries = "", 0, 0
+    while low != end:
+        page = tx(f"""SELECT id, last_sequence FROM accounts WHERE id > ? AND id <= ?
+                      ORDER BY id LIMIT {VERIFY_ACCOUNTS}""", low, end)
+        high = page[-1][0] if len(page) == VERIFY_ACCOUNTS else end  # The last part has what is of no account too.
+        for check in CHECKS.values():
+            if "?" in check:
+                look(check, low, high)
+        low, accounts, entries = high, accounts + len(page), entries + sum(row[1] for row in page)
+        report(accounts + entries, total)
+    for check in CHECKS.values():  # Those of several accounts look at all of them at once.
+        if "?" not in check:
+            look(check)
+    return accounts, entries
 
 
 def insert_rows(tx: Execute, into: str, rows: Sequence[Row]) -> None:
@@ -1366,6 +1531,7 @@ def digest_table(tx: Execute, table: str) -> int:
 # Databases ############################################################################################
 
 Row = tuple[Any, ...]
+Report = Callable[[int, int], None]  # It is told how much is done of how much.
 
 
 class Execute(Protocol):
@@ -1392,7 +1558,7 @@ class Database(Protocol):
         take `timeout_s`, by default DATABASE_TIMEOUT_S; on SQLite it may take as long as it does.
         """
 
-    def read(self, function: Callable[[Execute], T]) -> T:
+    def read(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
         """Run `function`, each statement of which sees what is committed by then. Raises Unavailable."""
 
     def ping(self) -> None:
@@ -1407,11 +1573,21 @@ class Database(Protocol):
         self.observe([error])
         return error
 
+    def find_fault(self) -> str:
+        """Return the first fault that the engine knows of in what it keeps, or nothing. Raises Unavailable."""
+        return ""
+
+    def backup(self, path: str, verify: Callable[[str], T], report: Report) -> T:
+        """Copy all that is committed by now to a new file. Raises ConfigurationError.
+
+        It gets its name once `verify`, which is told where it is till then, has returned what this returns.
+        """
+
     def close(self) -> None:
         """Let the write that runs finish, and let go of everything."""
 
 
-def open_database(dsn: str, connections: int, create: bool) -> Database:
+def open_database(dsn: str, connections: int, create: bool, read_only: bool = False) -> Database:
     """Return the database that a DSN names. Raises ConfigurationError.
 
     sqlite:///wallet.db is a file in this folder, sqlite:////var/lib/wallet.db one with an absolute
@@ -1427,10 +1603,10 @@ def open_database(dsn: str, connections: int, create: bool) -> Database:
         scheme = scheme if scheme.isalnum() else "..."  # It may be anything, such as a password.
         raise ConfigurationError(f"unknown kind of DSN, {scheme}://; known are sqlite:///FILE, sqlite:// and postgresql://")
     if path in ("", "/:memory:"):
-        return SQLiteDatabase(None, create)
+        return SQLiteDatabase(None, create, read_only)
     if not path.startswith("/") or path == "/" or "?" in path:
         raise ConfigurationError("a DSN of SQLite has three slashes and a path, without parameters")
-    return SQLiteDatabase(path[1:], create)
+    return SQLiteDatabase(path[1:], create, read_only)
 
 
 class SQLiteDatabase(Database):
@@ -1441,12 +1617,13 @@ class SQLiteDatabase(Database):
     its own, so that many threads share the price of one sync. None returns before that COMMIT has.
     """
 
-    def __init__(self, path: str | None, create: bool) -> None:
+    def __init__(self, path: str | None, create: bool, read_only: bool = False) -> None:
         if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
             needed = ".".join(map(str, SQLITE_VERSION_MIN))
             raise ConfigurationError(f"SQLite {needed} or newer is needed; this Python has {sqlite3.sqlite_version}")
         self._path = os.path.abspath(path) if path else None  # For good, wherever the process moves.
         self.location = self._path or "memory, gone when it stops"
+        self._read_only = read_only
         self._process_id = os.getpid()
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)  # Told when nobody leads.
@@ -1498,7 +1675,7 @@ class SQLiteDatabase(Database):
         result: T = write.result
         return result
 
-    def read(self, function: Callable[[Execute], T]) -> T:
+    def read(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` beside the writer. In memory there is one connection, so it takes its turn."""
         if self._path is None:
             return self.write(function)
@@ -1510,7 +1687,8 @@ class SQLiteDatabase(Database):
             if not reader:
                 reader = self._connect()
                 reader.execute("PRAGMA query_only = ON")
-                reader.execute(f"PRAGMA cache_size = -{SQLITE_READER_CACHE_KB}")
+                cache_kb = SQLITE_VERIFY_CACHE_KB if self._read_only else SQLITE_READER_CACHE_KB
+                reader.execute(f"PRAGMA cache_size = -{cache_kb}")
             return function(_execute_on(reader))
         except sqlite3.DatabaseError as error:
             raise self.failed(_unavailable(error)) from error
@@ -1532,6 +1710,35 @@ class SQLiteDatabase(Database):
     def usage(self) -> dict[str, int]:
         """Tell it of those that read. What waits is a write, for the commit before it."""
         return {"idle": len(self._idle_readers), "in_use": self._reading, "waiting": len(self._queue)}
+
+    def find_fault(self) -> str:
+        """Look at the whole file, and see that each index has what its table has."""
+        ((found,),) = self.read(lambda tx: tx("PRAGMA integrity_check(1)"))
+        return "" if found == "ok" else " ".join(found.split())
+
+    def backup(self, path: str, verify: Callable[[str], T], report: Report) -> T:
+        """Copy the file by a connection of its own, which only reads (see Database)."""
+        if self._path is None:
+            raise ConfigurationError("a wallet in memory is gone when it stops: there is nothing to back up")
+        if os.path.lexists(path):
+            raise ConfigurationError(f"{path} is there already: name a new file")
+        try:
+            with tempfile.TemporaryDirectory(prefix=".wallet-backup-", dir=os.path.dirname(path)) as folder:
+                temporary = os.path.join(folder, "wallet.db")
+                os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                with closing(self._connect()) as source, closing(sqlite3.connect(temporary)) as target:
+                    source.execute("BEGIN")
+                    source.execute("SELECT currency FROM wallet")  # What is committed from here on is not seen.
+                    source.backup(target, pages=BACKUP_PAGES,
+                                  progress=lambda _, left, total: report(total - left, total))
+                    target.execute("PRAGMA journal_mode = DELETE")  # It is to be one file, without a log.
+                verified = verify(temporary)
+                sync(temporary)
+                os.link(temporary, path)  # Unlike a rename, this never takes the place of a file.
+                sync(os.path.dirname(path))
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigurationError(f"cannot back up to {path}: {getattr(error, 'strerror', error)}") from error
+        return verified
 
     def close(self) -> None:
         """Wait for the writes that are begun, at most DATABASE_TIMEOUT_S; then close what is not in use."""
@@ -1620,6 +1827,8 @@ class SQLiteDatabase(Database):
             ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
             if owner != SQLITE_APPLICATION_ID and (owner or tables):
                 raise ConfigurationError(f"{self._path} is the database of another program: name another file")
+            if self._read_only:
+                return connection
             self._use_wal(connection)
             connection.execute("PRAGMA fullfsync = ON")  # On macOS, fsync alone stops short of the disk.
             connection.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KB}")
@@ -1647,7 +1856,8 @@ class SQLiteDatabase(Database):
 
     def _connect(self) -> sqlite3.Connection:
         # Only the writer makes the file: a file that was removed must not come back empty.
-        database = f"{Path(self._path).absolute().as_uri()}?mode=rw" if self._path else ":memory:"
+        mode = "ro" if self._read_only else "rw"
+        database = f"{Path(self._path).absolute().as_uri()}?mode={mode}" if self._path else ":memory:"
         connection = sqlite3.connect(database, uri=True, timeout=DATABASE_TIMEOUT_S, isolation_level=None,
                                      check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
@@ -1675,6 +1885,15 @@ def file_identity(path: str) -> tuple[int, int] | None:
         found = os.stat(path)
         return found.st_dev, found.st_ino
     return None
+
+
+def sync(path: str) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def check_usable(process_id: int, closed: bool) -> None:
@@ -1712,7 +1931,7 @@ class PostgresDatabase(Database):
     def __init__(self, dsn: str, connections: int) -> None:
         try:
             from psycopg import Error, ProgrammingError
-            from psycopg.conninfo import conninfo_to_dict
+            from psycopg.conninfo import conninfo_to_dict, make_conninfo
             from psycopg_pool import ConnectionPool
         except ImportError as error:
             advice = "a DSN of Postgres needs more packages: pip install 'psycopg[binary]' psycopg-pool"
@@ -1726,6 +1945,7 @@ class PostgresDatabase(Database):
             raise ConfigurationError("the DSN is malformed: it looks like postgresql://USER:PASSWORD@HOST:PORT/DATABASE,"
                                      " with %40 for an @ in the password, and other special characters likewise")
         self.location = f"postgresql://{host}{port and f':{port}'}/{database}"
+        self._public_dsn = make_conninfo(**{name: str(given[name]) for name in given if "password" not in name})
         self._process_id = os.getpid()
         self._away_until = 0.0
         self._connection_class = _timed_connection_class()
@@ -1747,9 +1967,17 @@ class PostgresDatabase(Database):
         """Run `function` in a transaction of its own (see Database)."""
         return self._run(function, True, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
 
-    def read(self, function: Callable[[Execute], T]) -> T:
+    def read(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
         """Run `function`, each statement in a transaction of its own."""
-        return self._run(function, False, time.monotonic() + DATABASE_TIMEOUT_S)
+        return self._run(function, False, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
+
+    def backup(self, path: str, verify: Callable[[str], T], report: Report) -> T:
+        """Say which commands do it."""
+        database, file = shlex.quote(self._public_dsn), shlex.quote(path)
+        raise ConfigurationError(
+            f"Postgres is backed up while it serves by\npg_dump --format=custom --file={file} --dbname={database}\n"
+            "and restored with all wallets stopped, to a database that is empty, by\n"
+            f"pg_restore --exit-on-error --single-transaction --dbname={database} {file}")
 
     def usage(self) -> dict[str, int]:
         """Tell it of the pool."""
@@ -2352,9 +2580,9 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None, me
     return App(wallet, issuer_token, metrics, trusted_proxy)
 
 
-def open_wallet(settings: Mapping[str, Any], create: bool = True) -> Wallet:
+def open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
     """Return the wallet that the settings name. Raises ConfigurationError."""
-    return Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"], create=create)
+    return Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"], **options)
 
 
 def warn_of_wal_reset_bug(dsn: str) -> None:
@@ -3134,49 +3362,138 @@ def load_app(settings: Mapping[str, Any]) -> Iterator[App]:
         yield create_app(wallet, settings["issuer-token"], settings["metrics"], settings["trusted-proxy"])
 
 
-def copy_wallet(source_dsn: str, target_dsn: str) -> None:
-    """Copy one database to another, with progress on stderr. Raises ConfigurationError."""
+def show_progress(done: int, total: int) -> None:
+    """Draw a bar on stderr, if that is a terminal. What is printed next takes its place."""
+    if sys.stderr.isatty():
+        print(f"[{'#' * (20 * done // max(done, total, 1)):20}]", end="\r", file=sys.stderr, flush=True)
 
+
+def run_verify(settings: Mapping[str, Any]) -> int:
+    """Return 1 where the books are wrong, or SQLite says that the file is damaged."""
+    try:
+        with open_wallet(settings, read_only=True) as wallet:
+            accounts, entries = wallet.verify(show_progress)
+            print(f"verified: {wallet.database.location} has {accounts:,} accounts and {entries:,} entries that agree")
+            return 0
+    except WalletError as error:
+        if not isinstance(error, WrongBooks) and not re.search("image is malformed|malformed database", str(error)):
+            raise
+        print(f"wallet: {error}", file=sys.stderr)
+        return 1
+
+
+def run_backup(settings: Mapping[str, Any]) -> None:
+    with open_wallet(settings, read_only=True) as wallet:
+        accounts, entries = wallet.backup(settings["file"], show_progress)
+    size = os.path.getsize(settings["file"])
+    print(f"verified: {settings['file']} has {size:,} bytes, {accounts:,} accounts and {entries:,} entries")
+
+
+def run_accounts(settings: Mapping[str, Any]) -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    line = "{:20} {:>16} {:>16} {:6} {:27} {}".format  # The name comes last: nobody knows how wide a terminal shows it.
+    with open_wallet(settings, create=False, read_only=True) as wallet:
+        if not settings["json"]:
+            print(line("id", "balance", "available", "frozen", "created_at", "name"))
+        for account in wallet.accounts():
+            shown = to_json(account)
+            if settings["json"]:
+                print(json.dumps(shown))
+            else:
+                shown["name"] = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in account.name)
+                shown["frozen"] = "frozen" if account.frozen else ""
+                print(line(*map(shown.get, ("id", "balance", "available", "frozen", "created_at", "name"))))
+
+
+def run_token(settings: Mapping[str, Any]) -> None:
+    with open_wallet(settings, create=False) as wallet:
+        print(wallet.replace_token(settings["account"]), flush=True)
+    print(f"wallet: this is the token of {settings['account']} from now on, and the old one is dead", file=sys.stderr)
+
+
+def run_freeze(settings: Mapping[str, Any]) -> None:
+    frozen = settings["command"] == "freeze"
+    with open_wallet(settings, create=False) as wallet:
+        wallet.freeze(settings["account"], frozen)
+    print(settings["account"], "is frozen" if frozen else "is not frozen")
+
+
+def run_copy(settings: Mapping[str, Any]) -> None:
     def report(copied: dict[str, int]) -> None:
         rows = " and ".join(f"{count:,} {table}" for table, count in copied.items())
         print(f"\rcopied {rows}", end="", file=sys.stderr, flush=True)
 
-    with Wallet(source_dsn, create=False) as source, Wallet(target_dsn) as target:
+    with Wallet(settings["source"], create=False) as source, Wallet(settings["target"]) as target:
         source.copy_to(target, report)
         print(f"\nverified: {target.database.location} has every row of {source.database.location}", file=sys.stderr)
 
 
+def run_server(settings: Mapping[str, Any]) -> None:
+    """Serve until it is told to stop."""
+    check_server(settings)
+    # Granian shares its port with whoever asks, and a wallet must not cross a fork: so here both are opened
+    # only to see whether they can be.
+    with listen(settings["host"], settings["port"]) as listener, open_wallet(settings) as wallet:
+        warn_of_wal_reset_bug(settings["dsn"])
+        app = create_app(wallet, settings["issuer-token"], settings["metrics"], settings["trusted-proxy"])
+        address = listener.getsockname()[:2]
+        banner = make_banner(app, url_of(*address))
+        if settings["server"] == "waitress":
+            serve(app, listener, settings["threads"], banner)
+    if settings["server"] == "granian":
+        serve_granian(partial(load_app, settings), address, settings["workers"], banner)
+
+
+class Command(NamedTuple):
+    """What the command line does instead of serving. The arguments are those of argparse."""
+
+    name: str
+    meaning: str
+    example: str
+    run: Callable[[Mapping[str, Any]], int | None]
+    arguments: Mapping[str, Mapping[str, Any]]
+
+
+ACCOUNT_ID = {"account": {"metavar": "ACCOUNT", "help": "the id of the account"}}
+COMMANDS = (
+    Command("verify", "recompute every balance, sequence, hold, refund and transfer, and name the first wrong row",
+            "verify", run_verify, {}),
+    Command("backup", "copy a wallet on SQLite to a new file while it serves, and verify the copy",
+            "backup backup.db", run_backup, {"file": {"metavar": "FILE", "help": "the file, which must not be there"}}),
+    Command("accounts", "list all accounts, with amounts in minor units", "accounts --json", run_accounts,
+            {"--json": {"action": "store_true", "help": "print one JSON object a line"}}),
+    Command("token", "print a new token of an account, whose old one is dead from then on",
+            "token acc_4fKq0ZbT9xWm2Lr7", run_token, ACCOUNT_ID),
+    Command("freeze", "let an account receive nothing and spend nothing",
+            "freeze acc_4fKq0ZbT9xWm2Lr7", run_freeze, ACCOUNT_ID),
+    Command("unfreeze", "undo freeze", "unfreeze acc_4fKq0ZbT9xWm2Lr7", run_freeze, ACCOUNT_ID),
+    Command("copy", "copy a stopped wallet to another database, and verify the copy",
+            "copy --from sqlite:///wallet.db --to postgresql://db/wallet", run_copy, {
+                "--from": {"dest": "source", "metavar": "DSN", "required": True,
+                           "help": "the wallet, which must be stopped"},
+                "--to": {"dest": "target", "metavar": "DSN", "required": True,
+                         "help": "the database, which must be empty"}}),
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Return 0, 2 where it could not be done, or 130 after Ctrl-C."""
+    """Run the command line, and return its exit code: see README."""
     try:
         settings = load_settings(sys.argv[1:] if arguments is None else arguments)
         configure_logging(settings["log-level"])
-        if settings["command"] == "copy":
-            copy_wallet(settings["source"], settings["target"])
-        elif settings["command"]:
-            with open_wallet(settings, create=False) as wallet:
-                wallet.freeze(settings["account"], settings["command"] == "freeze")
-                print(settings["account"], "is frozen" if settings["command"] == "freeze" else "is not frozen")
-        else:
-            check_server(settings)
-            # Granian shares its port with whoever asks, and a wallet must not cross a fork: so here both are opened
-            # only to see whether they can be.
-            with listen(settings["host"], settings["port"]) as listener, open_wallet(settings) as wallet:
-                warn_of_wal_reset_bug(settings["dsn"])
-                app = create_app(wallet, settings["issuer-token"], settings["metrics"], settings["trusted-proxy"])
-                address = listener.getsockname()[:2]
-                banner = make_banner(app, url_of(*address))
-                if settings["server"] == "waitress":
-                    serve(app, listener, settings["threads"], banner)
-            if settings["server"] == "granian":
-                serve_granian(partial(load_app, settings), address, settings["workers"], banner)
+        runs = {command.name: command.run for command in COMMANDS}
+        code = runs.get(settings["command"], run_server)(settings)
+        sys.stdout.flush()
+        return code or 0
     except WalletError as error:
         print(f"wallet: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("wallet: interrupted", file=sys.stderr)
         return 130  # As a shell has it: 128 and the number of SIGINT.
-    return 0
+    except BrokenPipeError:  # Who reads has had enough, as `head` has. At its end Python would try to write again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 and the number of SIGPIPE.
 
 
 if __name__ == "__main__":
