@@ -7720,12 +7720,16 @@ def back_up_under_load(folder, times, back_up):
     return acknowledged, lost
 
 
-@pytest.mark.parametrize("times", [3, torture(100)])
-def test_backup_under_load_restores_all_that_was_answered_before_it(tmp_path, times, report):
-    acknowledged, lost = back_up_under_load(tmp_path, times, COPIES["backup"])
-    assert (acknowledged >= 20 * times, lost) == (True, 0)
-    report(f"{times} backups, each restored, with books that agree: of {acknowledged:,} answers from before them,"
-           f" {lost} lost")
+@pytest.mark.parametrize(("wallets", "times"), [(1, 3), torture(10, 10)])
+def test_backup_under_load_restores_all_that_was_answered_before_it(tmp_path, wallets, times, report):
+    found = []
+    for number in range(wallets):
+        (tmp_path / str(number)).mkdir()
+        found.append(back_up_under_load(tmp_path / str(number), times, COPIES["backup"]))
+    acknowledged, lost = map(sum, zip(*found, strict=True))
+    assert (acknowledged >= 20 * times * wallets, lost) == (True, 0)
+    report(f"{times * wallets} backups, each restored, with books that agree: of {acknowledged:,} answers from before"
+           f" them, {lost} lost")
 
 
 def test_control_a_plain_copy_of_the_file_loses_what_is_still_in_the_log(tmp_path):
