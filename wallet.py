@@ -253,9 +253,9 @@ def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
                             help=f"{setting.meaning} [{setting.variable}={setting.default}]")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands, instead of serving")
     for command in COMMANDS:
-        taken = commands.add_parser(command.name, help=command.meaning, description=f"It is to {command.meaning}.",
-                                    allow_abbrev=False, epilog=f"Options of `python wallet.py --help`, such as --dsn,"
-                                    f" may come here too. Example: python wallet.py {command.example}")
+        taken = commands.add_parser(command.name, help=command.meaning, allow_abbrev=False, description=command.meaning,
+                                    epilog="The options of `python wallet.py --help`, such as --dsn, may come here too."
+                                    f" Example: python wallet.py {command.example}")
         for name, options in command.arguments.items():
             taken.add_argument(name, **options)
         for setting in SETTINGS:
@@ -3491,9 +3491,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("wallet: interrupted", file=sys.stderr)
         return 130  # As a shell has it: 128 and the number of SIGINT.
-    except BrokenPipeError:  # Who reads has had enough, as `head` has. At its end Python would try to write again.
+    except OSError as error:  # Of the output, which Python would try to write again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 and the number of SIGPIPE.
+        if isinstance(error, BrokenPipeError):  # Who reads has had enough, as `head` has.
+            return 141  # 128 and the number of SIGPIPE.
+        print(f"wallet: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
