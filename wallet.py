@@ -2884,7 +2884,7 @@ def pin_process(number: int) -> None:
 
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # As Granian sends it.
-TCP_ESTABLISHED, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 8, 10  # As in net/tcp_states.h of Linux.
+TCP_ESTABLISHED, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 7, 8, 10  # As in net/tcp_states.h of Linux.
 
 
 class _SocketInfo(NamedTuple):
@@ -2933,7 +2933,8 @@ def find_sockets(port: int, listening: bool = False) -> Iterator[tuple[str, sock
             try:
                 if found.getsockname()[1:2] == (port,):
                     info = read_socket(found)
-                    if (info.state == TCP_LISTEN) == listening:
+                    # Granian keeps one that is bound to the port and no more: it is closed all the while.
+                    if info.state != TCP_CLOSE and (info.state == TCP_LISTEN) == listening:
                         yield os.readlink(f"/proc/self/fd/{number}"), found, info
             finally:
                 found.detach()
