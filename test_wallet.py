@@ -5242,6 +5242,16 @@ def test_client_that_still_sends_hears_why_it_is_refused(module_url, monkeypatch
         assert send_slowly_until_closed(connection)
 
 
+def test_stop_does_not_wait_for_a_refused_client_that_goes_nowhere(monkeypatch):
+    for name in ("REQUEST_TIMEOUT_S", "STOP_TIMEOUT_S"):
+        monkeypatch.setattr(wallet_module, name, 60)
+    with contextlib.ExitStack() as server, ThreadPoolExecutor(1) as thread:
+        with connect(server.enter_context(running())) as connection:
+            connection.sendall(POST + b"Content-Length: 5000000\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 413")
+            thread.submit(server.close).result(timeout=30)
+
+
 def test_chunked_body_is_taken(module_url):
     request = POST + b'Transfer-Encoding: Chunked\r\nConnection: close\r\n\r\nd\r\n{"name":"Ada"\r\n1\r\n}\r\n0\r\n\r\n'
     assert raw_exchange(module_url, request).startswith(b"HTTP/1.1 201")

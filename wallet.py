@@ -2685,7 +2685,7 @@ class _Channel(HTTPChannel):
 
     parser_class, task_class, error_task_class = _Parser, _Task, _Task
     logger = _Logger(logging.getLogger("waitress"), {})
-    refused = busy = False
+    refused = lingering = busy = False
     queued, taken_bytes = 0.0, 0
     given_at = 0.0  # When the client was last given time: it had nothing to read, or took UNREAD_BYTES_MAX of it.
     watched = 0  # What the server's poller waits for.
@@ -2695,7 +2695,7 @@ class _Channel(HTTPChannel):
         if not self.refused or self.total_outbufs_len:
             super().handle_close()
             return
-        self.refused = self.will_close = False
+        self.refused, self.lingering, self.will_close = False, True, False
         self.request = self.parser_class(self.adj)  # One that never ends: it has REQUEST_TIMEOUT_S, as any other.
         self.request.received = len  # type: ignore[method-assign, assignment]
         with suppress(OSError):
@@ -2828,7 +2828,7 @@ class _Server(TcpWSGIServer):
             self.poll(0.05)
             for channel in list(self.active_channels.values()):
                 idle = not (channel.requests or channel.request or channel.total_outbufs_len)
-                if idle and time.monotonic() - channel.given_at > STOP_IDLE_S:
+                if channel.lingering or (idle and time.monotonic() - channel.given_at > STOP_IDLE_S):
                     channel.handle_close()
         for dispatcher in self._dispatchers.values():
             dispatcher.shutdown(timeout=1)
