@@ -5245,11 +5245,11 @@ def test_client_that_still_sends_hears_why_it_is_refused(module_url, monkeypatch
 def test_stop_does_not_wait_for_a_refused_client_that_goes_nowhere(monkeypatch):
     for name in ("REQUEST_TIMEOUT_S", "STOP_TIMEOUT_S"):
         monkeypatch.setattr(wallet_module, name, 60)
-    with contextlib.ExitStack() as server, ThreadPoolExecutor(1) as thread:
-        with connect(server.enter_context(running())) as connection:
-            connection.sendall(POST + b"Content-Length: 5000000\r\n\r\n")
-            assert connection.recv(65536).startswith(b"HTTP/1.1 413")
-            thread.submit(server.close).result(timeout=30)
+    with contextlib.ExitStack() as server, ThreadPoolExecutor(1) as thread, \
+            connect(server.enter_context(running())) as connection:
+        connection.sendall(POST + b"Content-Length: 5000000\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413")
+        thread.submit(server.close).result(timeout=30)
 
 
 def test_chunked_body_is_taken(module_url):
