@@ -6145,6 +6145,9 @@ def test_readme_lists_every_metric():
                                                                                    - {"le"})), family.documentation]
              for name, family in families.items() if not name.startswith("process_")]
     assert readme_table("Metrics") == known
+    alerts = " ".join(re.findall(r"(?m)^ +expr: (.*)$", README))
+    watched = {name.removesuffix("_bucket") for name in re.findall(r"wallet_\w+", alerts)}
+    assert {"wallet_requests_total", "wallet_request_duration_seconds"} == watched <= families.keys()
 
 
 def call(app, method, path, headers=()):
