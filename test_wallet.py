@@ -358,16 +358,28 @@ def kept_schema(request):
         yield dsn
 
 
+@pytest.fixture(scope="session")
+def kept_wallet(kept_schema):
+    """A wallet on Postgres that one test after another uses: to connect takes long too."""
+    with Wallet(kept_schema) as wallet:
+        yield wallet
+
+
 @pytest.fixture(params=["memory", "file", "postgres"])
 def wallet(request):
-    is_postgres = request.param == "postgres"
-    with Wallet(request.getfixturevalue("kept_schema") if is_postgres else make_dsn(request.param, request)) as wallet:
-        yield wallet
-        try:
+    if request.param != "postgres":
+        with Wallet(make_dsn(request.param, request)) as wallet:
+            yield wallet
             check_books(wallet)
-        finally:
-            if is_postgres:
-                wallet.database.write(lambda tx: tx("TRUNCATE holds, transactions, accounts"))
+        return
+    wallet = request.getfixturevalue("kept_wallet")
+    wallet.database._pool.check()  # Another test may have restarted the server.
+    yield wallet
+    try:
+        check_books(wallet)
+    finally:  # To truncate the tables would take twenty times as long.
+        tables = "holds", "transactions", "accounts"
+        wallet.database.write(lambda tx: [tx(f"DELETE FROM {table}") for table in tables])
 
 
 @pytest.fixture
@@ -478,14 +490,17 @@ def report(request, capfd):
 
 def environment(**settings):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WALLET_")}
-    return {**kept, "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "error", **settings}
+    # To compile wallet.py takes half of a start, and as a script it is compiled each time: so it is MODULE, and kept.
+    return {**kept, "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "error", "PYTHONDONTWRITEBYTECODE": "", **settings}
+
+
+MODULE = ("-m", "wallet")
 
 
 @contextmanager
-def served(*arguments, python=(sys.executable,), program=("wallet.py",), under=(), cwd=None, stderr=subprocess.PIPE,
+def served(*arguments, python=(sys.executable,), program=MODULE, under=(), cwd=None, stderr=subprocess.PIPE,
            **settings):
     """Run the service as a process of its own, `under` another program or not. Yield it, with its URL and banner."""
-    program = [str(HERE / part) if part == "wallet.py" else part for part in program]
     process = subprocess.Popen(
         [*under, *python, *program, "--port", "0", *arguments],
         stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=cwd, env=environment(**settings),
@@ -622,7 +637,7 @@ def kill_service(server):
 
 def command(*arguments, cwd=None, **settings):
     """Run the command line to its end."""
-    return subprocess.run([sys.executable, str(HERE / "wallet.py"), *arguments], capture_output=True, text=True,
+    return subprocess.run([sys.executable, *MODULE, *arguments], capture_output=True, text=True,
                           cwd=cwd, env=environment(**settings), timeout=60)
 
 
@@ -1083,7 +1098,7 @@ sys.exit(wallet.main())
 class Crashes:
     """A service that is killed again and again under the load of 8 clients, which journal what becomes of it."""
 
-    def __init__(self, dsn, by, program=("wallet.py",), database=None):
+    def __init__(self, dsn, by, program=MODULE, database=None):
         self.arguments = "--dsn", dsn, "--server", by, "--log-level", "error"
         self.dsn, self.program, self.database = dsn, program, database
         self.draw = random.Random(6)
@@ -2109,7 +2124,7 @@ sys.exit(wallet.main())
 class Pair:
     """Two processes that serve one database, one by each server, of which either may be restarted."""
 
-    def __init__(self, dsn, program=("wallet.py",)):
+    def __init__(self, dsn, program=MODULE):
         self.dsn, self.program = dsn, program
         self.stacks = [contextlib.ExitStack() for _ in SERVERS]
         self.services = [self.start(number) for number in range(len(SERVERS))]
@@ -8104,7 +8119,7 @@ def test_verify_and_backup_draw_a_bar_on_a_terminal_only(file_dsn, tmp_path):
         wallet.register("Ada")
     for arguments in (["verify"], ["backup", str(tmp_path / "backup.db")]):
         with pseudo_terminal() as (ours, theirs):
-            process = subprocess.Popen([sys.executable, str(HERE / "wallet.py"), *arguments, "--dsn", file_dsn],
+            process = subprocess.Popen([sys.executable, *MODULE, *arguments, "--dsn", file_dsn],
                                        stdout=subprocess.PIPE, stderr=theirs, env=environment())
             os.close(theirs)
             out, _ = process.communicate(timeout=60)
@@ -8316,7 +8331,7 @@ def test_accounts_take_little_memory_and_a_reader_may_stop_reading(file_dsn):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 1_000_000
-    program = [sys.executable, str(HERE / "wallet.py"), "accounts", "--dsn", file_dsn]
+    program = [sys.executable, *MODULE, "accounts", "--dsn", file_dsn]
     listing = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     assert listing.stdout.readline().startswith("id ")
     listing.stdout.close()
@@ -8449,7 +8464,7 @@ def test_command_line_comes_before_the_environment(monkeypatch):
 
 @pytest.mark.parametrize("by", SERVERS)
 def test_it_serves_says_where_and_its_curls_can_be_pasted(tmp_path, by):
-    with served("--server", by, cwd=tmp_path) as server:
+    with served("--server", by, program=(HERE / "wallet.py",), cwd=tmp_path) as server:  # As users run it.
         first_line, _, pasted = server.banner.partition("\n")
         assert first_line == f"wallet {wallet_module.__version__} listens on {server.url}, with its data in " \
                              f"{tmp_path}/wallet.db. Try it from another terminal:"
