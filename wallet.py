@@ -825,7 +825,7 @@ class Wallet:
         self.database = open_database(dsn, connections, create, read_only)
         try:
             self.currency = self._prepare(currency, create, {} if read_only else MIGRATIONS)
-        except (OSError, Unavailable) as error:
+        except (NotFound, Unavailable) as error:
             self.database.close()
             raise ConfigurationError(f"cannot use {self.database.location}: {error}") from error
         except BaseException:
@@ -1332,7 +1332,7 @@ class Wallet:
                 if read("1", table) is not None and read(column, table) is None:
                     raise ConfigurationError(f"the table {table} in {self.database.location} is another program's:"
                                              " name another database, or another schema as the search_path")
-            for statement in read_schema():
+            for statement in read_sql("schema.sql"):
                 make(statement)
             make("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING", SCHEMA_VERSION, currency or "USD")
             rows = self.database.read(lambda tx: tx("SELECT schema_version, currency FROM wallet"))
@@ -1349,100 +1349,6 @@ class Wallet:
 
 # They come first in their tables.
 KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"), "holds": ("account_id", "sequence")}
-SIGN = "CASE type " + " ".join(f"WHEN '{type}' THEN {sign}" for type, sign in SIGN_BY_TYPE.items()) + " ELSE 0 END"
-RANGE = "account_id > ? AND account_id <= ?"
-# What must be so, and a statement that finds where it is not: each row is the table, the key and what is wrong. As
-# each statement sees one moment, all may run while the wallet serves. The question marks come in pairs, as RANGE.
-CHECKS = {
-    "An entry follows the one before it, and its amount is what changed the balance": f"""
-        SELECT 'transactions', account_id, sequence, CASE
-            WHEN last_balance IS NULL AND sequence > 1 THEN 'the entry before it is missing'
-            WHEN balance <> coalesce(last_balance, 0) + change THEN 'the balance is ' || CAST(balance AS TEXT)
-                || ', and should be ' || CAST(coalesce(last_balance, 0) + change AS TEXT)
-            WHEN balance NOT BETWEEN 0 AND {AMOUNT_MAX} OR amount NOT BETWEEN 1 AND {AMOUNT_MAX} OR sequence < 1
-                THEN 'a number is out of its bounds'
-            WHEN created_at < last_created_at THEN 'its time is before that of the entry before it' END AS wrong
-        FROM (SELECT this.account_id, this.sequence, this.amount, this.balance, this.created_at,
-                  {SIGN} * this.amount AS change, last.balance AS last_balance, last.created_at AS last_created_at
-              FROM (SELECT * FROM transactions WHERE {RANGE}) AS this
-                  LEFT JOIN (SELECT account_id, sequence, balance, created_at FROM transactions WHERE {RANGE}) AS last
-                  ON last.account_id = this.account_id AND last.sequence = this.sequence - 1) AS entries""",
-    "An entry is of an account": f"""
-        SELECT 'transactions', account_id, sequence, 'its account is missing' AS wrong
-        FROM transactions
-        WHERE {RANGE} AND sequence = 1 AND NOT EXISTS (SELECT 1 FROM accounts WHERE id = account_id)""",
-    "An account is what its last entry and its active holds say": """
-        SELECT 'accounts', account_id, CAST(NULL AS BIGINT), CASE
-            WHEN last_sequence <> entries THEN 'last_sequence is ' || CAST(last_sequence AS TEXT) || ', and should be '
-                || CAST(entries AS TEXT)
-            WHEN balance <> total THEN 'the balance is ' || CAST(balance AS TEXT) || ', and should be '
-                || CAST(total AS TEXT)
-            WHEN held <> active THEN 'held is ' || CAST(held AS TEXT) || ', and should be ' || CAST(active AS TEXT)
-            WHEN held > balance THEN 'more is held than there is' END AS wrong
-        FROM (SELECT id AS account_id, balance, held, last_sequence,
-                  coalesce((SELECT max(sequence) FROM transactions WHERE account_id = id), 0) AS entries,
-                  coalesce((SELECT balance FROM transactions WHERE account_id = id ORDER BY sequence DESC LIMIT 1), 0)
-                      AS total,
-                  coalesce((SELECT sum(amount) FROM holds WHERE account_id = id AND status = 'active'), 0) AS active
-              FROM accounts WHERE id > ? AND id <= ?) AS kept""",
-    "A hold is made by one entry, ended by at most one, and is what these say": f"""
-        SELECT CASE WHEN amount IS NULL THEN 'transactions' ELSE 'holds' END, account_id, sequence, CASE
-            WHEN amount IS NULL AND made IS NULL THEN 'the hold that it ends is missing'
-            WHEN amount IS NULL THEN 'its row in holds is missing'
-            WHEN made IS NULL THEN 'the entry that made it is missing'
-            WHEN amount <> made THEN 'the amount is ' || CAST(amount AS TEXT) || ', and should be '
-                || CAST(made AS TEXT)
-            WHEN ends > 1 THEN 'it has ended ' || CAST(ends AS TEXT) || ' times'
-            WHEN released <> amount THEN 'the amount is ' || CAST(amount AS TEXT) || ', and that of its release '
-                || CAST(released AS TEXT)
-            WHEN captured <> coalesce(charged, 0) THEN 'captured is ' || CAST(captured AS TEXT) || ', and should be '
-                || CAST(coalesce(charged, 0) AS TEXT)
-            WHEN charged > amount THEN 'more is captured than was held'
-            WHEN status <> told THEN 'the status is ' || status || ', and should be ' || told END AS wrong
-        FROM (SELECT account_id, max(status) AS status, max(captured) AS captured,
-                  coalesce(min(CASE WHEN type IN ('row', 'hold') THEN sequence END), min(sequence)) AS sequence,
-                  sum(CASE type WHEN 'row' THEN amount END) AS amount,
-                  sum(CASE type WHEN 'hold' THEN amount END) AS made,
-                  sum(CASE type WHEN 'charge' THEN amount END) AS charged,
-                  sum(CASE type WHEN 'release' THEN amount END) AS released,
-                  count(CASE WHEN type IN ('charge', 'release') THEN 1 END) AS ends,
-                  coalesce(max(CASE type WHEN 'charge' THEN 'captured' WHEN 'release' THEN 'released' END),
-                           max(CASE status WHEN 'expired' THEN 'expired' END), 'active') AS told
-              FROM (SELECT account_id, 'hld_' || substr(account_id, 5) || '_' || CAST(sequence AS TEXT) AS hold,
-                        sequence, 'row' AS type, amount, status, captured FROM holds WHERE {RANGE}
-                    UNION ALL
-                    SELECT account_id, CASE type
-                            WHEN 'hold' THEN 'hld_' || substr(account_id, 5) || '_' || CAST(sequence AS TEXT)
-                            ELSE coalesce(reference, '') END,
-                        sequence, type, amount, NULL, NULL FROM transactions
-                    WHERE {RANGE} AND (type IN ('hold', 'release') OR type = 'charge' AND reference IS NOT NULL)
-                   ) AS events GROUP BY account_id, hold) AS ended""",
-    "Refunds are of a charge of the same account, and do not exceed it together": f"""
-        SELECT 'transactions', refunds.account_id, refunds.sequence, CASE
-            WHEN amount IS NULL THEN 'the charge that it refunds is missing'
-            WHEN refunded > amount THEN 'with it, ' || CAST(refunded AS TEXT) || ' is refunded of a charge of '
-                || CAST(amount AS TEXT) END AS wrong
-        FROM (SELECT account_id, reference, max(sequence) AS sequence, sum(amount) AS refunded, CASE
-                  WHEN length(reference) BETWEEN 22 AND 39 AND ltrim(substr(reference, 22), '0123456789') = ''
-                      THEN CAST(substr(reference, 22) AS BIGINT) END AS charge
-              FROM transactions WHERE {RANGE} AND type = 'refund' GROUP BY account_id, reference) AS refunds
-            LEFT JOIN transactions AS charges
-                ON charges.account_id = refunds.account_id AND charges.sequence = charge AND charges.type = 'charge'
-                AND refunds.reference = 'txn_' || substr(charges.account_id, 5) || '_' || CAST(charge AS TEXT)""",
-    "A transfer is in both accounts": """
-        SELECT 'transactions', CASE WHEN surplus > 0 THEN sender ELSE receiver END AS account_id,
-            CASE WHEN surplus > 0 THEN sent ELSE received END AS sequence, CASE
-            WHEN surplus > 0 THEN 'no transfer_in of this amount is in the other account for it'
-            WHEN surplus < 0 THEN 'no transfer_out of this amount is in the other account for it' END AS wrong
-        FROM (SELECT sender, receiver, sum(entries) AS surplus, max(sent) AS sent, max(received) AS received
-              FROM (SELECT account_id AS sender, reference AS receiver, amount, 1 AS entries, sequence AS sent,
-                        NULL AS received
-                    FROM accounts JOIN transactions ON account_id = id AND type = 'transfer_out'
-                    UNION ALL
-                    SELECT reference, account_id, amount, -1, NULL, sequence
-                    FROM accounts JOIN transactions ON account_id = id AND type = 'transfer_in'
-                   ) AS halves GROUP BY sender, receiver, amount) AS transfers""",
-}
 # What makes the tables of an older version those of the next, before and after these are made anew.
 MIGRATIONS = {1: ((
     "DROP INDEX transactions_by_type",
@@ -1463,9 +1369,10 @@ def verify_books(tx: Execute, report: Report = lambda done, total: None) -> tupl
     """Return how many accounts and entries there are, all as they should be. Raises WrongBooks."""
 
     def look(check: str, *bounds: str) -> None:
-        first = f"SELECT * FROM ({check}) AS found WHERE wrong IS NOT NULL ORDER BY 2, 3 LIMIT 1"
-        for table, account_id, sequence, wrong in tx(first, *bounds * (check.count("?") // 2)):
+        for table, account_id, sequence, wrong in tx(f"{check} LIMIT 1", *bounds * (check.count("?") // 2)):
             raise WrongBooks(f"{table} ({account_id}{'' if sequence is None else f', {sequence}'}): {wrong}")
+
+    checks = read_sql("checks.sql")
 
     ((total, end),) = tx("""
         SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (SELECT coalesce(max(id), '') FROM (
@@ -1476,12 +1383,12 @@ def verify_books(tx: Execute, report: Report = lambda done, total: None) -> tupl
         page = tx(f"""SELECT id, last_sequence FROM accounts WHERE id > ? AND id <= ?
                       ORDER BY id LIMIT {VERIFY_ACCOUNTS}""", low, end)
         high = page[-1][0] if len(page) == VERIFY_ACCOUNTS else end  # The last part has what is of no account too.
-        for check in CHECKS.values():
+        for check in checks:
             if "?" in check:
                 look(check, low, high)
         low, accounts, entries = high, accounts + len(page), entries + sum(row[1] for row in page)
         report(accounts + entries, total)
-    for check in CHECKS.values():  # Those of several accounts look at all of them at once.
+    for check in checks:  # Those of several accounts look at all of them at once.
         if "?" not in check:
             look(check)
     return accounts, entries
@@ -1493,9 +1400,9 @@ def insert_rows(tx: Execute, into: str, rows: Sequence[Row]) -> None:
     tx(f"INSERT INTO {into} VALUES {values}", *(value for row in rows for value in row))
 
 
-def read_schema() -> list[str]:
-    """Return the statements that make the tables, where they are not there."""
-    return Path(__file__).with_name("schema.sql").read_text().rstrip("; \n").split(";")
+def read_sql(name: str) -> list[str]:
+    """Return the statements of a file that lies beside this module. Raises NotFound if it is not installed."""
+    return read_file(name).decode().rstrip("; \n").split(";")
 
 
 def migrate(tx: Execute) -> int:
@@ -1504,7 +1411,7 @@ def migrate(tx: Execute) -> int:
     if version not in MIGRATIONS:
         return int(version)
     before, after = MIGRATIONS[version]
-    for statement in (*before, *read_schema(), *after):
+    for statement in (*before, *read_sql("schema.sql"), *after):
         tx(statement)
     tx("UPDATE wallet SET schema_version = ?", version + 1)
     return int(version) + 1
