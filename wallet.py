@@ -637,10 +637,10 @@ def reserve_key(text: str) -> str:
 
 def parse_limit(value: int | str) -> int:
     """Return the number of entries to a page. Raises MalformedRequest."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value):
+        value = int(value)
     if type(value) is int and 1 <= value <= PAGE_LIMIT_MAX:
         return value
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value):
-        return parse_limit(int(value))
     raise MalformedRequest(f"limit must be an integer from 1 to {PAGE_LIMIT_MAX}.")
 
 
@@ -1520,7 +1520,7 @@ class SQLiteDatabase(Database):
         self._reading = 0  # How many readers are in use.
         try:
             self._writer = self._open_writer(create)
-            self._identity = file_identity(self._path) if self._path else None
+            self._file = os.stat(self._path) if self._path else None
         except (OSError, ValueError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigurationError(f"cannot open {path}: {reason}") from error
@@ -1585,7 +1585,10 @@ class SQLiteDatabase(Database):
     def ping(self) -> None:
         """See too that the file is the one that was opened."""
         super().ping()
-        if self._path is not None and file_identity(self._path) != self._identity:
+        if self._path and self._file:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), self._file):
+                    return
             detail = f"{self.location} was removed or replaced. Stop this wallet before you do that."
             raise self.failed(Unavailable(detail))
 
@@ -1738,7 +1741,7 @@ class SQLiteDatabase(Database):
     def _connect(self, cache_kb: int = SQLITE_READER_CACHE_KB) -> sqlite3.Connection:
         # Only the writer makes the file: a file that was removed must not come back empty.
         mode = "ro" if self._read_only else "rw"
-        database = f"{Path(self._path).absolute().as_uri()}?mode={mode}" if self._path else ":memory:"
+        database = f"{Path(self._path).as_uri()}?mode={mode}" if self._path else ":memory:"
         connection = sqlite3.connect(database, uri=True, timeout=DATABASE_TIMEOUT_S, isolation_level=None,
                                      check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
@@ -1759,14 +1762,6 @@ class _Write:
 
     def __post_init__(self) -> None:
         self.turn.acquire()
-
-
-def file_identity(path: str) -> tuple[int, int] | None:
-    """Return what tells a file from another one of its name, or None where there is none."""
-    with suppress(FileNotFoundError):
-        found = os.stat(path)
-        return found.st_dev, found.st_ino
-    return None
 
 
 def sync(path: str) -> None:
