@@ -334,7 +334,7 @@ def plain_loop(path: str, synchronous: str) -> Target:
     connection = sqlite3.connect(path, isolation_level=None)
     for statement in ("PRAGMA journal_mode = WAL", f"PRAGMA synchronous = {synchronous}", "PRAGMA foreign_keys = ON",
                       f"PRAGMA wal_autocheckpoint = {wallet.SQLITE_CHECKPOINT_PAGES}",
-                      f"PRAGMA cache_size = -{wallet.SQLITE_CACHE_KB}", *wallet.read_schema()):
+                      f"PRAGMA cache_size = -{wallet.SQLITE_CACHE_KB}", *wallet.read_sql("schema.sql")):
         connection.execute(statement)
     accounts = [f"acc_{number:016}" for number in range(ACCOUNTS)]
     connection.executemany(f"INSERT INTO accounts VALUES (?, 'Bench', '{FINGERPRINT}', 0, 0, 0, 0, 0, 0)",

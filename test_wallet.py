@@ -6599,8 +6599,11 @@ def test_sqlite_with_a_bug_for_two_processes_is_warned_of(file_dsn, monkeypatch,
     assert caplog.text.count("let no second process write to the file, or install SQLite 3.51.3") == warned
 
 
-def test_missing_schema_is_refused(monkeypatch, tmp_path):
+def test_missing_schema_is_refused(monkeypatch, tmp_path, file_dsn, capsys):
+    Wallet(file_dsn).close()
     monkeypatch.setattr(wallet_module, "__file__", str(tmp_path / "wallet.py"))
+    assert wallet_module.main(["verify", "--dsn", file_dsn]) == 2
+    assert capsys.readouterr().err == "wallet: checks.sql is not installed beside wallet.py.\n"
     with pytest.raises(ConfigurationError, match=r"cannot use memory.*schema\.sql"):
         Wallet()
 
@@ -7575,15 +7578,15 @@ def test_no_value_is_ever_put_into_sql_as_text():
 
 
 def sql_statements():
-    """Return every SQL text of wallet.py that either engine may get, and of schema.sql."""
+    """Return every SQL text of wallet.py that either engine may get, and of the files of SQL."""
     tree = ast.parse((HERE / "wallet.py").read_text())
     skipped = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "SQLiteDatabase")
     texts = [ast.unparse(node) for part in tree.body if part is not skipped for node in ast.walk(part)
              if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))]
     words = r"\b(SELECT .* FROM|INSERT INTO|UPDATE \w+\s+SET|DELETE FROM|BEGIN|COMMIT|SET LOCAL|CASE)\b"
     found = [text for text in texts if re.search(words, text, re.DOTALL)]
-    schema = re.sub("--.*", "", (HERE / "schema.sql").read_text())
-    return [*found, *schema.split(";")]
+    files = re.sub("--.*", "", "".join(path.read_text() for path in HERE.glob("*.sql")))
+    return [*found, *files.split(";")]
 
 
 def test_sql_keeps_to_what_distributed_databases_have():
@@ -7894,7 +7897,7 @@ def books(request, books_by_engine):
 
 A, B, C, D = ("acc_" + letter * 16 for letter in "ABCD")
 INSERT = f"INSERT INTO transactions ({wallet_module.ENTRY_COLUMNS}) VALUES"
-FOLLOWS, OWNED, KEPT, HELD, REFUNDED, TRANSFERRED = wallet_module.CHECKS
+CHECKS = FOLLOWS, OWNED, KEPT, HELD, REFUNDED, TRANSFERRED = wallet_module.read_sql("checks.sql")
 
 
 def entry(account, sequence, type, amount, balance, reference="NULL"):
@@ -7990,8 +7993,7 @@ def test_verify_names_the_damaged_row_and_would_pass_without_the_check_that_find
     with pytest.raises(WrongBooks) as found:
         wallet_module.verify_books(books)
     assert str(found.value) == wrong
-    others = {name: sql for name, sql in wallet_module.CHECKS.items() if name != check}
-    monkeypatch.setattr(wallet_module, "CHECKS", others)
+    monkeypatch.setattr(wallet_module, "read_sql", lambda name: [other for other in CHECKS if other != check])
     wallet_module.verify_books(books)
 
 
@@ -9645,7 +9647,7 @@ def test_bench_says_how_to_install_what_it_needs_and_prints_ratios():
 def test_image_has_every_file_that_the_service_reads():
     dockerfile = (HERE / "Dockerfile").read_text()
     copied = set(re.findall(r"[\w.]+\.\w+", " ".join(re.findall(r"(?m)^COPY (.*)$", dockerfile))))
-    assert copied == {"requirements.txt", "wallet.py", "schema.sql", "openapi.yaml", "wallet.html"}
+    assert copied == {"requirements.txt", "wallet.py", "schema.sql", "checks.sql", "openapi.yaml", "wallet.html"}
 
 
 def test_contract_is_valid_and_served(api):

@@ -637,10 +637,10 @@ def reserve_key(text: str) -> str:
 
 def parse_limit(value: int | str) -> int:
     """Return the number of entries to a page. Raises MalformedRequest."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value):
+        value = int(value)
     if type(value) is int and 1 <= value <= PAGE_LIMIT_MAX:
         return value
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value):
-        return parse_limit(int(value))
     raise MalformedRequest(f"limit must be an integer from 1 to {PAGE_LIMIT_MAX}.")
 
 
@@ -825,11 +825,10 @@ class Wallet:
         self.database = open_database(dsn, connections, create, read_only)
         try:
             self.currency = self._prepare(currency, create, {} if read_only else MIGRATIONS)
-        except (OSError, Unavailable) as error:
+        except BaseException as error:
             self.database.close()
-            raise ConfigurationError(f"cannot use {self.database.location}: {error}") from error
-        except BaseException:
-            self.database.close()
+            if isinstance(error, (NotFound, Unavailable)):
+                raise ConfigurationError(f"cannot use {self.database.location}: {error}") from error
             raise
 
     def __enter__(self) -> Wallet:
@@ -888,14 +887,10 @@ class Wallet:
     def accounts(self) -> Iterator[Account]:
         """Yield all accounts, in the order of their ids, little in memory at a time."""
         sql = f"{ACCOUNT} WHERE id > ? ORDER BY id LIMIT {COPY_ROWS}"
-
-        def read(last_id: str) -> list[Row]:
-            return self.database.read(lambda tx: tx(sql, time.time_ns() // 1000, last_id))
-
-        rows = read("")
-        while rows:
+        last_id = ""
+        while rows := self._read(sql, time.time_ns() // 1000, last_id):
             yield from (self._as_account(*row) for _, *row in rows)
-            rows = read(rows[-1][1])
+            last_id = rows[-1][1]
 
     def freeze(self, account_id: str, frozen: bool = True) -> None:
         """Let an account receive nothing and spend nothing, or with False let it again. Raises AccountNotFound."""
@@ -1217,23 +1212,20 @@ class Wallet:
         columns, end_sql = TRANSACTION_COLUMNS, f"AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
         of_all = f"SELECT {columns} FROM transactions WHERE account_id = ? {end_sql}"
         of_type = f"SELECT {columns} FROM transactions WHERE account_id = ? AND type = ? {end_sql}"
-        of_each = " UNION ALL ".join(f"SELECT * FROM ({of_type}) AS {one}" for one in SIGN_BY_TYPE)
-
-        def read(sql: str, *parameters: str | int) -> list[Row]:
-            return self.database.read(lambda tx: tx(sql, *parameters, rows_max))
+        types, sql = ([type], of_type) if type else ([], of_all)
+        each_type = types or SIGN_BY_TYPE
+        of_each = " UNION ALL ".join(f"SELECT * FROM ({of_type}) AS {one}" for one in each_type)
 
         def entries(above: int, below: int) -> Iterator[Transaction]:
-            rows = read(of_type, account_id, type, above, below) if type else read(of_all, account_id, above, below)
+            rows = self._read(sql, account_id, *types, above, below, rows_max)
             while True:
                 yield from (as_transaction(account_id, row) for row in rows if row[1] in SIGN_BY_TYPE)
                 if len(rows) < rows_max:
                     return
                 above, below = (above, rows[-1][0]) if newest_first else (rows[-1][0], below)
-                if type:
-                    rows = read(of_type, account_id, type, above, below)
-                else:  # Each type by its index, so that no holds have to be passed over, however many there are.
-                    each = [value for one in SIGN_BY_TYPE for value in (account_id, one, above, below, rows_max)]
-                    rows = read(f"{of_each} ORDER BY sequence {order} LIMIT ?", *each)
+                # Each type by its index, so that no holds have to be passed over, however many there are.
+                each = [value for one in each_type for value in (account_id, one, above, below, rows_max)]
+                rows = self._read(f"{of_each} ORDER BY sequence {order} LIMIT ?", *each, rows_max)
 
         return entries(max(above, first), end if below is None else min(below, end))
 
@@ -1248,28 +1240,28 @@ class Wallet:
         return len(entries) if time_us is None else bisect_left(
             entries, time_us, key=lambda sequence: int(tx(sql, account_id, sequence)[0][0]))
 
+    def _read(self, sql: str, *parameters: str | int | None, timeout_s: float | None = None) -> list[Row]:
+        """Run one statement that reads."""
+        return self.database.read(lambda tx: tx(sql, *parameters), timeout_s)
+
     def copy_to(self, target: Wallet, report: Callable[[dict[str, int]], None] = lambda copied: None) -> None:
         """Copy everything to an empty wallet, the currency too, in one transaction, and compare it all at the end.
 
         `report` is told now and then how many rows of which table are copied. Raises ConfigurationError,
         and changes nothing, where the target holds data, or this is not what it was or should be.
         """
-
-        def read(sql: str, *parameters: str | int | None) -> list[Row]:
-            return self.database.read(lambda tx: tx(sql, *parameters))
-
         first = "SELECT id FROM accounts LIMIT 1"
-        if target.database.read(lambda tx: tx(first)):
+        if target._read(first):
             raise ConfigurationError(f"{target.database.location} already holds accounts: name an empty database")
 
         def copy(tx: Execute) -> None:
             copied = dict.fromkeys(KEY_COLUMNS, 0)
             for table in KEY_COLUMNS if not tx(first) else ():  # There may be all, if a COMMIT was not answered.
-                for rows in read_table(read, table):
+                for rows in read_table(self._read, table):
                     insert_rows(tx, table, rows)
                     copied[table] += len(rows)
                     report(copied)
-            if any(digest_table(tx, table) != digest_table(read, table) for table in KEY_COLUMNS):
+            if any(digest_table(tx, table) != digest_table(self._read, table) for table in KEY_COLUMNS):
                 raise ConfigurationError("the wallet was changed while it was copied: stop it first")
             verify_books(tx)
             if target.currency != self.currency:
@@ -1284,13 +1276,9 @@ class Wallet:
         It writes nothing, and may run while others write. `report` is told now and then how much of how much is
         done. Raises WrongBooks, which names the first row that is wrong.
         """
-
-        def read(sql: str, *parameters: str | int | None) -> list[Row]:
-            return self.database.read(lambda tx: tx(sql, *parameters), COPY_TIMEOUT_S)
-
         if fault := self.database.find_fault():
             raise WrongBooks(f"{self.database.location} is damaged: {fault}")
-        return verify_books(read, report)
+        return verify_books(partial(self._read, timeout_s=COPY_TIMEOUT_S), report)
 
     def backup(self, path: str, report: Report = lambda done, total: None) -> tuple[int, int]:
         """Copy a wallet on SQLite to a new file, as it is at one moment, and return what `verify` does of the copy.
@@ -1299,11 +1287,9 @@ class Wallet:
         ConfigurationError, also where there is a file of that name, and WrongBooks.
         """
 
-        def verify(copy: str) -> tuple[int, int]:
-            with Wallet(f"sqlite:///{copy}", read_only=True) as wallet:
-                return wallet.verify(report)
-
-        return self.database.backup(os.path.abspath(path), verify, report)
+        with (self.database.backup(os.path.abspath(path), report) as file,
+              Wallet(f"sqlite:///{file}", read_only=True) as copy):
+            return copy.verify(report)
 
     def _prepare(self, currency: str | None, create: bool, migrations: Mapping[int, Any]) -> str:
         """Make the tables if there are none, one to a transaction, and return the currency that is kept.
@@ -1332,7 +1318,7 @@ class Wallet:
                 if read("1", table) is not None and read(column, table) is None:
                     raise ConfigurationError(f"the table {table} in {self.database.location} is another program's:"
                                              " name another database, or another schema as the search_path")
-            for statement in read_schema():
+            for statement in read_sql("schema.sql"):
                 make(statement)
             make("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING", SCHEMA_VERSION, currency or "USD")
             rows = self.database.read(lambda tx: tx("SELECT schema_version, currency FROM wallet"))
@@ -1349,100 +1335,6 @@ class Wallet:
 
 # They come first in their tables.
 KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"), "holds": ("account_id", "sequence")}
-SIGN = "CASE type " + " ".join(f"WHEN '{type}' THEN {sign}" for type, sign in SIGN_BY_TYPE.items()) + " ELSE 0 END"
-RANGE = "account_id > ? AND account_id <= ?"
-# What must be so, and a statement that finds where it is not: each row is the table, the key and what is wrong. As
-# each statement sees one moment, all may run while the wallet serves. The question marks come in pairs, as RANGE.
-CHECKS = {
-    "An entry follows the one before it, and its amount is what changed the balance": f"""
-        SELECT 'transactions', account_id, sequence, CASE
-            WHEN last_balance IS NULL AND sequence > 1 THEN 'the entry before it is missing'
-            WHEN balance <> coalesce(last_balance, 0) + change THEN 'the balance is ' || CAST(balance AS TEXT)
-                || ', and should be ' || CAST(coalesce(last_balance, 0) + change AS TEXT)
-            WHEN balance NOT BETWEEN 0 AND {AMOUNT_MAX} OR amount NOT BETWEEN 1 AND {AMOUNT_MAX} OR sequence < 1
-                THEN 'a number is out of its bounds'
-            WHEN created_at < last_created_at THEN 'its time is before that of the entry before it' END AS wrong
-        FROM (SELECT this.account_id, this.sequence, this.amount, this.balance, this.created_at,
-                  {SIGN} * this.amount AS change, last.balance AS last_balance, last.created_at AS last_created_at
-              FROM (SELECT * FROM transactions WHERE {RANGE}) AS this
-                  LEFT JOIN (SELECT account_id, sequence, balance, created_at FROM transactions WHERE {RANGE}) AS last
-                  ON last.account_id = this.account_id AND last.sequence = this.sequence - 1) AS entries""",
-    "An entry is of an account": f"""
-        SELECT 'transactions', account_id, sequence, 'its account is missing' AS wrong
-        FROM transactions
-        WHERE {RANGE} AND sequence = 1 AND NOT EXISTS (SELECT 1 FROM accounts WHERE id = account_id)""",
-    "An account is what its last entry and its active holds say": """
-        SELECT 'accounts', account_id, CAST(NULL AS BIGINT), CASE
-            WHEN last_sequence <> entries THEN 'last_sequence is ' || CAST(last_sequence AS TEXT) || ', and should be '
-                || CAST(entries AS TEXT)
-            WHEN balance <> total THEN 'the balance is ' || CAST(balance AS TEXT) || ', and should be '
-                || CAST(total AS TEXT)
-            WHEN held <> active THEN 'held is ' || CAST(held AS TEXT) || ', and should be ' || CAST(active AS TEXT)
-            WHEN held > balance THEN 'more is held than there is' END AS wrong
-        FROM (SELECT id AS account_id, balance, held, last_sequence,
-                  coalesce((SELECT max(sequence) FROM transactions WHERE account_id = id), 0) AS entries,
-                  coalesce((SELECT balance FROM transactions WHERE account_id = id ORDER BY sequence DESC LIMIT 1), 0)
-                      AS total,
-                  coalesce((SELECT sum(amount) FROM holds WHERE account_id = id AND status = 'active'), 0) AS active
-              FROM accounts WHERE id > ? AND id <= ?) AS kept""",
-    "A hold is made by one entry, ended by at most one, and is what these say": f"""
-        SELECT CASE WHEN amount IS NULL THEN 'transactions' ELSE 'holds' END, account_id, sequence, CASE
-            WHEN amount IS NULL AND made IS NULL THEN 'the hold that it ends is missing'
-            WHEN amount IS NULL THEN 'its row in holds is missing'
-            WHEN made IS NULL THEN 'the entry that made it is missing'
-            WHEN amount <> made THEN 'the amount is ' || CAST(amount AS TEXT) || ', and should be '
-                || CAST(made AS TEXT)
-            WHEN ends > 1 THEN 'it has ended ' || CAST(ends AS TEXT) || ' times'
-            WHEN released <> amount THEN 'the amount is ' || CAST(amount AS TEXT) || ', and that of its release '
-                || CAST(released AS TEXT)
-            WHEN captured <> coalesce(charged, 0) THEN 'captured is ' || CAST(captured AS TEXT) || ', and should be '
-                || CAST(coalesce(charged, 0) AS TEXT)
-            WHEN charged > amount THEN 'more is captured than was held'
-            WHEN status <> told THEN 'the status is ' || status || ', and should be ' || told END AS wrong
-        FROM (SELECT account_id, max(status) AS status, max(captured) AS captured,
-                  coalesce(min(CASE WHEN type IN ('row', 'hold') THEN sequence END), min(sequence)) AS sequence,
-                  sum(CASE type WHEN 'row' THEN amount END) AS amount,
-                  sum(CASE type WHEN 'hold' THEN amount END) AS made,
-                  sum(CASE type WHEN 'charge' THEN amount END) AS charged,
-                  sum(CASE type WHEN 'release' THEN amount END) AS released,
-                  count(CASE WHEN type IN ('charge', 'release') THEN 1 END) AS ends,
-                  coalesce(max(CASE type WHEN 'charge' THEN 'captured' WHEN 'release' THEN 'released' END),
-                           max(CASE status WHEN 'expired' THEN 'expired' END), 'active') AS told
-              FROM (SELECT account_id, 'hld_' || substr(account_id, 5) || '_' || CAST(sequence AS TEXT) AS hold,
-                        sequence, 'row' AS type, amount, status, captured FROM holds WHERE {RANGE}
-                    UNION ALL
-                    SELECT account_id, CASE type
-                            WHEN 'hold' THEN 'hld_' || substr(account_id, 5) || '_' || CAST(sequence AS TEXT)
-                            ELSE coalesce(reference, '') END,
-                        sequence, type, amount, NULL, NULL FROM transactions
-                    WHERE {RANGE} AND (type IN ('hold', 'release') OR type = 'charge' AND reference IS NOT NULL)
-                   ) AS events GROUP BY account_id, hold) AS ended""",
-    "Refunds are of a charge of the same account, and do not exceed it together": f"""
-        SELECT 'transactions', refunds.account_id, refunds.sequence, CASE
-            WHEN amount IS NULL THEN 'the charge that it refunds is missing'
-            WHEN refunded > amount THEN 'with it, ' || CAST(refunded AS TEXT) || ' is refunded of a charge of '
-                || CAST(amount AS TEXT) END AS wrong
-        FROM (SELECT account_id, reference, max(sequence) AS sequence, sum(amount) AS refunded, CASE
-                  WHEN length(reference) BETWEEN 22 AND 39 AND ltrim(substr(reference, 22), '0123456789') = ''
-                      THEN CAST(substr(reference, 22) AS BIGINT) END AS charge
-              FROM transactions WHERE {RANGE} AND type = 'refund' GROUP BY account_id, reference) AS refunds
-            LEFT JOIN transactions AS charges
-                ON charges.account_id = refunds.account_id AND charges.sequence = charge AND charges.type = 'charge'
-                AND refunds.reference = 'txn_' || substr(charges.account_id, 5) || '_' || CAST(charge AS TEXT)""",
-    "A transfer is in both accounts": """
-        SELECT 'transactions', CASE WHEN surplus > 0 THEN sender ELSE receiver END AS account_id,
-            CASE WHEN surplus > 0 THEN sent ELSE received END AS sequence, CASE
-            WHEN surplus > 0 THEN 'no transfer_in of this amount is in the other account for it'
-            WHEN surplus < 0 THEN 'no transfer_out of this amount is in the other account for it' END AS wrong
-        FROM (SELECT sender, receiver, sum(entries) AS surplus, max(sent) AS sent, max(received) AS received
-              FROM (SELECT account_id AS sender, reference AS receiver, amount, 1 AS entries, sequence AS sent,
-                        NULL AS received
-                    FROM accounts JOIN transactions ON account_id = id AND type = 'transfer_out'
-                    UNION ALL
-                    SELECT reference, account_id, amount, -1, NULL, sequence
-                    FROM accounts JOIN transactions ON account_id = id AND type = 'transfer_in'
-                   ) AS halves GROUP BY sender, receiver, amount) AS transfers""",
-}
 # What makes the tables of an older version those of the next, before and after these are made anew.
 MIGRATIONS = {1: ((
     "DROP INDEX transactions_by_type",
@@ -1462,11 +1354,7 @@ MIGRATIONS = {1: ((
 def verify_books(tx: Execute, report: Report = lambda done, total: None) -> tuple[int, int]:
     """Return how many accounts and entries there are, all as they should be. Raises WrongBooks."""
 
-    def look(check: str, *bounds: str) -> None:
-        first = f"SELECT * FROM ({check}) AS found WHERE wrong IS NOT NULL ORDER BY 2, 3 LIMIT 1"
-        for table, account_id, sequence, wrong in tx(first, *bounds * (check.count("?") // 2)):
-            raise WrongBooks(f"{table} ({account_id}{'' if sequence is None else f', {sequence}'}): {wrong}")
-
+    checks = read_sql("checks.sql")
     ((total, end),) = tx("""
         SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (SELECT coalesce(max(id), '') FROM (
             SELECT max(id) AS id FROM accounts UNION ALL SELECT max(account_id) FROM transactions
@@ -1476,14 +1364,13 @@ def verify_books(tx: Execute, report: Report = lambda done, total: None) -> tupl
         page = tx(f"""SELECT id, last_sequence FROM accounts WHERE id > ? AND id <= ?
                       ORDER BY id LIMIT {VERIFY_ACCOUNTS}""", low, end)
         high = page[-1][0] if len(page) == VERIFY_ACCOUNTS else end  # The last part has what is of no account too.
-        for check in CHECKS.values():
-            if "?" in check:
-                look(check, low, high)
+        for check in checks:
+            pairs = check.count("?") // 2  # One that has none looks at all accounts, once.
+            found = tx(f"{check} LIMIT 1", *(low, high) * pairs) if pairs or high == end else []
+            for table, account_id, sequence, wrong in found:
+                raise WrongBooks(f"{table} ({account_id}{'' if sequence is None else f', {sequence}'}): {wrong}")
         low, accounts, entries = high, accounts + len(page), entries + sum(row[1] for row in page)
         report(accounts + entries, total)
-    for check in CHECKS.values():  # Those of several accounts look at all of them at once.
-        if "?" not in check:
-            look(check)
     return accounts, entries
 
 
@@ -1493,9 +1380,9 @@ def insert_rows(tx: Execute, into: str, rows: Sequence[Row]) -> None:
     tx(f"INSERT INTO {into} VALUES {values}", *(value for row in rows for value in row))
 
 
-def read_schema() -> list[str]:
-    """Return the statements that make the tables, where they are not there."""
-    return Path(__file__).with_name("schema.sql").read_text().rstrip("; \n").split(";")
+def read_sql(name: str) -> list[str]:
+    """Return the statements of a file that lies beside this module. Raises NotFound if it is not installed."""
+    return read_file(name).decode().rstrip("; \n").split(";")
 
 
 def migrate(tx: Execute) -> int:
@@ -1504,7 +1391,7 @@ def migrate(tx: Execute) -> int:
     if version not in MIGRATIONS:
         return int(version)
     before, after = MIGRATIONS[version]
-    for statement in (*before, *read_schema(), *after):
+    for statement in (*before, *read_sql("schema.sql"), *after):
         tx(statement)
     tx("UPDATE wallet SET schema_version = ?", version + 1)
     return int(version) + 1
@@ -1577,11 +1464,8 @@ class Database(Protocol):
         """Return the first fault that the engine knows of in what it keeps, or nothing. Raises Unavailable."""
         return ""
 
-    def backup(self, path: str, verify: Callable[[str], T], report: Report) -> T:
-        """Copy all that is committed by now to a new file. Raises ConfigurationError.
-
-        It gets its name once `verify`, which is told where it is till then, has returned what this returns.
-        """
+    def backup(self, path: str, report: Report) -> AbstractContextManager[str]:
+        """Copy all that is committed by now to a file, which becomes `path` at the end. Raises ConfigurationError."""
 
     def close(self) -> None:
         """Let the write that runs finish, and let go of everything."""
@@ -1636,7 +1520,7 @@ class SQLiteDatabase(Database):
         self._reading = 0  # How many readers are in use.
         try:
             self._writer = self._open_writer(create)
-            self._identity = file_identity(self._path) if self._path else None
+            self._file = os.stat(self._path) if self._path else None
         except (OSError, ValueError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigurationError(f"cannot open {path}: {reason}") from error
@@ -1685,10 +1569,8 @@ class SQLiteDatabase(Database):
             self._reading += 1
         try:
             if not reader:
-                reader = self._connect()
+                reader = self._connect(SQLITE_VERIFY_CACHE_KB if self._read_only else SQLITE_READER_CACHE_KB)
                 reader.execute("PRAGMA query_only = ON")
-                cache_kb = SQLITE_VERIFY_CACHE_KB if self._read_only else SQLITE_READER_CACHE_KB
-                reader.execute(f"PRAGMA cache_size = -{cache_kb}")
             return function(_execute_on(reader))
         except sqlite3.DatabaseError as error:
             raise self.failed(_unavailable(error)) from error
@@ -1703,7 +1585,10 @@ class SQLiteDatabase(Database):
     def ping(self) -> None:
         """See too that the file is the one that was opened."""
         super().ping()
-        if self._path is not None and file_identity(self._path) != self._identity:
+        if self._path and self._file:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), self._file):
+                    return
             detail = f"{self.location} was removed or replaced. Stop this wallet before you do that."
             raise self.failed(Unavailable(detail))
 
@@ -1716,7 +1601,8 @@ class SQLiteDatabase(Database):
         ((found,),) = self.read(lambda tx: tx("PRAGMA integrity_check(1)"))
         return "" if found == "ok" else " ".join(found.split())
 
-    def backup(self, path: str, verify: Callable[[str], T], report: Report) -> T:
+    @contextmanager
+    def backup(self, path: str, report: Report) -> Iterator[str]:
         """Copy the file by a connection of its own, which only reads (see Database)."""
         if self._path is None:
             raise ConfigurationError("a wallet in memory is gone when it stops: there is nothing to back up")
@@ -1725,20 +1611,19 @@ class SQLiteDatabase(Database):
         try:
             with tempfile.TemporaryDirectory(prefix=".wallet-backup-", dir=os.path.dirname(path)) as folder:
                 temporary = os.path.join(folder, "wallet.db")
-                os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                Path(temporary).touch(0o600)
                 with closing(self._connect()) as source, closing(sqlite3.connect(temporary)) as target:
                     source.execute("BEGIN")
                     source.execute("SELECT currency FROM wallet")  # What is committed from here on is not seen.
                     source.backup(target, pages=BACKUP_PAGES,
                                   progress=lambda _, left, total: report(total - left, total))
                     target.execute("PRAGMA journal_mode = DELETE")  # It is to be one file, without a log.
-                verified = verify(temporary)
+                yield temporary
                 sync(temporary)
                 os.link(temporary, path)  # Unlike a rename, this never takes the place of a file.
                 sync(os.path.dirname(path))
         except (OSError, sqlite3.Error) as error:
             raise ConfigurationError(f"cannot back up to {path}: {getattr(error, 'strerror', error)}") from error
-        return verified
 
     def close(self) -> None:
         """Wait for the writes that are begun, at most DATABASE_TIMEOUT_S; then close what is not in use."""
@@ -1820,8 +1705,8 @@ class SQLiteDatabase(Database):
             # Its -wal and -shm get this mode too: money is nobody else's to read. A file that is there is not
             # opened, since to close it would end the locks that another connection of this process holds.
             with suppress(FileExistsError):
-                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        connection = self._connect()
+                Path(self._path).touch(0o600, exist_ok=False)
+        connection = self._connect(SQLITE_CACHE_KB)
         try:
             ((owner,),) = connection.execute("PRAGMA application_id").fetchall()
             ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
@@ -1831,7 +1716,6 @@ class SQLiteDatabase(Database):
                 return connection
             self._use_wal(connection)
             connection.execute("PRAGMA fullfsync = ON")  # On macOS, fsync alone stops short of the disk.
-            connection.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KB}")
             connection.execute("PRAGMA synchronous = FULL")  # Each COMMIT is synced: a power cut loses none.
             connection.execute(f"PRAGMA wal_autocheckpoint = {SQLITE_CHECKPOINT_PAGES}")
             # Written at every start, since its sync is also that of what a killed process left in the log without one:
@@ -1854,13 +1738,14 @@ class SQLiteDatabase(Database):
                     raise
             time.sleep(random.uniform(0, RETRY_PAUSE_MAX_S))
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, cache_kb: int = SQLITE_READER_CACHE_KB) -> sqlite3.Connection:
         # Only the writer makes the file: a file that was removed must not come back empty.
         mode = "ro" if self._read_only else "rw"
-        database = f"{Path(self._path).absolute().as_uri()}?mode={mode}" if self._path else ":memory:"
+        database = f"{Path(self._path).as_uri()}?mode={mode}" if self._path else ":memory:"
         connection = sqlite3.connect(database, uri=True, timeout=DATABASE_TIMEOUT_S, isolation_level=None,
                                      check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(f"PRAGMA cache_size = -{cache_kb}")
         return connection
 
 
@@ -1877,14 +1762,6 @@ class _Write:
 
     def __post_init__(self) -> None:
         self.turn.acquire()
-
-
-def file_identity(path: str) -> tuple[int, int] | None:
-    """Return what tells a file from another one of its name, or None where there is none."""
-    with suppress(FileNotFoundError):
-        found = os.stat(path)
-        return found.st_dev, found.st_ino
-    return None
 
 
 def sync(path: str) -> None:
@@ -1971,7 +1848,7 @@ class PostgresDatabase(Database):
         """Run `function`, each statement in a transaction of its own."""
         return self._run(function, False, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
 
-    def backup(self, path: str, verify: Callable[[str], T], report: Report) -> T:
+    def backup(self, path: str, report: Report) -> NoReturn:
         """Say which commands do it."""
         database, file = shlex.quote(self._public_dsn), shlex.quote(path)
         raise ConfigurationError(
@@ -2358,14 +2235,10 @@ class Metrics:
                                  buckets=WRITES_BUCKETS)
         self.errors = counter("wallet_database_errors", "reads and writes that failed in the database", ["code"])
         connections = gauge("wallet_pool_connections", "connections to Postgres, or those that read SQLite", ["state"])
-        waiting = gauge("wallet_pool_waiting", "calls that wait for a connection to Postgres, or to write to SQLite")
-
-        def use(state: str) -> int:
-            return database.usage()[state]
-
-        waiting.set_function(partial(use, "waiting"))
         for state in ("idle", "in_use"):
-            connections.labels(state).set_function(partial(use, state))
+            connections.labels(state).set_function(partial(lambda one: database.usage()[one], state))
+        waiting = gauge("wallet_pool_waiting", "calls that wait for a connection to Postgres, or to write to SQLite")
+        waiting.set_function(lambda: database.usage()["waiting"])
         for type in SIGN_BY_TYPE:  # Who watches these sees their first one too, if they begin at 0.
             self.movements.labels(type), self.amounts.labels(type)
         for error in (Unavailable, OutcomeUnknown):
@@ -3369,18 +3242,10 @@ def show_progress(done: int, total: int) -> None:
         print(f"[{'#' * (20 * done // max(done, total, 1)):20}]", end="\r", file=sys.stderr, flush=True)
 
 
-def run_verify(settings: Mapping[str, Any]) -> int:
-    """Return 1 where the books are wrong, or SQLite says that the file is damaged."""
-    try:
-        with open_wallet(settings, read_only=True) as wallet:
-            accounts, entries = wallet.verify(show_progress)
-            print(f"verified: {wallet.database.location} has {accounts:,} accounts and {entries:,} entries that agree")
-            return 0
-    except WalletError as error:
-        if not isinstance(error, WrongBooks) and not re.search("image is malformed|malformed database", str(error)):
-            raise
-        print(f"wallet: {error}", file=sys.stderr)
-        return 1
+def run_verify(settings: Mapping[str, Any]) -> None:
+    with open_wallet(settings, read_only=True) as wallet:
+        accounts, entries = wallet.verify(show_progress)
+        print(f"verified: {wallet.database.location} has {accounts:,} accounts and {entries:,} entries that agree")
 
 
 def run_backup(settings: Mapping[str, Any]) -> None:
@@ -3392,18 +3257,17 @@ def run_backup(settings: Mapping[str, Any]) -> None:
 
 def run_accounts(settings: Mapping[str, Any]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    line = "{:20} {:>16} {:>16} {:6} {:27} {}".format  # The name comes last: nobody knows how wide a terminal shows it.
+    line = "{id:20} {balance:>16} {available:>16} {frozen:6} {created_at:27} {name}".format_map
     with open_wallet(settings, create=False, read_only=True) as wallet:
         if not settings["json"]:
-            print(line("id", "balance", "available", "frozen", "created_at", "name"))
+            print(line({name: name for name in Account.__annotations__}))
         for account in wallet.accounts():
             shown = to_json(account)
             if settings["json"]:
                 print(json.dumps(shown))
-            else:
+            else:  # The name comes last: nobody knows how wide a terminal shows it.
                 shown["name"] = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in account.name)
-                shown["frozen"] = "frozen" if account.frozen else ""
-                print(line(*map(shown.get, ("id", "balance", "available", "frozen", "created_at", "name"))))
+                print(line(shown | {"frozen": "frozen" if account.frozen else ""}))
 
 
 def run_token(settings: Mapping[str, Any]) -> None:
@@ -3451,7 +3315,7 @@ class Command(NamedTuple):
     name: str
     meaning: str
     example: str
-    run: Callable[[Mapping[str, Any]], int | None]
+    run: Callable[[Mapping[str, Any]], None]
     arguments: Mapping[str, Mapping[str, Any]]
 
 
@@ -3479,16 +3343,18 @@ COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return its exit code: see README."""
+    settings: dict[str, Any] = {}
     try:
         settings = load_settings(sys.argv[1:] if arguments is None else arguments)
         configure_logging(settings["log-level"])
         runs = {command.name: command.run for command in COMMANDS}
-        code = runs.get(settings["command"], run_server)(settings)
+        runs.get(settings["command"], run_server)(settings)
         sys.stdout.flush()
-        return code or 0
+        return 0
     except WalletError as error:
         print(f"wallet: {error}", file=sys.stderr)
-        return 2
+        wrong = isinstance(error, WrongBooks) or re.search("image is malformed|malformed database", str(error))
+        return 1 if wrong and settings["command"] == "verify" else 2
     except KeyboardInterrupt:
         print("wallet: interrupted", file=sys.stderr)
         return 130  # As a shell has it: 128 and the number of SIGINT.
