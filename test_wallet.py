@@ -3677,9 +3677,11 @@ def test_slow_readers_of_statements_leave_even_a_wallet_of_one_thread_to_the_oth
 
 BREAKING = """
 import sys, wallet
+breaks = iter({breaks})
 def break_off(transactions, chunks=wallet.csv_chunks):
+    last = next(breaks, 1)
     for number, chunk in enumerate(chunks(transactions)):
-        if number == {chunks}:
+        if number == last:
             raise wallet.Unavailable("broken")
         yield chunk
 wallet.csv_chunks = break_off
@@ -3689,25 +3691,28 @@ sys.exit(wallet.main())
 CARELESS_END = "wallet._GranianWorker._cut = lambda self, chosen: None"  # So that Granian ends it as if it were whole.
 
 
-@pytest.mark.parametrize("chunks", [1, 5, 100])
-@pytest.mark.parametrize(("by", "change"), [("waitress", ""), ("granian", ""), ("granian", CARELESS_END)],
-                         ids=["waitress", "granian", "granian-control"])
-def test_statement_that_breaks_off_cannot_be_taken_for_a_whole_one(long_history, by, change, chunks):
-    dsn, program = f"sqlite:///{long_history.wallet.database.location}", BREAKING.format(chunks=chunks, change=change)
+# Each statement breaks off behind so many chunks. Under Granian, which may cut the next connection too, it is alone.
+@pytest.mark.parametrize(("by", "change", "breaks"), [
+    ("waitress", "", (1, 5, 100)), ("granian", "", (1,)), ("granian", "", (5,)), ("granian", "", (100,)),
+    ("granian", CARELESS_END, (1, 5, 100))], ids=["waitress", "granian-1", "granian-5", "granian-100", "control"])
+def test_statement_that_breaks_off_cannot_be_taken_for_a_whole_one(long_history, by, change, breaks):
+    dsn, program = f"sqlite:///{long_history.wallet.database.location}", BREAKING.format(breaks=breaks, change=change)
     with served("--dsn", dsn, "--server", by, program=("-c", program)) as server:
-        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
-        connection.request("GET", "/api/transactions.csv", headers={"Authorization": f"Bearer {long_history.token}"})
-        if change:
-            assert connection.getresponse().read() is not None
-        elif (answer := connection.getresponse()).status == 200:
-            with pytest.raises((http.client.IncompleteRead, ConnectionError)):
-                answer.read()
-        else:
-            assert (answer.status, by, chunks) == (500, "waitress", 1)  # It has sent nothing yet.
-        connection.close()
+        for chunks in breaks:
+            connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+            headers = {"Authorization": f"Bearer {long_history.token}"}
+            connection.request("GET", "/api/transactions.csv", headers=headers)
+            if change:
+                assert connection.getresponse().read() is not None
+            elif (answer := connection.getresponse()).status == 200:
+                with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+                    answer.read()
+            else:
+                assert (answer.status, by, chunks) == (500, "waitress", 1)  # It has sent nothing yet.
+            connection.close()
         assert send(server.url, "HEAD", "/api/transactions.csv", token=long_history.token)[0] == 200
         server.send_signal(signal.SIGTERM)
-        assert "Unavailable: broken" in server.communicate(timeout=30)[1]
+        assert server.communicate(timeout=30)[1].count("Unavailable: broken") >= len(breaks)
 
 
 def test_statement_may_take_longer_than_other_answers_while_it_is_read(long_history, serving):
@@ -9545,10 +9550,9 @@ def test_contract_opens_the_routes_that_are_open():
 
 
 def test_readme_names_a_test_for_every_promise():
-    mine = {node.name for node in ast.parse(Path(__file__).read_text()).body if isinstance(node, ast.FunctionDef)}
     named = [re.findall(r"`(test_\w+)`", row[1]) for row in readme_table("What it promises")]
     assert len(named) == 5
-    assert all(names and mine.issuperset(names) for names in named)
+    assert all(names and {*names} <= globals().keys() for names in named)
     promises = re.sub(r"\s+", " ", wallet_module.__doc__)
     for number, row in enumerate(readme_table("What it promises"), 1):
         assert f"{number}. {row[0]}" in promises
@@ -9650,10 +9654,13 @@ def test_image_has_every_file_that_the_service_reads():
     assert copied == {"requirements.txt", "wallet.py", "schema.sql", "checks.sql", "openapi.yaml", "wallet.html"}
 
 
-def test_contract_is_valid_and_served(api):
+def test_contract_is_valid():
     from openapi_spec_validator import validate  # Which each worker would have to load.
 
     validate(CONTRACT)
+
+
+def test_contract_is_served(api):
     answer = api.send("GET", "/openapi.yaml", status=200)
     assert load_yaml(answer.text) == CONTRACT
     assert answer.headers["Content-Type"] == "application/yaml"
