@@ -175,7 +175,6 @@ SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Of 3.x, from which patch on (s
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 2
 
-
 SECURITY_HEADERS = {  # Of every answer: no browser keeps it, runs anything in it, or shows it to another site.
     "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -827,7 +826,7 @@ class Wallet:
             self.currency = self._prepare(currency, create, {} if read_only else MIGRATIONS)
         except BaseException as error:
             self.database.close()
-            if isinstance(error, (NotFound, Unavailable)):
+            if isinstance(error, (OSError, NotFound, Unavailable)):
                 raise ConfigurationError(f"cannot use {self.database.location}: {error}") from error
             raise
 
@@ -1066,7 +1065,7 @@ class Wallet:
         limit, newest_first = parse_limit(limit), after is None
         if cursor is not None and after is not None:
             raise MalformedRequest("Send cursor or after, but not both.")
-        below = None if cursor is None else parse_cursor("txn", account_id, cursor)
+        below = SEQUENCE_MAX if cursor is None else parse_cursor("txn", account_id, cursor)
         above = 0 if after in (None, "0") else parse_cursor("txn", account_id, str(after))
         entries = self._entries(account_id, limit + 1, above=above, below=below, newest_first=newest_first, **filters)
         found = list(islice(entries, limit + 1))
@@ -1169,6 +1168,10 @@ class Wallet:
            account_id, parse_entry_id("hld", account_id, hold_id))
         return hold
 
+    def _read(self, sql: str, *parameters: str | int | None, timeout_s: float | None = None) -> list[Row]:
+        """Run one statement that reads."""
+        return self.database.read(lambda tx: tx(sql, *parameters), timeout_s)
+
     def _account(self, tx: Execute, account_id: str, now_us: int | None = None) -> tuple[str, Account]:
         """Return the hash of an account's token, and the account at a time, by default now. Raises AccountNotFound."""
         for token_hash, *row in tx(f"{ACCOUNT} WHERE id = ?", now_us or time.time_ns() // 1000, account_id):
@@ -1198,7 +1201,7 @@ class Wallet:
                 for sequence, amount, status, captured, expires_at_us, description, metadata, created_at_us
                 in tx(HOLDS, time.time_ns() // 1000, account_id, first, last, limit)]
 
-    def _entries(self, account_id: str, rows_max: int, *, above: int = 0, below: int | None = None,
+    def _entries(self, account_id: str, rows_max: int, *, above: int = 0, below: int = SEQUENCE_MAX,
                  newest_first: bool = False, type: str | None = None, since: str | datetime | None = None,
                  until: str | datetime | None = None) -> Iterator[Transaction]:
         """Return what lets all filters through, read as it is asked for, so many rows at a time."""
@@ -1227,7 +1230,7 @@ class Wallet:
                 each = [value for one in each_type for value in (account_id, one, above, below, rows_max)]
                 rows = self._read(f"{of_each} ORDER BY sequence {order} LIMIT ?", *each, rows_max)
 
-        return entries(max(above, first), end if below is None else min(below, end))
+        return entries(max(above, first), min(below, end))
 
     def _count_before(self, tx: Execute, account_id: str, time_us: int | None) -> int:
         """Return how many entries an account had before a time, or has now. Raises AccountNotFound."""
@@ -1239,10 +1242,6 @@ class Wallet:
         # Times never go back within an account, so that few entries need to be looked at.
         return len(entries) if time_us is None else bisect_left(
             entries, time_us, key=lambda sequence: int(tx(sql, account_id, sequence)[0][0]))
-
-    def _read(self, sql: str, *parameters: str | int | None, timeout_s: float | None = None) -> list[Row]:
-        """Run one statement that reads."""
-        return self.database.read(lambda tx: tx(sql, *parameters), timeout_s)
 
     def copy_to(self, target: Wallet, report: Callable[[dict[str, int]], None] = lambda copied: None) -> None:
         """Copy everything to an empty wallet, the currency too, in one transaction, and compare it all at the end.
@@ -1300,7 +1299,7 @@ class Wallet:
 
         def read(columns: str, table: str) -> list[Row] | None:
             try:
-                return self.database.read(lambda tx: tx(f"SELECT {columns} FROM {table} LIMIT 1"))
+                return self._read(f"SELECT {columns} FROM {table} LIMIT 1")
             except Unavailable as error:
                 if "malformed" in str(error):
                     raise
@@ -1311,7 +1310,7 @@ class Wallet:
 
         rows = read("schema_version, currency", "wallet")
         if not rows:
-            self.database.read(lambda tx: tx("SELECT 1"))  # Raises Unavailable where something else is wrong.
+            self._read("SELECT 1")  # Raises Unavailable where something else is wrong.
             if not create:
                 raise ConfigurationError(f"there is no wallet in {self.database.location}")
             for table, column in (("wallet", "currency"), ("accounts", "token_hash"), ("transactions", "fingerprint")):
@@ -1321,7 +1320,7 @@ class Wallet:
             for statement in read_sql("schema.sql"):
                 make(statement)
             make("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING", SCHEMA_VERSION, currency or "USD")
-            rows = self.database.read(lambda tx: tx("SELECT schema_version, currency FROM wallet"))
+            rows = self._read("SELECT schema_version, currency FROM wallet")
         ((version, kept),) = rows
         while version in migrations:
             version = self.database.write(migrate, COPY_TIMEOUT_S)
@@ -1520,7 +1519,6 @@ class SQLiteDatabase(Database):
         self._reading = 0  # How many readers are in use.
         try:
             self._writer = self._open_writer(create)
-            self._file = os.stat(self._path) if self._path else None
         except (OSError, ValueError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigurationError(f"cannot open {path}: {reason}") from error
@@ -1569,8 +1567,10 @@ class SQLiteDatabase(Database):
             self._reading += 1
         try:
             if not reader:
-                reader = self._connect(SQLITE_VERIFY_CACHE_KB if self._read_only else SQLITE_READER_CACHE_KB)
+                reader = self._connect()
                 reader.execute("PRAGMA query_only = ON")
+                cache_kb = SQLITE_VERIFY_CACHE_KB if self._read_only else SQLITE_READER_CACHE_KB
+                reader.execute(f"PRAGMA cache_size = -{cache_kb}")
             return function(_execute_on(reader))
         except sqlite3.DatabaseError as error:
             raise self.failed(_unavailable(error)) from error
@@ -1706,8 +1706,9 @@ class SQLiteDatabase(Database):
             # opened, since to close it would end the locks that another connection of this process holds.
             with suppress(FileExistsError):
                 Path(self._path).touch(0o600, exist_ok=False)
-        connection = self._connect(SQLITE_CACHE_KB)
+        connection = self._connect()
         try:
+            self._file = os.stat(self._path) if self._path else None
             ((owner,),) = connection.execute("PRAGMA application_id").fetchall()
             ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
             if owner != SQLITE_APPLICATION_ID and (owner or tables):
@@ -1716,6 +1717,7 @@ class SQLiteDatabase(Database):
                 return connection
             self._use_wal(connection)
             connection.execute("PRAGMA fullfsync = ON")  # On macOS, fsync alone stops short of the disk.
+            connection.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KB}")
             connection.execute("PRAGMA synchronous = FULL")  # Each COMMIT is synced: a power cut loses none.
             connection.execute(f"PRAGMA wal_autocheckpoint = {SQLITE_CHECKPOINT_PAGES}")
             # Written at every start, since its sync is also that of what a killed process left in the log without one:
@@ -1738,14 +1740,13 @@ class SQLiteDatabase(Database):
                     raise
             time.sleep(random.uniform(0, RETRY_PAUSE_MAX_S))
 
-    def _connect(self, cache_kb: int = SQLITE_READER_CACHE_KB) -> sqlite3.Connection:
+    def _connect(self) -> sqlite3.Connection:
         # Only the writer makes the file: a file that was removed must not come back empty.
         mode = "ro" if self._read_only else "rw"
         database = f"{Path(self._path).as_uri()}?mode={mode}" if self._path else ":memory:"
         connection = sqlite3.connect(database, uri=True, timeout=DATABASE_TIMEOUT_S, isolation_level=None,
                                      check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute(f"PRAGMA cache_size = -{cache_kb}")
         return connection
 
 
