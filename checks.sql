@@ -7,27 +7,24 @@
 -- the wallet serves, on SQLite and on Postgres. The question marks come in pairs,
 -- for the accounts to look at: those whose id is above the first and not above
 -- the second. To run a statement by hand, write '' and 'z' in their places, which
--- is all accounts. Both sides of a join have the range, so that each is read in
--- one go.
+-- is all accounts.
 
 -- An entry follows the one before it, and its amount is what changed the
 -- balance.
 WITH entries AS (
-    SELECT this.*, last.balance AS last_balance, last.created_at AS last_created_at, coalesce(last.balance, 0) + CASE
-               WHEN this.type IN ('topup', 'refund', 'transfer_in') THEN this.amount
-               WHEN this.type IN ('charge', 'transfer_out') THEN -this.amount
+    SELECT account_id, sequence, amount, balance, created_at, lag(sequence) OVER earlier AS last_sequence,
+           lag(created_at) OVER earlier AS last_created_at, coalesce(lag(balance) OVER earlier, 0) + CASE
+               WHEN type IN ('topup', 'refund', 'transfer_in') THEN amount
+               WHEN type IN ('charge', 'transfer_out') THEN -amount
                ELSE 0 END AS expected
-    FROM (SELECT account_id, sequence, type, amount, balance, created_at FROM transactions
-          WHERE account_id > ? AND account_id <= ?) AS this
-        LEFT JOIN (SELECT account_id, sequence, balance, created_at FROM transactions
-                   WHERE account_id > ? AND account_id <= ?) AS last
-        ON last.account_id = this.account_id AND last.sequence = this.sequence - 1
+    FROM transactions WHERE account_id > ? AND account_id <= ?
+    WINDOW earlier AS (PARTITION BY account_id ORDER BY sequence)
 ), found AS (
     SELECT 'transactions' AS table_name, account_id, sequence, CASE
-               WHEN last_balance IS NULL AND sequence > 1 THEN 'the entry before it is missing'
+               WHEN sequence < 1 OR amount NOT BETWEEN 1 AND 9007199254740991 THEN 'a number is out of its bounds'
+               WHEN sequence <> coalesce(last_sequence, 0) + 1 THEN 'the entry before it is missing'
                WHEN balance <> expected THEN 'the balance is ' || balance || ', and should be ' || expected
-               WHEN balance NOT BETWEEN 0 AND 9007199254740991 OR amount NOT BETWEEN 1 AND 9007199254740991
-                   OR sequence < 1 THEN 'a number is out of its bounds'
+               WHEN balance NOT BETWEEN 0 AND 9007199254740991 THEN 'a number is out of its bounds'
                WHEN created_at < last_created_at THEN 'its time is before that of the entry before it'
                END AS wrong
     FROM entries
