@@ -248,7 +248,7 @@ def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
     parser.add_argument("--version", action="version", version=f"wallet {__version__}")
     for setting in SETTINGS:
         parser.add_argument(f"--{setting.name}", dest=setting.name, metavar="VALUE", type=setting.parse,
-                            default=os.environ.get(setting.variable, setting.default),
+                            default=os.environ.get(setting.variable) or setting.default,
                             help=f"{setting.meaning} [{setting.variable}={setting.default}]")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands, instead of serving")
     for command in COMMANDS:
@@ -1288,6 +1288,7 @@ class Wallet:
 
         with (self.database.backup(os.path.abspath(path), report) as file,
               Wallet(f"sqlite:///{file}", read_only=True) as copy):
+            copy.database.location = self.database.location  # What is wrong there is wrong here.
             return copy.verify(report)
 
     def _prepare(self, currency: str | None, create: bool, migrations: Mapping[int, Any]) -> str:
@@ -1520,8 +1521,9 @@ class SQLiteDatabase(Database):
         try:
             self._writer = self._open_writer(create)
         except (OSError, ValueError, sqlite3.Error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigurationError(f"cannot open {path}: {reason}") from error
+            missing = self._path and not os.path.exists(self._path) and "there is no such file"
+            reason = getattr(error, "strerror", None) or missing or error
+            raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
 
     def write(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` in the next transaction, alone or with others (see Database)."""
@@ -2225,7 +2227,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
         histogram = partial(Histogram, registry=registry)
-        self.requests = counter("wallet_requests", "answers; other is a route, or a method, that there is not",
+        self.requests = counter("wallet_requests", "answers; other is what no route takes, or what was refused before",
                                 ["route", "method", "status"])
         self.durations = histogram("wallet_request_duration_seconds", "seconds until an answer was made", ["route"],
                                    buckets=DURATION_BUCKETS_S)
@@ -3289,9 +3291,12 @@ def run_copy(settings: Mapping[str, Any]) -> None:
         rows = " and ".join(f"{count:,} {table}" for table, count in copied.items())
         print(f"\rcopied {rows}", end="", file=sys.stderr, flush=True)
 
+    if settings["target"] in ("sqlite://", "sqlite:///:memory:"):
+        raise ConfigurationError("a copy in memory would be gone at once: name a file")
     with Wallet(settings["source"], create=False) as source, Wallet(settings["target"]) as target:
         source.copy_to(target, report)
-        print(f"\nverified: {target.database.location} has every row of {source.database.location}", file=sys.stderr)
+        print(f"\nverified: {target.database.location} has every row of {source.database.location}, but for what is"
+              " written there from now on", file=sys.stderr)
 
 
 def run_server(settings: Mapping[str, Any]) -> None:
@@ -3349,8 +3354,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = load_settings(sys.argv[1:] if arguments is None else arguments)
         configure_logging(settings["log-level"])
         runs = {command.name: command.run for command in COMMANDS}
+        if settings["command"]:
+            if sys.stdout is None:
+                raise ConfigurationError("stdout is closed, and what a command has to say is for it")
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that a backup leaves nothing then either.
         runs.get(settings["command"], run_server)(settings)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return 0
     except WalletError as error:
         print(f"wallet: {error}", file=sys.stderr)
@@ -3364,6 +3373,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # Who reads has had enough, as `head` has.
             return 141  # 128 and the number of SIGPIPE.
         print(f"wallet: {error}", file=sys.stderr)
+        return 2
+    except Exception:  # Which Python would end with 1, as if the books were wrong.
+        logger.exception("a fault of the wallet")
         return 2
 
 
