@@ -8495,7 +8495,7 @@ def test_it_serves_says_where_and_its_curls_can_be_pasted(tmp_path, by):
     with served("--server", by, program=(HERE / "wallet.py",), cwd=tmp_path) as server:  # As users run it.
         first_line, _, pasted = server.banner.partition("\n")
         assert first_line == f"wallet {wallet_module.__version__} listens on {server.url}, with its data in " \
-                             f"{tmp_path}/wallet.db. Try it from another terminal:"
+                             f"{tmp_path}/wallet.db. Open the address in a browser, or try it from another terminal:"
         assert pasted.count("curl ") == 3
         done = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, timeout=60)
         assert json.loads(done.stderr)["name"] == "Ada"

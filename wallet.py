@@ -3137,7 +3137,7 @@ def running(wallet: Wallet | None = None, issuer_token: str | None = None) -> It
 
 
 TRY = """\
-Try it from another terminal:
+Open the address in a browser, or try it from another terminal:
 
 TOKEN=$(curl -s {url}/api/register -H Content-Type:application/json -d '{{"name": "Ada"}}' \
 | tee /dev/stderr | grep -o 'wlt_[0-9A-Za-z]*')
