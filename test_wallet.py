@@ -8275,6 +8275,9 @@ def test_only_wrong_books_end_a_command_with_1(file_dsn, monkeypatch, caplog):
         2, "wallet: stdout is closed, and what a command has to say is for it\n")
     with Wallet(file_dsn) as wallet:
         assert wallet.authenticate(token).id == ada.id
+    silent = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", sys.executable, *MODULE, "verify", "--dsn", file_dsn],
+                            stdout=subprocess.PIPE, text=True, env=environment(), timeout=60)
+    assert (silent.returncode, silent.stdout.partition(":")[0]) == (0, "verified")
     monkeypatch.setattr(Wallet, "verify", lambda *arguments: 1 / 0)
     assert wallet_module.main(["verify", "--dsn", file_dsn]) == 2
     assert "ZeroDivisionError" in caplog.text

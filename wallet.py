@@ -82,7 +82,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypedDict, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
 from bottle import Bottle, HTTPError
@@ -1285,7 +1285,6 @@ class Wallet:
         Others may write meanwhile. The file appears whole, verified and synced, or not at all. Raises
         ConfigurationError, also where there is a file of that name, and WrongBooks.
         """
-
         with (self.database.backup(os.path.abspath(path), report) as file,
               Wallet(f"sqlite:///{file}", read_only=True) as copy):
             copy.database.location = self.database.location  # What is wrong there is wrong here.
@@ -1353,7 +1352,6 @@ MIGRATIONS = {1: ((
 
 def verify_books(tx: Execute, report: Report = lambda done, total: None) -> tuple[int, int]:
     """Return how many accounts and entries there are, all as they should be. Raises WrongBooks."""
-
     checks = read_sql("checks.sql")
     ((total, end),) = tx("""
         SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (SELECT coalesce(max(id), '') FROM (
@@ -3222,11 +3220,16 @@ class _JSONFormatter(_LineFormatter):
         return json.dumps(document)
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Say whether somebody looks at it. Where it was closed before the start, Python has None for it."""
+    return stream is not None and stream.isatty()
+
+
 def configure_logging(level: str) -> None:
     """Log to stderr: lines for people on a terminal, elsewhere JSON."""
     handler = logging.StreamHandler()
     line = _LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
-    handler.setFormatter(line if sys.stderr.isatty() else _JSONFormatter())
+    handler.setFormatter(line if is_terminal(sys.stderr) else _JSONFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("psycopg").setLevel(logging.ERROR)  # Else, in an outage, many lines a second.
 
@@ -3241,7 +3244,7 @@ def load_app(settings: Mapping[str, Any]) -> Iterator[App]:
 
 def show_progress(done: int, total: int) -> None:
     """Draw a bar on stderr, if that is a terminal. What is printed next takes its place."""
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         print(f"[{'#' * (20 * done // max(done, total, 1)):20}]", end="\r", file=sys.stderr, flush=True)
 
 
