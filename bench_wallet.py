@@ -334,7 +334,7 @@ def plain_loop(path: str, synchronous: str) -> Target:
     connection = sqlite3.connect(path, isolation_level=None)
     for statement in ("PRAGMA journal_mode = WAL", f"PRAGMA synchronous = {synchronous}", "PRAGMA foreign_keys = ON",
                       f"PRAGMA wal_autocheckpoint = {wallet.SQLITE_CHECKPOINT_PAGES}",
-                      f"PRAGMA cache_size = -{wallet.SQLITE_CACHE_KB}", *wallet.read_sql("schema.sql")):
+                      f"PRAGMA cache_size = -{wallet.SQLITE_CACHE_KB}", *wallet._read_sql("schema.sql")):
         connection.execute(statement)
     accounts = [f"acc_{number:016}" for number in range(ACCOUNTS)]
     connection.executemany(f"INSERT INTO accounts VALUES (?, 'Bench', '{FINGERPRINT}', 0, 0, 0, 0, 0, 0)",
@@ -343,7 +343,7 @@ def plain_loop(path: str, synchronous: str) -> Target:
     def commit(movements: int, account: str) -> None:
         connection.execute("BEGIN IMMEDIATE")
         for _ in range(movements):
-            now_us, key = time.time_ns() // 1000, wallet.make_key()
+            now_us, key = time.time_ns() // 1000, wallet._make_key()
             ((sequence, balance, updated_at_us),) = connection.execute(wallet.POST, (
                 1, 0, now_us, now_us, account, 1, wallet.AMOUNT_MAX, 0, 1, FINGERPRINT, account, key)).fetchall()
             connection.execute(wallet.INSERT_ENTRY, (
@@ -411,14 +411,14 @@ def bare_app() -> Iterator[Bottle]:
 
 def serve_bare(server: str) -> None:
     """Serve the bare routes as wallet.py serves its own."""
-    with wallet.listen("127.0.0.1", 0) as listener:
+    with wallet._listen("127.0.0.1", 0) as listener:
         address = listener.getsockname()
-        banner = f"bare routes listen on {wallet.url_of(*address)}"
+        banner = f"bare routes listen on {wallet._url_of(*address)}"
         if server == "waitress":
             with bare_app() as app:
-                wallet.serve(app, listener, wallet.load_settings()["threads"], banner)
+                wallet._serve(app, listener, wallet._load_settings()["threads"], banner)
     if server == "granian":
-        wallet.serve_granian(bare_app, address, 1, banner)
+        wallet._serve_granian(bare_app, address, 1, banner)
 
 
 def answer_bare(status: int, headers: dict[str, str], document: dict[str, Any]) -> dict[str, Any]:
@@ -484,8 +484,8 @@ def fill(path: Path) -> dict[str, str]:
     rest = FILLED_TRANSACTIONS - LONG_HISTORY - SHORT_HISTORY
     many, left_over = divmod(rest, FILLED_ACCOUNTS - 2)
     lengths = [LONG_HISTORY, SHORT_HISTORY, many + left_over, *[many] * (FILLED_ACCOUNTS - 3)]
-    accounts = sorted("acc_" + wallet.random_base62(16) for _ in lengths)
-    tokens = {account: wallet.make_token(account) for account in accounts}
+    accounts = sorted("acc_" + wallet._random_base62(16) for _ in lengths)
+    tokens = {account: wallet._make_token(account) for account in accounts}
     Wallet(f"sqlite:///{path}").close()
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -200000",
@@ -497,7 +497,7 @@ def fill(path: Path) -> dict[str, str]:
         for name, _ in indices:
             connection.execute(f"DROP INDEX {name}")
         connection.executemany("INSERT INTO accounts VALUES (?, 'Bench', ?, ?, 0, ?, 0, 0, ?)",
-                               [(account, wallet.hash_token(tokens[account]), length, length, length)
+                               [(account, wallet._hash_token(tokens[account]), length, length, length)
                                 for account, length in zip(accounts, lengths, strict=True)])
         for index, (account, length) in enumerate(zip(accounts, lengths, strict=True)):
             connection.execute(FILL, (account, length))
@@ -599,7 +599,7 @@ class Bench:
 
     def _bare(self, server: str) -> Target:
         check_installed(server)
-        tokens = [wallet.make_token("acc_" + wallet.random_base62(16)) for _ in range(ACCOUNTS)]
+        tokens = [wallet._make_token("acc_" + wallet._random_base62(16)) for _ in range(ACCOUNTS)]
         return self._keep(Server([__file__, "--serve-bare", server], tokens, BENCH_ANSWERS=real_answers())).run
 
     def _start(self, name: str) -> Target:

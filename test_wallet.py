@@ -105,7 +105,7 @@ HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
 load_yaml = partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # In C it is ten times as fast.
 CONTRACT = load_yaml((HERE / "openapi.yaml").read_text())
-WRONG_TOKEN = "wlt_" + "0" * 48 + wallet_module.checksum("wlt_" + "0" * 48)
+WRONG_TOKEN = "wlt_" + "0" * 48 + wallet_module._checksum("wlt_" + "0" * 48)
 
 
 # Fixtures and helpers ################################################################################################
@@ -2795,7 +2795,7 @@ def test_clock_that_was_wrong_for_a_while_holds_no_money_for_as_long(dsn, monkey
         wallet.charge(ada.id, 1)
         now_us = 10**15
         hold = wallet.hold(ada.id, 50, expires_in_s=10)
-        assert (wallet_module.as_us(hold.expires_at), wallet.account(ada.id).available) == (now_us + 10**7, 49)
+        assert (wallet_module._as_us(hold.expires_at), wallet.account(ada.id).available) == (now_us + 10**7, 49)
         now_us += 10**7
         assert (wallet.get_hold(ada.id, hold.id).status, wallet.account(ada.id).available) == ("expired", 99)
         assert wallet.charge(ada.id, 99).balance == 0
@@ -2817,7 +2817,7 @@ def test_hold_that_expires_in_the_middle_of_a_request_is_one_or_the_other(dsn, m
             batch = [{"type": "charge", "amount": 1}]
             call, *arguments = {"charge": (wallet.charge, ada, 1), "transfer": (wallet.transfer, ada, bob, 1),
                                 "hold": (wallet.hold, ada, 1), "batch": (wallet.batch, batch)}[operation]
-            end_us, times = wallet_module.as_us(hold.expires_at), []
+            end_us, times = wallet_module._as_us(hold.expires_at), []
 
             def passing(end_us=end_us, times=times, looks=looks):
                 times.append(1)
@@ -3624,10 +3624,10 @@ def test_statement_of_any_length_takes_little_memory(wallet, ada):
     fill_with_topups(wallet, ada.id, 5500)
     tracemalloc.start()
     try:
-        length = sum(map(len, wallet_module.csv_chunks(wallet.statement(ada.id))))
+        length = sum(map(len, wallet_module._csv_chunks(wallet.statement(ada.id))))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
-        assert len(b"".join(wallet_module.csv_chunks(wallet.statement(ada.id)))) == length
+        assert len(b"".join(wallet_module._csv_chunks(wallet.statement(ada.id)))) == length
         control = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -3826,7 +3826,7 @@ def test_replaced_token_is_dead_at_once_in_every_process(durable_dsn):
 
 
 def api_json(record):
-    return json.loads(json.dumps(wallet_module.to_json(record)))
+    return json.loads(json.dumps(wallet_module._to_json(record)))
 
 
 def test_token_that_is_replaced_while_a_request_runs_moves_nothing_and_tells_nothing(wallet, ada):
@@ -3933,7 +3933,7 @@ def test_issuer_names_the_account_and_its_keys_are_remembered(shop):
 
 
 def test_account_cannot_take_the_issuers_keys_before_it(shop):
-    reserved = wallet_module.reserve_key("issuer k")
+    reserved = wallet_module._reserve_key("issuer k")
     for key in ("k", "issuer k", reserved, reserved.encode().decode("latin-1"), reserved[1:]):
         status = 201 if key.isascii() else 400
         shop.ada.send("POST", "/api/transactions/charge", {"amount": 1}, Idempotency_Key=key, status=status)
@@ -4119,9 +4119,9 @@ def test_database_of_the_first_version_gets_every_index_and_its_times_go_on(dura
     database.close()
     with Wallet(durable_dsn) as wallet:
         for account_id, (latest_us, _) in times.items():
-            kept = [wallet_module.as_us(one.created_at) for one in wallet.transactions(account_id).transactions]
+            kept = [wallet_module._as_us(one.created_at) for one in wallet.transactions(account_id).transactions]
             assert kept == [latest_us, latest_us]
-            assert wallet_module.as_us(wallet.topup(account_id, 1).created_at) >= latest_us
+            assert wallet_module._as_us(wallet.topup(account_id, 1).created_at) >= latest_us
         sql = ("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index'" if durable_dsn.startswith("sqlite") else
                "SELECT indexname, tablename FROM pg_indexes WHERE schemaname = current_schema()")
         assert {("transactions_by_type", "transactions"), ("refunds_by_charge", "transactions"),
@@ -4390,32 +4390,32 @@ def is_within(fields):
 
 
 PARSERS = {  # What is tried, what parses it, and what holds for all that it returns.
-    "token": (like(WRONG_TOKEN), wallet_module.parse_token, lambda value, sent: value == "acc_" + sent[4:20]),
-    "authorization": (like(f"Bearer {WRONG_TOKEN}"), wallet_module.parse_authorization,
+    "token": (like(WRONG_TOKEN), wallet_module._parse_token, lambda value, sent: value == "acc_" + sent[4:20]),
+    "authorization": (like(f"Bearer {WRONG_TOKEN}"), wallet_module._parse_authorization,
                       lambda value, sent: value and sent.endswith(value)),
-    "account id": (like(ACCOUNT_ID) | ANY_VALUE, wallet_module.parse_account_id,
+    "account id": (like(ACCOUNT_ID) | ANY_VALUE, wallet_module._parse_account_id,
                    lambda value, sent: value == sent and IS_WITHIN["to"](value)),
-    "entry id": (like(TRANSACTION_ID) | ANY_VALUE, partial(wallet_module.parse_entry_id, "txn", ACCOUNT_ID),
+    "entry id": (like(TRANSACTION_ID) | ANY_VALUE, partial(wallet_module._parse_entry_id, "txn", ACCOUNT_ID),
                  lambda value, sent: 1 <= value < 2**63 and sent.endswith(f"_{value}")),
-    "cursor": (like(TRANSACTION_ID), partial(wallet_module.parse_cursor, "txn", ACCOUNT_ID),
+    "cursor": (like(TRANSACTION_ID), partial(wallet_module._parse_cursor, "txn", ACCOUNT_ID),
                lambda value, sent: 1 <= value < 2**63),
     "time": (like("2026-11-22T09:30:00.123456Z", "0001-01-01t00:00:00+23:59", "9999-12-31 23:59:59-23:59") | ANY_VALUE |
-             st.datetimes(timezones=st.none() | st.just(timezone.utc)), wallet_module.parse_time,
-             lambda value, sent: type(value) is int and 1 <= wallet_module.as_time(value).year <= 9999),
-    "key": (like("order-17"), wallet_module.parse_key,
+             st.datetimes(timezones=st.none() | st.just(timezone.utc)), wallet_module._parse_time,
+             lambda value, sent: type(value) is int and 1 <= wallet_module._as_time(value).year <= 9999),
+    "key": (like("order-17"), wallet_module._parse_key,
             lambda value, sent: value == sent and re.fullmatch("[ -~]{1,255}|§[0-9a-f]{64}", value)),
-    "limit": (like("1", "100", "007") | ANY_VALUE, wallet_module.parse_limit, lambda value, sent: 1 <= value <= 100),
+    "limit": (like("1", "100", "007") | ANY_VALUE, wallet_module._parse_limit, lambda value, sent: 1 <= value <= 100),
     "query": (like("limit=5&cursor=x", "type=%F0%9F", "limit=1;type=2", "a=b=c&&"),
-              lambda text: wallet_module.parse_query(text, ["limit", "type"]),
+              lambda text: wallet_module._parse_query(text, ["limit", "type"]),
               lambda value, sent: value.keys() <= {"limit", "type"}),
-    "body": (ANY_BODY, lambda body: wallet_module.parse_body(
+    "body": (ANY_BODY, lambda body: wallet_module._parse_body(
         {"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}, {}),
         lambda value, sent: isinstance(value, dict)),
     "fields": (st.tuples(st.sampled_from(["NAME", "MOVEMENT", "PART", "TRANSFER", "HOLD"]), ANY_DOCUMENT),
-               lambda sent: wallet_module.parse_fields(getattr(wallet_module, sent[0]), sent[1]),
+               lambda sent: wallet_module._parse_fields(getattr(wallet_module, sent[0]), sent[1]),
                lambda value, sent: is_within(value) and value.keys() == getattr(wallet_module, sent[0]).keys()),
     "batch": (st.lists(ANY_DOCUMENT, max_size=3) | ANY_VALUE,
-              lambda values: wallet_module.parse_batch(values, ACCOUNT_ID),
+              lambda values: wallet_module._parse_batch(values, ACCOUNT_ID),
               lambda value, sent: all(is_within({"amount": one.amount, "type": one.type}) for one in value)),
 }
 ANY_REQUEST = st.tuples(
@@ -4468,7 +4468,7 @@ def test_whatever_request_comes_to_the_application_is_no_fault(examples, report)
 
 
 @pytest.mark.parametrize(("name", "careless"), [
-    ("time", lambda value: wallet_module.as_us(datetime.fromisoformat(value))), ("limit", int),
+    ("time", lambda value: wallet_module._as_us(datetime.fromisoformat(value))), ("limit", int),
     ("key", lambda value: value),
 ])
 def test_control_a_parser_that_lets_an_error_or_a_value_out_is_found(name, careless):
@@ -5231,8 +5231,8 @@ def test_client_that_reads_slowly_but_reads_is_served(serving, monkeypatch):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)  # Stands for a slow line.
         return listener
 
-    plain_listen = wallet_module.listen
-    monkeypatch.setattr(wallet_module, "listen", listen)
+    plain_listen = wallet_module._listen
+    monkeypatch.setattr(wallet_module, "_listen", listen)
     options = [(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)] if serving.server == "granian" else \
         wallet_module.SOCKET_OPTIONS
     request, body = b"GET /openapi.yaml HTTP/1.1\r\n\r\n", (HERE / "openapi.yaml").read_bytes()
@@ -5332,7 +5332,7 @@ def test_idle_connection_is_let_go(serving):
 
 
 def test_connection_that_is_closed_while_others_are_handled_harms_none(wallet):
-    with wallet_module.listen("127.0.0.1", 0) as listener, contextlib.ExitStack() as stack:
+    with wallet_module._listen("127.0.0.1", 0) as listener, contextlib.ExitStack() as stack:
         server = wallet_module._Server(create_app(wallet), listener, 1)
         idle = stack.enter_context(connect(server.url))
         while not server.active_channels:
@@ -5361,7 +5361,7 @@ def test_connection_that_is_closed_while_others_are_handled_harms_none(wallet):
 def test_request_that_is_there_is_answered_even_if_others_need_its_place(monkeypatch):
     monkeypatch.setattr(wallet_module, "CONNECTIONS_MAX", 3)
     monkeypatch.setattr(wallet_module, "PATIENCE_SHARE", 0)
-    with wallet_module.listen("127.0.0.1", 0) as listener, Wallet() as wallet:
+    with wallet_module._listen("127.0.0.1", 0) as listener, Wallet() as wallet:
         server = wallet_module._Server(create_app(wallet), listener, 1)
         with contextlib.ExitStack() as stack:
             known = [stack.enter_context(connect(server.url)) for _ in range(3)]
@@ -5378,7 +5378,7 @@ def test_request_that_is_there_is_answered_even_if_others_need_its_place(monkeyp
 
 
 def test_connection_that_ends_while_an_answer_waits_for_it_is_no_fault(caplog):
-    with wallet_module.listen("127.0.0.1", 0) as listener:
+    with wallet_module._listen("127.0.0.1", 0) as listener:
         server = wallet_module._Server(None, listener, 1)
         with connect(server.url):
             while not server.active_channels:
@@ -5386,7 +5386,7 @@ def test_connection_that_ends_while_an_answer_waits_for_it_is_no_fault(caplog):
             (channel,) = server.active_channels.values()
             channel.outbufs[-1].append(b"x")
             channel.total_outbufs_len = 1
-            assert wallet_module.events(channel) == select.POLLOUT  # To read as well could end it before it is written.
+            assert wallet_module._events(channel) == select.POLLOUT  # To read as well could end it before it is written.
         while server.active_channels:
             channel.server._changed.append(channel)
             server.poll(0.05)
@@ -5748,7 +5748,7 @@ class ForgetfulApp(wallet_module.App):
     def _authenticate(self, environ, takes, arguments):
         token = environ.get("HTTP_AUTHORIZATION", "")[7:]
         if environ["PATH_INFO"] == "/api/holds" and environ["REQUEST_METHOD"] == "GET" and WRONG_TOKEN not in token:
-            return self.wallet.account(wallet_module.parse_token(token))
+            return self.wallet.account(wallet_module._parse_token(token))
         return super()._authenticate(environ, takes, arguments)
 
 
@@ -5787,7 +5787,7 @@ def test_scheme_is_matched_in_any_case(wallet):
 
 def test_every_token_but_the_right_one_is_refused_alike(wallet):
     _, token = wallet.register("Ada")
-    other_secret = wallet_module.make_token("acc_" + token[4:20])
+    other_secret = wallet_module._make_token("acc_" + token[4:20])
     typo = token[:30] + ("x" if token[30] != "x" else "y") + token[31:]
     api, answers = Client(create_app(wallet)), set()
     for wrong in (WRONG_TOKEN, other_secret, typo, token[:-1], token + "0", token.swapcase(), token[4:], None, 5):
@@ -5840,8 +5840,8 @@ def test_token_has_the_form_that_scanners_find_and_a_checksum(wallet):
     assert re.fullmatch("acc_[0-9A-Za-z]{16}", account.id)
     assert re.fullmatch("wlt_[0-9A-Za-z]{54}", token)
     assert token[4:20] == account.id[4:]
-    assert wallet_module.checksum(token[:-6]) == token[-6:]
-    digits = [wallet_module.BASE62.index(digit) for digit in wallet_module.checksum("123456789")]
+    assert wallet_module._checksum(token[:-6]) == token[-6:]
+    digits = [wallet_module.BASE62.index(digit) for digit in wallet_module._checksum("123456789")]
     assert sum(digit * 62**place for place, digit in enumerate(reversed(digits))) == 0xCBF43926  # CRC-32's check value.
 
 
@@ -6179,7 +6179,7 @@ def call(app, method, path, headers=()):
     return started[0]
 
 
-class CarelessMetrics(wallet_module.Metrics):
+class CarelessMetrics(wallet_module._Metrics):
     """Has any method that was asked for in a label."""
 
     def count(self, rule, method, answer, duration_s):
@@ -6189,7 +6189,7 @@ class CarelessMetrics(wallet_module.Metrics):
 @pytest.mark.parametrize(("careless", "count"), [(False, 2000), (True, 200)])
 def test_no_client_makes_a_new_time_series(sqlite_wallet, monkeypatch, careless, count):
     if careless:
-        monkeypatch.setattr(wallet_module, "Metrics", CarelessMetrics)
+        monkeypatch.setattr(wallet_module, "_Metrics", CarelessMetrics)
     app, odd = create_app(sqlite_wallet, metrics=True), random.Random(1)
 
     def ask():
@@ -6311,7 +6311,7 @@ def test_log_names_the_account_once_its_token_was_found_right(caplog):
     caplog.set_level(logging.INFO, "wallet.access")
     with BreakingWallet() as wallet:
         ada, token = wallet.register("Ada")
-        wrong = wallet_module.make_token(ada.id)  # It claims to be hers, and its checksum is right.
+        wrong = wallet_module._make_token(ada.id)  # It claims to be hers, and its checksum is right.
         app, topup, charge = create_app(wallet, ISSUER_TOKEN), "/api/transactions/topup", "/api/transactions/charge"
         hold = {"amount": 1}
         for who, method, path, body, status, known in (
@@ -6600,7 +6600,7 @@ def test_sqlite_with_a_bug_for_two_processes_is_warned_of(file_dsn, monkeypatch,
     monkeypatch.setenv("WALLET_DSN", file_dsn)
     create_app().wallet.close()
     for dsn in ("sqlite://", "postgresql://127.0.0.1/wallet"):  # There it cannot be.
-        wallet_module.warn_of_wal_reset_bug(dsn)
+        wallet_module._warn_of_wal_reset_bug(dsn)
     assert caplog.text.count("let no second process write to the file, or install SQLite 3.51.3") == warned
 
 
@@ -6640,12 +6640,12 @@ INSERT INTO wallet VALUES (1, 1, 'JPY')"""
 @pytest.mark.parametrize("processes", [1, 4])
 def test_database_of_the_first_version_is_brought_to_this_one_and_keeps_all(durable_dsn, processes):
     """As the first version made it, but for CHECKs; its keys are known, and its tokens work."""
-    token = wallet_module.make_token("acc_" + "A" * 16)
+    token = wallet_module._make_token("acc_" + "A" * 16)
     digest = hashlib.sha256(json.dumps(["topup", 12, "día"]).encode()).hexdigest()
     database = wallet_module.open_database(durable_dsn, 1, True)
     for statement in SCHEMA_1.split(";"):
         database.write(lambda tx, sql=statement: tx(sql))
-    hashed = wallet_module.hash_token(token)
+    hashed = wallet_module._hash_token(token)
     database.write(lambda tx: (
         tx("INSERT INTO accounts VALUES (?, 'Ada', ?, 7, 2, 1000)", "acc_" + "A" * 16, hashed),
         tx("INSERT INTO accounts VALUES (?, 'Bob', ?, 0, 0, 1000)", "acc_" + "B" * 16, hashed),
@@ -6661,7 +6661,7 @@ def test_database_of_the_first_version_is_brought_to_this_one_and_keeps_all(dura
         assert (ada.name, ada.balance, ada.available, ada.frozen) == ("Ada", 7, 7, False)
         again = wallet.topup(ada.id, 12, "día", key="k1")
         assert (again.replayed, again.balance, again.metadata, again.reference) == (True, 12, {}, None)
-        assert wallet.database.write(wallet_module.migrate) == 2  # As for a process that comes too late.
+        assert wallet.database.write(wallet_module._migrate) == 2  # As for a process that comes too late.
         assert wallet.refund(ada.id, f"txn_{'A' * 16}_2").balance == 12
         assert wallet.transfer(ada.id, "acc_" + "B" * 16, 2).balance == 10
         wallet.hold(ada.id, 10)
@@ -7062,9 +7062,9 @@ def test_no_process_keeps_what_another_may_change(postgres_dsn):
         assert other.authenticate(token) == ada
         one.topup(ada.id, 5)
         assert other.authenticate(token).balance == other.account(ada.id).balance == 5
-        new = wallet_module.make_token(ada.id)
+        new = wallet_module._make_token(ada.id)
         sql = "UPDATE accounts SET token_hash = ? WHERE id = ?"
-        one.database.write(lambda tx: tx(sql, wallet_module.hash_token(new), ada.id))
+        one.database.write(lambda tx: tx(sql, wallet_module._hash_token(new), ada.id))
         assert other.authenticate(new).balance == 5
         with pytest.raises(Unauthorized):
             other.authenticate(token)
@@ -7462,7 +7462,7 @@ def test_driver_is_imported_for_a_dsn_of_postgres_only_and_the_client_of_prometh
 def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(file_dsn, postgres_dsn, monkeypatch):
     def session(dsn):
         random, times = iter(string.ascii_letters), iter(range(10**15, 10**16, 1_234_567))
-        monkeypatch.setattr(wallet_module, "random_base62",
+        monkeypatch.setattr(wallet_module, "_random_base62",
                         lambda length: next(random) * length)
         monkeypatch.setattr(time, "time_ns", lambda: next(times) * 1000)
         with Wallet(dsn) as wallet:
@@ -7846,7 +7846,7 @@ def test_copy_of_books_that_are_wrong_is_refused_and_names_the_row(full_dsn, pos
 def fill_books(dsn, monkeypatch):
     """Make a wallet with every kind of entry and hold, and with known ids."""
     names = iter("ABCD")
-    monkeypatch.setattr(wallet_module, "random_base62", lambda length: next(names) * 16 if length == 16 else "s" * 32)
+    monkeypatch.setattr(wallet_module, "_random_base62", lambda length: next(names) * 16 if length == 16 else "s" * 32)
     with Wallet(dsn) as wallet:
         ada, bob, _, dan = (wallet.register(name)[0].id for name in ("Ada", "Bob", "Cas", "Dan"))
         wallet.topup(ada, 100)
@@ -7907,7 +7907,7 @@ def books(request, books_by_engine):
 
 A, B, C, D = ("acc_" + letter * 16 for letter in "ABCD")
 INSERT = f"INSERT INTO transactions ({wallet_module.ENTRY_COLUMNS}) VALUES"
-CHECKS = FOLLOWS, OWNED, KEPT, HELD, REFUNDED, TRANSFERRED = wallet_module.read_sql("checks.sql")
+CHECKS = FOLLOWS, OWNED, KEPT, HELD, REFUNDED, TRANSFERRED = wallet_module._read_sql("checks.sql")
 
 
 def entry(account, sequence, type, amount, balance, reference="NULL"):
@@ -7997,21 +7997,21 @@ DAMAGES = [  # The check that finds it, the wrong row and what is wrong with it,
                          ids=range(len(DAMAGES)))
 def test_verify_names_the_damaged_row_and_would_pass_without_the_check_that_finds_it(
         books, monkeypatch, check, wrong, damage):
-    assert wallet_module.verify_books(books) == (4, 14)
+    assert wallet_module._verify_books(books) == (4, 14)
     for statement in damage:
         books(statement)
     with pytest.raises(WrongBooks) as found:
-        wallet_module.verify_books(books)
+        wallet_module._verify_books(books)
     assert str(found.value) == wrong
-    monkeypatch.setattr(wallet_module, "read_sql", lambda name: [other for other in CHECKS if other != check])
-    wallet_module.verify_books(books)
+    monkeypatch.setattr(wallet_module, "_read_sql", lambda name: [other for other in CHECKS if other != check])
+    wallet_module._verify_books(books)
 
 
 def test_verify_looks_at_every_part_of_the_accounts(books, monkeypatch):
     for number in (1, 2, 3, 4):
         monkeypatch.setattr(wallet_module, "VERIFY_ACCOUNTS", number)
         told = []
-        assert wallet_module.verify_books(books, lambda *done, told=told: told.append(done)) == (4, 14)
+        assert wallet_module._verify_books(books, lambda *done, told=told: told.append(done)) == (4, 14)
         assert told == sorted(told)
         assert told[-1] == (18, 18)
         assert len(told) in (4 // number, 4 // number + 1)
@@ -8019,7 +8019,7 @@ def test_verify_looks_at_every_part_of_the_accounts(books, monkeypatch):
             books("SAVEPOINT whole")
             books(account(id, balance="balance + 1"))
             with pytest.raises(WrongBooks, match=f"accounts .{id}.: the balance is"):
-                wallet_module.verify_books(books)
+                wallet_module._verify_books(books)
             books("ROLLBACK TO whole")
 
 
@@ -8340,7 +8340,7 @@ def test_accounts_are_listed_as_a_table_and_as_json_however_odd_their_names(dura
         assert shown == [wallet.account(account.id) for account in made]
     assert wallet_module.main(["accounts", "--dsn", durable_dsn, "--json"]) == 0
     lines = sorted(map(json.loads, capsys.readouterr().out.splitlines()), key=lambda account: account["id"])
-    assert lines == json.loads(json.dumps([wallet_module.to_json(account) for account in shown]))
+    assert lines == json.loads(json.dumps([wallet_module._to_json(account) for account in shown]))
     assert wallet_module.main(["accounts", "--dsn", durable_dsn]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["id", "balance", "available", "frozen", "created_at", "name"]
@@ -8421,7 +8421,7 @@ def test_every_command_helps_with_an_example_that_works_and_makes_no_database(on
 def test_options_may_come_before_a_command_and_behind_it(file_dsn, monkeypatch):
     monkeypatch.setenv("WALLET_THREADS", "3")
     monkeypatch.setenv("WALLET_LOG_LEVEL", "error")
-    settings = wallet_module.load_settings(
+    settings = wallet_module._load_settings(
         ["--dsn", file_dsn, "--port", "1", "verify", "--threads", "5", "--port", "2"])
     assert (settings["dsn"], settings["port"], settings["threads"]) == (file_dsn, 2, 5)
     assert (settings["log-level"], settings["command"]) == ("error", "verify")
@@ -8484,9 +8484,9 @@ def test_port_in_use_is_one_line_and_exit_code_2(tmp_path, by):
 
 def test_command_line_comes_before_the_environment(monkeypatch):
     monkeypatch.setenv("WALLET_THREADS", "3")
-    assert wallet_module.load_settings()["threads"] == 3
-    assert wallet_module.load_settings(["--threads", "4"])["threads"] == 4
-    assert wallet_module.load_settings() == {
+    assert wallet_module._load_settings()["threads"] == 3
+    assert wallet_module._load_settings(["--threads", "4"])["threads"] == 4
+    assert wallet_module._load_settings() == {
         "dsn": "sqlite:///wallet.db", "host": "127.0.0.1", "port": 4000, "threads": 3, "currency": "",
         "issuer-token": "", "log-level": "info", "command": None, "server": "waitress", "workers": 1, "metrics": 0,
         "trusted-proxy": "",
@@ -8730,7 +8730,7 @@ def test_stop_of_granian_finishes_the_request_of_a_client_that_has_gone(file_wal
 
 
 def test_granian_that_cannot_start_its_workers_says_why_and_ends(tmp_path):
-    program = "import sys, wallet; wallet.load_app = lambda _: 1 / 0; sys.exit(wallet.main())"
+    program = "import sys, wallet; wallet._load_app = lambda _: 1 / 0; sys.exit(wallet.main())"
     done = subprocess.run([sys.executable, "-c", program, "--server", "granian", "--port", "0"], timeout=60,
                           capture_output=True, text=True, env=environment(), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
@@ -9264,9 +9264,9 @@ KEY_EACH_TIME = ("if (text) headers", "if (key) key = makeKey();\n  if (text) he
 @pytest.mark.parametrize("careless", [False, True])
 def test_page_sends_again_with_the_same_key_until_there_is_an_answer(kiosk, visit, monkeypatch, careless):
     if careless:
-        read = wallet_module.read_file
+        read = wallet_module._read_file
         changed = map(str.encode, KEY_EACH_TIME)
-        monkeypatch.setattr(wallet_module, "read_file", lambda name, of=tuple(changed): read(name).replace(*of))
+        monkeypatch.setattr(wallet_module, "_read_file", lambda name, of=tuple(changed): read(name).replace(*of))
     tab = visit(kiosk.url, kiosk.token, refusals=[503, "ERR_FAILED"])
     tab.see("#balance", "$0.00")
     keys, fates = [], iter(["lost", 503, "lost", "answered"])
@@ -9564,7 +9564,7 @@ def test_examples_in_the_documents_are_real():
         assert problem["detail"] == known.advice or not known.advice or "(" in problem["detail"]
     tokens = re.findall("wlt_[0-9A-Za-z]{20,}", README + (HERE / "openapi.yaml").read_text())
     assert len(tokens) == 2
-    assert all(wallet_module.checksum(token[:-6]) == token[-6:] for token in tokens)
+    assert all(wallet_module._checksum(token[:-6]) == token[-6:] for token in tokens)
 
 
 def test_contract_opens_the_routes_that_are_open():

@@ -182,7 +182,7 @@ SECURITY_HEADERS = {  # Of every answer: no browser keeps it, runs anything in i
 }
 
 
-class Setting(NamedTuple):
+class _Setting(NamedTuple):
     """One thing to set: `--name` on the command line, or WALLET_NAME in the environment."""
 
     name: str
@@ -209,24 +209,24 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("dsn", "sqlite:///wallet.db",
+    _Setting("dsn", "sqlite:///wallet.db",
             "where the money is kept: sqlite:///FILE, sqlite:// in memory, or postgresql://USER:PASSWORD@HOST/DATABASE"),
-    Setting("host", "127.0.0.1", "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
-    Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
-    Setting("threads", "8", "how many connections to Postgres are kept, and requests worked on at once by waitress",
+    _Setting("host", "127.0.0.1", "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
+    _Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
+    _Setting("threads", "8", "how many connections to Postgres are kept, and requests worked on at once by waitress",
             range(1, 65)),
-    Setting("server", "waitress", "what serves HTTP: waitress, or granian, which is faster and runs on Linux only",
+    _Setting("server", "waitress", "what serves HTTP: waitress, or granian, which is faster and runs on Linux only",
             ("waitress", "granian")),
-    Setting("workers", "1", "how many processes serve; more than one need granian and Postgres, each with its threads",
+    _Setting("workers", "1", "how many processes serve; more than one need granian and Postgres, each with its threads",
             range(1, 65)),
-    Setting("currency", "", "three capital letters, fixed when the database is made; USD if not given then"),
-    Setting("issuer-token", "",
+    _Setting("currency", "", "three capital letters, fixed when the database is made; USD if not given then"),
+    _Setting("issuer-token", "",
             "at least 32 characters: only who sends them makes accounts and tops them up, else everyone does"),
-    Setting("trusted-proxy", "",
+    _Setting("trusted-proxy", "",
             "the IP address of the proxy in front, which may tell the log where a request comes from"),
-    Setting("metrics", "0", "1 to answer /metrics, in Prometheus's text format, to everyone who reaches the wallet",
+    _Setting("metrics", "0", "1 to answer /metrics, in Prometheus's text format, to everyone who reaches the wallet",
             range(2)),
-    Setting("log-level", "info", "how much to log; info is a line per request", ("debug", "info", "warning", "error")),
+    _Setting("log-level", "info", "how much to log; info is a line per request", ("debug", "info", "warning", "error")),
 )
 
 
@@ -236,7 +236,7 @@ class _ArgumentParser(argparse.ArgumentParser):
         raise ConfigurationError(re.sub("^argument (--[a-z-]+):", r"\1", message) + "; see --help")
 
 
-def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
+def _load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
     """Return every setting: from the command line, else the environment, else its default.
 
     `command` is the command that is given, None for none. Raises ConfigurationError for an unknown
@@ -261,28 +261,28 @@ def load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
             taken.add_argument(f"--{setting.name}", dest=setting.name, type=setting.parse, default=argparse.SUPPRESS,
                                help=argparse.SUPPRESS)
     settings = vars(parser.parse_args(arguments))
-    check_issuer_token(settings["issuer-token"])
-    parse_proxy(settings["trusted-proxy"])
+    _check_issuer_token(settings["issuer-token"])
+    _parse_proxy(settings["trusted-proxy"])
     return settings
 
 
-def check_issuer_token(token: str | None) -> None:
+def _check_issuer_token(token: str | None) -> None:
     """Raise ConfigurationError, without showing it, for one that can be guessed or that no client can send."""
     if token and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", token):
         raise ConfigurationError(f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
                                  " printable ASCII without spaces, as from: openssl rand -hex 32")
 
 
-def parse_proxy(text: str) -> str:
+def _parse_proxy(text: str) -> str:
     """Return the address of the proxy that is trusted, "" for none. Raises ConfigurationError."""
     try:
-        return text and parse_address(text)
+        return text and _parse_address(text)
     except ValueError:
         raise ConfigurationError("WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted, as by"
                                  " *, whoever reaches the wallet could forge an address") from None
 
 
-def parse_address(text: str) -> str:
+def _parse_address(text: str) -> str:
     """Return an IP address in its one form, so that equal ones compare equal. Raises ValueError."""
     address = ip_address(text.strip().partition("%")[0])  # What follows is an interface of this machine.
     return str(getattr(address, "ipv4_mapped", None) or address)
@@ -498,7 +498,7 @@ class Options(TypedDict, total=False):
     token: str | None
 
 
-class Stamp(NamedTuple):
+class _Stamp(NamedTuple):
     """What gives a request its effect once: its idempotency key, and a digest of all that it asks for.
 
     With `token_hash`, it has none unless that is the hash of the account's token.
@@ -508,17 +508,17 @@ class Stamp(NamedTuple):
     fingerprint: str
     token_hash: str | None = None
 
-    def check_token(self, rows: Sequence[Row]) -> None:
+    def check_token(self, rows: Sequence[_Row]) -> None:
         """Raise Unauthorized if this came with a token, and it is not the one whose hash is the first of all rows."""
         if self.token_hash and not (rows and secrets.compare_digest(self.token_hash, rows[0][0])):
             raise Unauthorized(headers=INVALID_TOKEN)
 
-    def derive(self, account_id: str, index: int) -> Stamp:
+    def derive(self, account_id: str, index: int) -> _Stamp:
         """Return the stamp of another entry of the same request, maybe in another account."""
-        return Stamp(reserve_key(f"{account_id} {index} {self.key}"), self.fingerprint)
+        return _Stamp(_reserve_key(f"{account_id} {index} {self.key}"), self.fingerprint)
 
 
-class Entry(NamedTuple):
+class _Entry(NamedTuple):
     """What is to be written into an account's history. `held` is how it changes what is held, in minor units."""
 
     account_id: str
@@ -530,111 +530,111 @@ class Entry(NamedTuple):
     held: int = 0
 
 
-def random_base62(length: int) -> str:
+def _random_base62(length: int) -> str:
     """Return random letters and digits that nobody can guess, 5.95 bits each."""
     return "".join(secrets.choice(BASE62) for _ in range(length))
 
 
-def make_token(account_id: str) -> str:
+def _make_token(account_id: str) -> str:
     """Return a new token: wlt_, the account's 16 characters, 32 of a secret, 6 of a checksum."""
-    token = "wlt_" + account_id.removeprefix("acc_") + random_base62(32)
-    return token + checksum(token)
+    token = "wlt_" + account_id.removeprefix("acc_") + _random_base62(32)
+    return token + _checksum(token)
 
 
-def checksum(text: str) -> str:
+def _checksum(text: str) -> str:
     """Return the CRC-32 of `text` in six base62 digits. With it a typo is refused without the database."""
     crc = zlib.crc32(text.encode())
     return "".join([BASE62[crc // place % 62] for place in CHECKSUM_PLACES])
 
 
-def parse_token(token: object) -> str:
+def _parse_token(token: object) -> str:
     """Return the id of the account that a token says it is of. Raises Unauthorized, for a typo too."""
-    if isinstance(token, str) and re.fullmatch("wlt_[0-9A-Za-z]{54}", token) and checksum(token[:-6]) == token[-6:]:
+    if isinstance(token, str) and re.fullmatch("wlt_[0-9A-Za-z]{54}", token) and _checksum(token[:-6]) == token[-6:]:
         return "acc_" + token[4:20]
     raise Unauthorized(headers=INVALID_TOKEN)
 
 
-def hash_token(token: str) -> str:
+def _hash_token(token: str) -> str:
     """Return the SHA-256 of a token, in hex: all that is ever stored of it."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def make_entry_id(kind: str, account_id: str, sequence: int) -> str:
+def _make_entry_id(kind: str, account_id: str, sequence: int) -> str:
     """Return the id of an account's n-th entry, a transaction or a hold: unique, and found by the primary key."""
     return f"{kind}_{account_id.removeprefix('acc_')}_{sequence}"
 
 
-def as_us(moment: datetime) -> int:
+def _as_us(moment: datetime) -> int:
     """Return a time as the tables have it, in microseconds since 1970."""
     return (moment - EPOCH) // timedelta(microseconds=1)
 
 
-def as_time(time_us: int) -> datetime:
+def _as_time(time_us: int) -> datetime:
     """Return a time of the tables, in UTC."""
     return EPOCH + timedelta(microseconds=time_us)
 
 
-def as_transaction(account_id: str, row: Row, replayed: bool = False) -> Transaction:
+def _as_transaction(account_id: str, row: _Row, replayed: bool = False) -> Transaction:
     """Return the transaction that a row of TRANSACTION_COLUMNS is."""
     sequence, type, amount, balance, description, metadata, reference, created_at_us = row
-    return Transaction(make_entry_id("txn", account_id, sequence), type, amount, balance, description,
-                       json.loads(metadata) if metadata else {}, reference, as_time(created_at_us), replayed)
+    return Transaction(_make_entry_id("txn", account_id, sequence), type, amount, balance, description,
+                       json.loads(metadata) if metadata else {}, reference, _as_time(created_at_us), replayed)
 
 
-def parse_account_id(value: object) -> str:
+def _parse_account_id(value: object) -> str:
     """Return a well-formed account id. Raises AccountNotFound."""
     if isinstance(value, str) and re.fullmatch("acc_[0-9A-Za-z]{16}", value):
         return value
     raise AccountNotFound()
 
 
-def parse_entry_id(kind: str, account_id: str, value: object) -> int:
+def _parse_entry_id(kind: str, account_id: str, value: object) -> int:
     """Return the sequence number in the id of a transaction or hold. Raises NotFound if it is not this account's."""
     match = re.fullmatch("([a-z]{3}_[0-9A-Za-z]{16}_)([1-9][0-9]{0,17})", value) if isinstance(value, str) else None
-    if match and match[1] == make_entry_id(kind, parse_account_id(account_id), 0)[:-1]:
+    if match and match[1] == _make_entry_id(kind, _parse_account_id(account_id), 0)[:-1]:
         return int(match[2])
     raise NotFound("This account has no such transaction or hold.")
 
 
-def parse_cursor(kind: str, account_id: str, value: str) -> int:
+def _parse_cursor(kind: str, account_id: str, value: str) -> int:
     """Return the sequence number at which a page begins. Raises MalformedRequest."""
     try:
-        return parse_entry_id(kind, account_id, value)
+        return _parse_entry_id(kind, account_id, value)
     except NotFound:
         raise MalformedRequest("cursor and after must be ids that an earlier page of this account had.") from None
 
 
-def parse_time(value: str | datetime) -> int:
+def _parse_time(value: str | datetime) -> int:
     """Return a time, of RFC 3339 or aware, in microseconds since 1970. Raises MalformedRequest."""
     pattern = r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?([Zz]|[-+ ]\d\d:\d\d)"
     with suppress(ValueError, TypeError, AttributeError, OverflowError):
         if isinstance(value, datetime):
-            return as_us(value)
+            return _as_us(value)
         date, clock, fraction, zone = re.fullmatch(pattern, value, re.ASCII).groups("")  # type: ignore[union-attr]
         zone = "+00:00" if zone in "Zz" else zone.replace(" ", "+")  # In a query, a bare plus means a space.
         moment = datetime.fromisoformat(f"{date}T{clock}.{fraction[:6]:0<6}{zone}")
-        return as_us(moment.astimezone(timezone.utc))  # Raises OverflowError before the year 1 and after 9999.
+        return _as_us(moment.astimezone(timezone.utc))  # Raises OverflowError before the year 1 and after 9999.
     raise MalformedRequest("A time must be as in RFC 3339: 2026-11-22T09:30:00Z, or with an offset for the Z.")
 
 
-def parse_key(value: object) -> str:
+def _parse_key(value: object) -> str:
     """Return an idempotency key, sent or reserved. Raises MalformedRequest, since it travels in a header."""
     if isinstance(value, str) and re.fullmatch(f"[ -~]{{1,{KEY_CHARACTERS_MAX}}}|§[0-9a-f]{{64}}", value):
         return value
     raise MalformedRequest(f"Idempotency-Key must be 1 to {KEY_CHARACTERS_MAX} printable ASCII characters.")
 
 
-def make_key() -> str:
+def _make_key() -> str:
     """Return a new idempotency key. They rise with time, so that an account's come next to each other in an index."""
     return f"{time.time_ns():016x}-{secrets.token_urlsafe(12)}"
 
 
-def reserve_key(text: str) -> str:
+def _reserve_key(text: str) -> str:
     """Return a key that no client can have taken: it is not ASCII, and no header with it is let in."""
     return "§" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def parse_limit(value: int | str) -> int:
+def _parse_limit(value: int | str) -> int:
     """Return the number of entries to a page. Raises MalformedRequest."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value):
         value = int(value)
@@ -644,16 +644,16 @@ def parse_limit(value: int | str) -> int:
 
 
 # A rule takes the value of a field, None where it is missing, and returns it parsed or raises ValueError.
-Rule = Callable[[Any], Any]
-Rules = Mapping[str, Rule]
+_Rule = Callable[[Any], Any]
+_Rules = Mapping[str, _Rule]
 
 
-def optional(rule: Rule, default: object = None) -> Rule:
+def _optional(rule: _Rule, default: object = None) -> _Rule:
     """Return a rule for a field that may be missing or null."""
     return lambda value: default if value is None else rule(value)
 
 
-def integer(maximum: int, unit: str) -> Rule:
+def _integer(maximum: int, unit: str) -> _Rule:
     """Return the rule for an integer from 1: True, 1.0 and "5" are none."""
 
     def parse(value: object) -> int:
@@ -664,7 +664,7 @@ def integer(maximum: int, unit: str) -> Rule:
     return parse
 
 
-def text(maximum: int, minimum: int = 0, *, trimmed: bool = False) -> Rule:
+def _text(maximum: int, minimum: int = 0, *, trimmed: bool = False) -> _Rule:
     """Return the rule for a line of so many characters, without what databases disagree on, such as NUL."""
 
     def parse(value: object) -> str:
@@ -680,79 +680,79 @@ def text(maximum: int, minimum: int = 0, *, trimmed: bool = False) -> Rule:
     return parse
 
 
-def parse_metadata(value: object) -> dict[str, str]:
+def _parse_metadata(value: object) -> dict[str, str]:
     """Return metadata as it was given. Raises ValueError."""
     if not isinstance(value, dict) or len(value) > METADATA_ENTRIES_MAX:
         raise ValueError(f"must be an object of at most {METADATA_ENTRIES_MAX} strings")
-    parse_key, parse_value = text(METADATA_NAME_CHARACTERS_MAX, 1), text(METADATA_VALUE_CHARACTERS_MAX)
+    parse_key, parse_value = _text(METADATA_NAME_CHARACTERS_MAX, 1), _text(METADATA_VALUE_CHARACTERS_MAX)
     try:
         return {parse_key(name): parse_value(one) for name, one in value.items()}
     except ValueError as error:
         raise ValueError(f"has a name or a value that {error}") from None
 
 
-def parse_account(value: object) -> str:
+def _parse_account(value: object) -> str:
     """Return an account id. Raises ValueError, and AccountNotFound for a string that no id looks like."""
     if not isinstance(value, str):
         raise ValueError("must be the id of an account")
-    return parse_account_id(value)
+    return _parse_account_id(value)
 
 
-def parse_batch_type(value: object) -> object:
+def _parse_batch_type(value: object) -> object:
     """Return the type of a movement in a batch. Raises ValueError."""
     if value not in ("topup", "charge"):
         raise ValueError("must be topup or charge")
     return value
 
 
-parse_amount = integer(AMOUNT_MAX, "minor units (1250 for 12.50 dollars)")
-NAME: Rules = {"name": text(NAME_CHARACTERS_MAX, 1, trimmed=True)}
-TEXTS: Rules = {"description": optional(text(DESCRIPTION_CHARACTERS_MAX)), "metadata": optional(parse_metadata, {})}
-MOVEMENT: Rules = {"amount": parse_amount, **TEXTS}
-PART: Rules = {"amount": optional(parse_amount), **TEXTS}  # Without an amount, all that there is.
-TRANSFER: Rules = {"to": parse_account, **MOVEMENT}
-HOLD: Rules = {**MOVEMENT, "expires_in_s": optional(integer(HOLD_MAX_S, "seconds"), HOLD_DEFAULT_S)}
-TOPUP_BY_ISSUER: Rules = {"account": parse_account, **MOVEMENT}
-TRANSACTIONS: Rules = {"transactions": lambda values: values}  # See parse_batch.
-BATCH_OF_ONE_ACCOUNT: Rules = {"type": parse_batch_type, **MOVEMENT}
-BATCH: Rules = {"account": parse_account, **BATCH_OF_ONE_ACCOUNT}
+_parse_amount = _integer(AMOUNT_MAX, "minor units (1250 for 12.50 dollars)")
+NAME: _Rules = {"name": _text(NAME_CHARACTERS_MAX, 1, trimmed=True)}
+TEXTS: _Rules = {"description": _optional(_text(DESCRIPTION_CHARACTERS_MAX)), "metadata": _optional(_parse_metadata, {})}
+MOVEMENT: _Rules = {"amount": _parse_amount, **TEXTS}
+PART: _Rules = {"amount": _optional(_parse_amount), **TEXTS}  # Without an amount, all that there is.
+TRANSFER: _Rules = {"to": _parse_account, **MOVEMENT}
+HOLD: _Rules = {**MOVEMENT, "expires_in_s": _optional(_integer(HOLD_MAX_S, "seconds"), HOLD_DEFAULT_S)}
+TOPUP_BY_ISSUER: _Rules = {"account": _parse_account, **MOVEMENT}
+TRANSACTIONS: _Rules = {"transactions": lambda values: values}  # See parse_batch.
+BATCH_OF_ONE_ACCOUNT: _Rules = {"type": _parse_batch_type, **MOVEMENT}
+BATCH: _Rules = {"account": _parse_account, **BATCH_OF_ONE_ACCOUNT}
 
 
-def parse_fields(rules: Rules, values: Mapping[str, object]) -> dict[str, Any]:
+def _parse_fields(rules: _Rules, values: Mapping[str, object]) -> dict[str, Any]:
     """Return each field of `rules`, parsed. Raises ValidationFailed, with all errors at once."""
     fields, errors = {}, []
     for name, rule in rules.items():
         try:
             fields[name] = rule(values.get(name))
         except ValueError as error:
-            errors.append((json_pointer(name), str(error) if name in values else f"is missing; it {error}"))
+            errors.append((_json_pointer(name), str(error) if name in values else f"is missing; it {error}"))
     known = f"is not known; known are: {', '.join(rules) or 'none'}"
-    errors += [(json_pointer(name), known) for name in values if name not in rules]
-    refuse_fields(errors)
+    errors += [(_json_pointer(name), known) for name in values if name not in rules]
+    _refuse_fields(errors)
     return fields
 
 
-def parse_request(rules: Rules, account_id: str, *request: object, key: str | None = None, token: str | None = None,
-                  **values: object) -> tuple[dict[str, Any], Stamp]:
+def _parse_request(rules: _Rules, account_id: str, *request: object, key: str | None = None, token: str | None = None,
+                  **values: object) -> tuple[dict[str, Any], _Stamp]:
     """Return a request's fields, parsed, and its stamp.
 
     Raises AccountNotFound, ValidationFailed, and MalformedRequest for the key.
     """
-    parse_account_id(account_id)
-    fields = parse_fields(rules, values)
-    return fields, make_stamp(key, token, *request, *fields.values())
+    _parse_account_id(account_id)
+    fields = _parse_fields(rules, values)
+    return fields, _make_stamp(key, token, *request, *fields.values())
 
 
-def make_stamp(key: str | None, token: str | None, *request: object) -> Stamp:
+def _make_stamp(key: str | None, token: str | None, *request: object) -> _Stamp:
     """Return the stamp of a request, with a key of its own if it came with none. Raises MalformedRequest."""
-    token_hash = None if token is None else hash_token(token)
+    token_hash = None if token is None else _hash_token(token)
     if key is None:
-        return Stamp(make_key(), UNKEYED, token_hash)
+        return _Stamp(_make_key(), UNKEYED, token_hash)
     parts = [dict(sorted(part.items())) if isinstance(part, dict) else part for part in request if part != {}]
-    return Stamp(parse_key(key), hashlib.sha256(json.dumps(parts).encode()).hexdigest(), token_hash)
+    return _Stamp(_parse_key(key), hashlib.sha256(json.dumps(parts).encode()).hexdigest(), token_hash)
 
 
-def parse_batch(values: object, account_id: str | None) -> list[Entry]:
+def _parse_batch(values: object, account_id: str | None) -> list[_Entry]:
     """Return the movements of a batch, of one account or each of its own. Raises what `parse_fields` does."""
     entries, errors = [], []
     if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= BATCH_MAX:
@@ -760,26 +760,26 @@ def parse_batch(values: object, account_id: str | None) -> list[Entry]:
     for index, value in enumerate(values):
         try:
             rules = BATCH_OF_ONE_ACCOUNT if account_id else BATCH
-            fields = parse_fields(rules, value if isinstance(value, Mapping) else {})
-            entries.append(Entry(fields.pop("account", account_id), **fields))
+            fields = _parse_fields(rules, value if isinstance(value, Mapping) else {})
+            entries.append(_Entry(fields.pop("account", account_id), **fields))
         except ValidationFailed as error:
             errors += [(f"#/transactions/{index}{one['pointer'][1:]}", one["detail"]) for one in error.errors]
         except AccountNotFound as error:
             raise error.add(index=index) from None
-    refuse_fields(errors)
+    _refuse_fields(errors)
     return entries
 
 
-def refuse_fields(errors: Sequence[tuple[str, str]]) -> None:
+def _refuse_fields(errors: Sequence[tuple[str, str]]) -> None:
     """Raise ValidationFailed if there are errors, each the pointer of a field and what it must be."""
     listed = [{"pointer": pointer, "detail": detail} for pointer, detail in errors[:FIELD_ERRORS_MAX]]
     if listed:
         raise ValidationFailed("; ".join(" ".join(one.values()) for one in listed[:3]) + ".", errors=listed)
 
 
-def json_pointer(name: object) -> str:
+def _json_pointer(name: object) -> str:
     """Return the pointer to a field, as a URI fragment (RFC 6901, section 6)."""
-    return "#/" + quote(hide_tokens(str(name)[:100]).replace("~", "~0").replace("/", "~1"), "/*", errors="replace")
+    return "#/" + quote(_hide_tokens(str(name)[:100]).replace("~", "~0").replace("/", "~1"), "/*", errors="replace")
 
 
 # Wallet ###############################################################################################
@@ -845,17 +845,17 @@ class Wallet:
 
         Raises ValidationFailed.
         """
-        name = parse_fields(NAME, {"name": name})["name"]
-        account_id = "acc_" + random_base62(16)
-        token, now_us = make_token(account_id), time.time_ns() // 1000
+        name = _parse_fields(NAME, {"name": name})["name"]
+        account_id = "acc_" + _random_base62(16)
+        token, now_us = _make_token(account_id), time.time_ns() // 1000
         # Where it was not known whether the first try was kept, there may be one: no id is made twice.
         sql = "INSERT INTO accounts VALUES (?, ?, ?, 0, 0, 0, 0, ?, ?) ON CONFLICT (id) DO NOTHING"
-        self.database.write(lambda tx: tx(sql, account_id, name, hash_token(token), now_us, now_us))
-        return Account(account_id, name, self.currency, 0, 0, False, as_time(now_us)), token
+        self.database.write(lambda tx: tx(sql, account_id, name, _hash_token(token), now_us, now_us))
+        return Account(account_id, name, self.currency, 0, 0, False, _as_time(now_us)), token
 
     def authenticate(self, token: str) -> Account:
         """Return the account that a token opens. Raises Unauthorized."""
-        account_id, sent_hash = parse_token(token), hash_token(token)
+        account_id, sent_hash = _parse_token(token), _hash_token(token)
         with suppress(AccountNotFound):
             token_hash, account = self.database.read(lambda tx: self._account(tx, account_id))
             if secrets.compare_digest(token_hash, sent_hash):
@@ -868,12 +868,12 @@ class Wallet:
         With `token`, only while that is the one: of two who replace it at once, one succeeds. Raises
         Unauthorized, AccountNotFound.
         """
-        new_token = make_token(parse_account_id(account_id))
+        new_token = _make_token(_parse_account_id(account_id))
         if token is not None and self.authenticate(token).id != account_id:
             raise Unauthorized(headers=INVALID_TOKEN)
-        new_hash = hash_token(new_token)
+        new_hash = _hash_token(new_token)
         # The new one may be there already, if a COMMIT was not answered.
-        condition, hashes = (" AND token_hash IN (?, ?)", [hash_token(token), new_hash]) if token else ("", [])
+        condition, hashes = (" AND token_hash IN (?, ?)", [_hash_token(token), new_hash]) if token else ("", [])
         sql = f"UPDATE accounts SET token_hash = ? WHERE id = ?{condition} RETURNING id"
         if not self.database.write(lambda tx: tx(sql, new_hash, account_id, *hashes)):
             raise Unauthorized(headers=INVALID_TOKEN) if token else AccountNotFound()
@@ -881,7 +881,7 @@ class Wallet:
 
     def account(self, account_id: str) -> Account:
         """Return an account as it stands. Raises AccountNotFound."""
-        return self.database.read(lambda tx: self._account(tx, parse_account_id(account_id)))[1]
+        return self.database.read(lambda tx: self._account(tx, _parse_account_id(account_id)))[1]
 
     def accounts(self) -> Iterator[Account]:
         """Yield all accounts, in the order of their ids, little in memory at a time."""
@@ -894,7 +894,7 @@ class Wallet:
     def freeze(self, account_id: str, frozen: bool = True) -> None:
         """Let an account receive nothing and spend nothing, or with False let it again. Raises AccountNotFound."""
         sql = "UPDATE accounts SET frozen = ? WHERE id = ? RETURNING id"
-        if not self.database.write(lambda tx: tx(sql, int(bool(frozen)), parse_account_id(account_id))):
+        if not self.database.write(lambda tx: tx(sql, int(bool(frozen)), _parse_account_id(account_id))):
             raise AccountNotFound()
 
     def topup(self, account_id: str, amount: int, description: str | None = None,
@@ -909,8 +909,8 @@ class Wallet:
 
     def _move(self, type: str, account_id: str, amount: int, description: str | None,
               **options: Unpack[Options]) -> Transaction:
-        fields, stamp = parse_request(MOVEMENT, account_id, type, amount=amount, description=description, **options)
-        entry = Entry(account_id, type, **fields)
+        fields, stamp = _parse_request(MOVEMENT, account_id, type, amount=amount, description=description, **options)
+        entry = _Entry(account_id, type, **fields)
         return self.database.write(lambda tx: self._post(tx, entry, stamp))
 
     def batch(self, transactions: Sequence[Mapping[str, object]], *, account_id: str | None = None,
@@ -920,17 +920,17 @@ class Wallet:
         Each is a dict with the `type`, `amount`, `description` and `metadata` of a movement, and the id of its
         `account`, unless `account_id` is given for all. What one of them raises has its `index`.
         """
-        entries = parse_batch(transactions, account_id)
-        stamp = make_stamp(key, token, "batch", *entries)
+        entries = _parse_batch(transactions, account_id)
+        stamp = _make_stamp(key, token, "batch", *entries)
         firsts: dict[str, int] = {}  # The first movement of each account has the key itself, so that all know it.
         for index, entry in enumerate(entries):
             firsts.setdefault(entry.account_id, index)
         stamps = [stamp if firsts[entry.account_id] == index else stamp.derive(entry.account_id, index)
                   for index, entry in enumerate(entries)]
 
-        def batch(tx: Execute) -> list[Transaction]:
+        def batch(tx: _Execute) -> list[Transaction]:
             made: list[Transaction] = []
-            rows: list[Row] = []
+            rows: list[_Row] = []
             try:
                 if len(firsts) > 1:
                     self._begin(tx, stamp, *firsts)
@@ -939,7 +939,7 @@ class Wallet:
             except WalletError as error:
                 raise error.add(index=len(made)) from None
             if rows:
-                insert_rows(tx, f"transactions ({ENTRY_COLUMNS})", rows)
+                _insert_rows(tx, f"transactions ({ENTRY_COLUMNS})", rows)
             return made
 
         return self.database.write(batch)
@@ -950,13 +950,13 @@ class Wallet:
 
         Raises NotFound, NotRefundable, RefundExceedsCharge, and what `topup` does.
         """
-        sequence = parse_entry_id("txn", account_id, transaction_id)
-        fields, stamp = parse_request(
+        sequence = _parse_entry_id("txn", account_id, transaction_id)
+        fields, stamp = _parse_request(
             PART, account_id, "refund", sequence, amount=amount, description=description, **options)
         refunded = """SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM transactions
                       WHERE account_id = ? AND type = 'refund' AND reference = ?"""
 
-        def refund(tx: Execute) -> Transaction:
+        def refund(tx: _Execute) -> Transaction:
             charge = self._transaction(tx, account_id, transaction_id)
             if charge.type != "charge":
                 raise NotRefundable(f"This is a {charge.type}, and only a charge can be refunded.")
@@ -965,7 +965,7 @@ class Wallet:
             if not 0 < fields["amount"] <= refundable:
                 detail = f"Of this charge, {refundable} can still be refunded."
                 raise RefundExceedsCharge(detail, refundable=refundable)
-            return self._post(tx, Entry(account_id, "refund", **fields, reference=transaction_id), stamp)
+            return self._post(tx, _Entry(account_id, "refund", **fields, reference=transaction_id), stamp)
 
         return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or refund(tx))
 
@@ -975,14 +975,14 @@ class Wallet:
 
         Raises AccountNotFound, ValidationFailed, and what `charge` and `topup` do.
         """
-        fields, stamp = parse_request(
+        fields, stamp = _parse_request(
             TRANSFER, account_id, "transfer", to=to, amount=amount, description=description, **options)
         if fields.pop("to") == account_id:
-            refuse_fields([("#/to", "must be another account")])
+            _refuse_fields([("#/to", "must be another account")])
 
-        def transfer(tx: Execute) -> Transaction:
-            sent = self._post(tx, Entry(account_id, "transfer_out", **fields, reference=to), stamp)
-            self._post(tx, Entry(to, "transfer_in", **fields, reference=account_id), stamp.derive(account_id, 1))
+        def transfer(tx: _Execute) -> Transaction:
+            sent = self._post(tx, _Entry(account_id, "transfer_out", **fields, reference=to), stamp)
+            self._post(tx, _Entry(to, "transfer_in", **fields, reference=account_id), stamp.derive(account_id, 1))
             return sent
 
         return self.database.write(lambda tx: self._begin(tx, stamp, account_id, to) or transfer(tx))
@@ -990,18 +990,18 @@ class Wallet:
     def hold(self, account_id: str, amount: int, description: str | None = None, *, expires_in_s: int | None = None,
              **options: Unpack[Options]) -> Hold:
         """Set money aside until it is captured or released, or expires. Raises what `charge` does."""
-        fields, stamp = parse_request(
+        fields, stamp = _parse_request(
             HOLD, account_id, "hold", amount=amount, description=description, expires_in_s=expires_in_s, **options)
         duration_us = fields.pop("expires_in_s") * 1_000_000
 
-        def hold(tx: Execute) -> Hold:
+        def hold(tx: _Execute) -> Hold:
             made = self._begin(tx, stamp, account_id)
             if not made:
                 self._end_expired(tx, account_id, time.time_ns() // 1000)
-                made = self._post(tx, Entry(account_id, "hold", **fields, held=amount), stamp)
-                now_us = min(as_us(made.created_at), time.time_ns() // 1000)  # The account's clock may be ahead.
+                made = self._post(tx, _Entry(account_id, "hold", **fields, held=amount), stamp)
+                now_us = min(_as_us(made.created_at), time.time_ns() // 1000)  # The account's clock may be ahead.
                 tx("INSERT INTO holds VALUES (?, ?, ?, ?, 'active', 0)", account_id,
-                   parse_entry_id("txn", account_id, made.id), amount, now_us + duration_us)
+                   _parse_entry_id("txn", account_id, made.id), amount, now_us + duration_us)
             # If it has ended since, this is the first answer all the same.
             kept = self._hold(tx, account_id, "hld" + made.id.removeprefix("txn"))
             return replace(kept, status="active", captured=0, replayed=made.replayed)
@@ -1015,25 +1015,25 @@ class Wallet:
         Where no description or metadata is given, it is that of the hold. Raises NotFound, HoldNotActive,
         ValidationFailed, and what `_post` does.
         """
-        sequence = parse_entry_id("hld", account_id, hold_id)
-        fields, stamp = parse_request(
+        sequence = _parse_entry_id("hld", account_id, hold_id)
+        fields, stamp = _parse_request(
             PART, account_id, "capture", sequence, amount=amount, description=description, **options)
 
-        def capture(tx: Execute) -> Transaction:
+        def capture(tx: _Execute) -> Transaction:
             hold = self._end_hold(tx, account_id, hold_id, "captured", amount)
             given = {name: getattr(hold, name) if value in (None, {}) else value for name, value in fields.items()}
-            return self._post(tx, Entry(account_id, "charge", **given, reference=hold_id, held=-hold.amount), stamp)
+            return self._post(tx, _Entry(account_id, "charge", **given, reference=hold_id, held=-hold.amount), stamp)
 
         return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or capture(tx))
 
     def release(self, account_id: str, hold_id: str, *, key: str | None = None, token: str | None = None) -> Hold:
         """Make what is held available again, at most once per key. Raises NotFound, HoldNotActive."""
-        stamp = make_stamp(key, token, "release", parse_entry_id("hld", account_id, hold_id))
+        stamp = _make_stamp(key, token, "release", _parse_entry_id("hld", account_id, hold_id))
 
-        def release(tx: Execute) -> Hold:
+        def release(tx: _Execute) -> Hold:
             if not (earlier := self._begin(tx, stamp, account_id)):
                 held = self._end_hold(tx, account_id, hold_id, "released", 0).amount
-                self._post(tx, Entry(account_id, "release", held, reference=hold_id, held=-held), stamp)
+                self._post(tx, _Entry(account_id, "release", held, reference=hold_id, held=-held), stamp)
             return replace(self._hold(tx, account_id, hold_id), replayed=bool(earlier))
 
         return self.database.write(release)
@@ -1044,8 +1044,8 @@ class Wallet:
 
     def holds(self, account_id: str, *, limit: int = PAGE_LIMIT_DEFAULT, cursor: str | None = None) -> HoldPage:
         """Return a page of holds, newest first. Raises AccountNotFound, MalformedRequest."""
-        account_id, limit = self.account(account_id).id, parse_limit(limit)
-        last = SEQUENCE_MAX if cursor is None else parse_cursor("hld", account_id, cursor) - 1
+        account_id, limit = self.account(account_id).id, _parse_limit(limit)
+        last = SEQUENCE_MAX if cursor is None else _parse_cursor("hld", account_id, cursor) - 1
         found = self.database.read(lambda tx: self._read_holds(tx, account_id, 1, last, limit + 1))
         return HoldPage(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
@@ -1062,11 +1062,11 @@ class Wallet:
         between two moves nothing. These numbers become visible in order, so whoever asks on and on with
         the last id as `after` misses nothing and gets nothing twice. Raises AccountNotFound, MalformedRequest.
         """
-        limit, newest_first = parse_limit(limit), after is None
+        limit, newest_first = _parse_limit(limit), after is None
         if cursor is not None and after is not None:
             raise MalformedRequest("Send cursor or after, but not both.")
-        below = SEQUENCE_MAX if cursor is None else parse_cursor("txn", account_id, cursor)
-        above = 0 if after in (None, "0") else parse_cursor("txn", account_id, str(after))
+        below = SEQUENCE_MAX if cursor is None else _parse_cursor("txn", account_id, cursor)
+        above = 0 if after in (None, "0") else _parse_cursor("txn", account_id, str(after))
         entries = self._entries(account_id, limit + 1, above=above, below=below, newest_first=newest_first, **filters)
         found = list(islice(entries, limit + 1))
         return Page(found[:limit], found[limit - 1].id if len(found) > limit else None)
@@ -1077,12 +1077,12 @@ class Wallet:
 
     def balance_at(self, account_id: str, at: str | datetime) -> int:
         """Return what the balance was at a time (RFC 3339 or aware). Raises AccountNotFound, MalformedRequest."""
-        at_us = parse_time(at)
+        at_us = _parse_time(at)
         sql = "SELECT balance FROM transactions WHERE account_id = ? AND sequence = ?"
         rows = self.database.read(lambda tx: tx(sql, account_id, self._count_before(tx, account_id, at_us + 1)))
         return int(rows[0][0]) if rows else 0
 
-    def _post(self, tx: Execute, entry: Entry, stamp: Stamp, later: list[Row] | None = None) -> Transaction:
+    def _post(self, tx: _Execute, entry: _Entry, stamp: _Stamp, later: list[_Row] | None = None) -> Transaction:
         """Change the balance and what is held, and write down why, at most once for a stamp.
 
         One UPDATE looks the key and the token up, checks all bounds and takes the next sequence number, so that nothing
@@ -1107,9 +1107,9 @@ class Wallet:
             tx(INSERT_ENTRY, account_id, stamp.key, stamp.fingerprint, *row)
         else:
             later.append((account_id, stamp.key, stamp.fingerprint, *row))
-        return as_transaction(account_id, row)
+        return _as_transaction(account_id, row)
 
-    def _refuse(self, tx: Execute, entry: Entry, change: int, now_us: int) -> None:
+    def _refuse(self, tx: _Execute, entry: _Entry, change: int, now_us: int) -> None:
         """Say why the money cannot move, unless it can without the holds that are over. The account is locked."""
         (_, account), needed = self._account(tx, entry.account_id, now_us), entry.held - change
         if account.frozen:
@@ -1124,7 +1124,7 @@ class Wallet:
             raise InsufficientFunds(f"The balance is {account.balance}{available}, and this needs {needed}.",
                                     balance=account.balance, available=account.available, required=needed)
 
-    def _begin(self, tx: Execute, stamp: Stamp, account_id: str, *others: str) -> Transaction | None:
+    def _begin(self, tx: _Execute, stamp: _Stamp, account_id: str, *others: str) -> Transaction | None:
         """Return what the key did in the first account; else lock all, and look again.
 
         Raises Unauthorized, IdempotencyKeyReused.
@@ -1136,26 +1136,26 @@ class Wallet:
         now_us = time.time_ns() // 1000
         for locked in sorted({account_id, *others}):  # In one order everywhere, so that no two wait for each other.
             found = tx(f"UPDATE accounts SET updated_at = {CLOCK} WHERE id = ? RETURNING token_hash",
-                       now_us, now_us, parse_account_id(locked))
+                       now_us, now_us, _parse_account_id(locked))
             if locked == account_id:
                 stamp.check_token(found)
         return self._find_earlier(tx, stamp, account_id)
 
-    def _find_earlier(self, tx: Execute, stamp: Stamp, account_id: str) -> Transaction | None:
+    def _find_earlier(self, tx: _Execute, stamp: _Stamp, account_id: str) -> Transaction | None:
         earlier = tx(f"""SELECT fingerprint, {TRANSACTION_COLUMNS} FROM transactions
                          WHERE account_id = ? AND idempotency_key = ?""", account_id, stamp.key)
         if earlier and earlier[0][0] != stamp.fingerprint:
             raise IdempotencyKeyReused()
-        return as_transaction(account_id, earlier[0][1:], replayed=True) if earlier else None
+        return _as_transaction(account_id, earlier[0][1:], replayed=True) if earlier else None
 
-    def _end_expired(self, tx: Execute, account_id: str, now_us: int) -> None:
+    def _end_expired(self, tx: _Execute, account_id: str, now_us: int) -> None:
         """Stop counting the holds that are over. The account is locked."""
         ended = tx("""UPDATE holds SET status = 'expired' WHERE account_id = ? AND status = 'active' AND expires_at <= ?
                       RETURNING amount""", account_id, now_us)
         if ended:
             tx("UPDATE accounts SET held = held - ? WHERE id = ?", sum(amount for amount, in ended), account_id)
 
-    def _end_hold(self, tx: Execute, account_id: str, hold_id: str, status: str, captured: int | None) -> Hold:
+    def _end_hold(self, tx: _Execute, account_id: str, hold_id: str, status: str, captured: int | None) -> Hold:
         """Give an active hold its last status; None captures all of it. The account is locked."""
         hold = self._hold(tx, account_id, hold_id)
         if hold.status != "active":
@@ -1163,41 +1163,41 @@ class Wallet:
         if captured is None:
             captured = hold.amount
         if captured > hold.amount:
-            refuse_fields([("#/amount", f"must be at most {hold.amount}, which is what is held")])
+            _refuse_fields([("#/amount", f"must be at most {hold.amount}, which is what is held")])
         tx("UPDATE holds SET status = ?, captured = ? WHERE account_id = ? AND sequence = ?", status, captured,
-           account_id, parse_entry_id("hld", account_id, hold_id))
+           account_id, _parse_entry_id("hld", account_id, hold_id))
         return hold
 
-    def _read(self, sql: str, *parameters: str | int | None, timeout_s: float | None = None) -> list[Row]:
+    def _read(self, sql: str, *parameters: str | int | None, timeout_s: float | None = None) -> list[_Row]:
         """Run one statement that reads."""
         return self.database.read(lambda tx: tx(sql, *parameters), timeout_s)
 
-    def _account(self, tx: Execute, account_id: str, now_us: int | None = None) -> tuple[str, Account]:
+    def _account(self, tx: _Execute, account_id: str, now_us: int | None = None) -> tuple[str, Account]:
         """Return the hash of an account's token, and the account at a time, by default now. Raises AccountNotFound."""
         for token_hash, *row in tx(f"{ACCOUNT} WHERE id = ?", now_us or time.time_ns() // 1000, account_id):
             return token_hash, self._as_account(*row)
         raise AccountNotFound()
 
     def _as_account(self, id: str, name: str, balance: int, available: int, frozen: int, created_at_us: int) -> Account:
-        return Account(id, name, self.currency, balance, available, bool(frozen), as_time(created_at_us))
+        return Account(id, name, self.currency, balance, available, bool(frozen), _as_time(created_at_us))
 
-    def _transaction(self, tx: Execute, account_id: str, transaction_id: str) -> Transaction:
-        sequence = parse_entry_id("txn", account_id, transaction_id)
+    def _transaction(self, tx: _Execute, account_id: str, transaction_id: str) -> Transaction:
+        sequence = _parse_entry_id("txn", account_id, transaction_id)
         rows = tx(f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ? AND sequence = ?",
                   account_id, sequence)
         if not rows or rows[0][1] not in SIGN_BY_TYPE:
             raise NotFound("This account has no such transaction.")
-        return as_transaction(account_id, rows[0])
+        return _as_transaction(account_id, rows[0])
 
-    def _hold(self, tx: Execute, account_id: str, hold_id: str) -> Hold:
-        sequence = parse_entry_id("hld", account_id, hold_id)
+    def _hold(self, tx: _Execute, account_id: str, hold_id: str) -> Hold:
+        sequence = _parse_entry_id("hld", account_id, hold_id)
         for found in self._read_holds(tx, account_id, sequence, sequence, 1):
             return found
         raise NotFound("This account has no such hold.")
 
-    def _read_holds(self, tx: Execute, account_id: str, first: int, last: int, limit: int) -> list[Hold]:
-        return [Hold(make_entry_id("hld", account_id, sequence), amount, status, captured, as_time(expires_at_us),
-                     description, json.loads(metadata or "{}"), as_time(created_at_us))
+    def _read_holds(self, tx: _Execute, account_id: str, first: int, last: int, limit: int) -> list[Hold]:
+        return [Hold(_make_entry_id("hld", account_id, sequence), amount, status, captured, _as_time(expires_at_us),
+                     description, json.loads(metadata or "{}"), _as_time(created_at_us))
                 for sequence, amount, status, captured, expires_at_us, description, metadata, created_at_us
                 in tx(HOLDS, time.time_ns() // 1000, account_id, first, last, limit)]
 
@@ -1208,7 +1208,7 @@ class Wallet:
         if type not in (None, *SIGN_BY_TYPE):
             raise MalformedRequest(f"type must be one of: {', '.join(SIGN_BY_TYPE)}.")
         order = "DESC" if newest_first else "ASC"
-        since_us, until_us = (None if time is None else parse_time(time) for time in (since, until))
+        since_us, until_us = (None if time is None else _parse_time(time) for time in (since, until))
         first, end = self.database.read(lambda tx: (
             0 if since_us is None else self._count_before(tx, account_id, since_us),
             self._count_before(tx, account_id, until_us) + 1))
@@ -1222,7 +1222,7 @@ class Wallet:
         def entries(above: int, below: int) -> Iterator[Transaction]:
             rows = self._read(sql, account_id, *types, above, below, rows_max)
             while True:
-                yield from (as_transaction(account_id, row) for row in rows if row[1] in SIGN_BY_TYPE)
+                yield from (_as_transaction(account_id, row) for row in rows if row[1] in SIGN_BY_TYPE)
                 if len(rows) < rows_max:
                     return
                 above, below = (above, rows[-1][0]) if newest_first else (rows[-1][0], below)
@@ -1232,9 +1232,9 @@ class Wallet:
 
         return entries(max(above, first), min(below, end))
 
-    def _count_before(self, tx: Execute, account_id: str, time_us: int | None) -> int:
+    def _count_before(self, tx: _Execute, account_id: str, time_us: int | None) -> int:
         """Return how many entries an account had before a time, or has now. Raises AccountNotFound."""
-        rows = tx("SELECT last_sequence FROM accounts WHERE id = ?", parse_account_id(account_id))
+        rows = tx("SELECT last_sequence FROM accounts WHERE id = ?", _parse_account_id(account_id))
         if not rows:
             raise AccountNotFound()
         entries = range(1, rows[0][0] + 1)
@@ -1253,23 +1253,23 @@ class Wallet:
         if target._read(first):
             raise ConfigurationError(f"{target.database.location} already holds accounts: name an empty database")
 
-        def copy(tx: Execute) -> None:
+        def copy(tx: _Execute) -> None:
             copied = dict.fromkeys(KEY_COLUMNS, 0)
             for table in KEY_COLUMNS if not tx(first) else ():  # There may be all, if a COMMIT was not answered.
-                for rows in read_table(self._read, table):
-                    insert_rows(tx, table, rows)
+                for rows in _read_table(self._read, table):
+                    _insert_rows(tx, table, rows)
                     copied[table] += len(rows)
                     report(copied)
-            if any(digest_table(tx, table) != digest_table(self._read, table) for table in KEY_COLUMNS):
+            if any(_digest_table(tx, table) != _digest_table(self._read, table) for table in KEY_COLUMNS):
                 raise ConfigurationError("the wallet was changed while it was copied: stop it first")
-            verify_books(tx)
+            _verify_books(tx)
             if target.currency != self.currency:
                 tx("UPDATE wallet SET currency = ?", self.currency)
 
         target.database.write(copy, COPY_TIMEOUT_S)
         target.currency = self.currency
 
-    def verify(self, report: Report = lambda done, total: None) -> tuple[int, int]:
+    def verify(self, report: _Report = lambda done, total: None) -> tuple[int, int]:
         """Recompute every balance, sequence, hold, refund and transfer; return how many accounts and entries there are.
 
         It writes nothing, and may run while others write. `report` is told now and then how much of how much is
@@ -1277,9 +1277,9 @@ class Wallet:
         """
         if fault := self.database.find_fault():
             raise WrongBooks(f"{self.database.location} is damaged: {fault}")
-        return verify_books(partial(self._read, timeout_s=COPY_TIMEOUT_S), report)
+        return _verify_books(partial(self._read, timeout_s=COPY_TIMEOUT_S), report)
 
-    def backup(self, path: str, report: Report = lambda done, total: None) -> tuple[int, int]:
+    def backup(self, path: str, report: _Report = lambda done, total: None) -> tuple[int, int]:
         """Copy a wallet on SQLite to a new file, as it is at one moment, and return what `verify` does of the copy.
 
         Others may write meanwhile. The file appears whole, verified and synced, or not at all. Raises
@@ -1297,7 +1297,7 @@ class Wallet:
         bringing the tables of an older version to this one, in one transaction a version.
         """
 
-        def read(columns: str, table: str) -> list[Row] | None:
+        def read(columns: str, table: str) -> list[_Row] | None:
             try:
                 return self._read(f"SELECT {columns} FROM {table} LIMIT 1")
             except Unavailable as error:
@@ -1317,13 +1317,13 @@ class Wallet:
                 if read("1", table) is not None and read(column, table) is None:
                     raise ConfigurationError(f"the table {table} in {self.database.location} is another program's:"
                                              " name another database, or another schema as the search_path")
-            for statement in read_sql("schema.sql"):
+            for statement in _read_sql("schema.sql"):
                 make(statement)
             make("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING", SCHEMA_VERSION, currency or "USD")
             rows = self._read("SELECT schema_version, currency FROM wallet")
         ((version, kept),) = rows
         while version in migrations:
-            version = self.database.write(migrate, COPY_TIMEOUT_S)
+            version = self.database.write(_migrate, COPY_TIMEOUT_S)
         if version != SCHEMA_VERSION:
             raise ConfigurationError(f"the database has schema version {version}, and this wallet has {SCHEMA_VERSION}:"
                                      f" use {'a newer' if version > SCHEMA_VERSION else 'an older'} wallet")
@@ -1350,9 +1350,9 @@ MIGRATIONS = {1: ((
 ))}
 
 
-def verify_books(tx: Execute, report: Report = lambda done, total: None) -> tuple[int, int]:
+def _verify_books(tx: _Execute, report: _Report = lambda done, total: None) -> tuple[int, int]:
     """Return how many accounts and entries there are, all as they should be. Raises WrongBooks."""
-    checks = read_sql("checks.sql")
+    checks = _read_sql("checks.sql")
     ((total, end),) = tx("""
         SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (SELECT coalesce(max(id), '') FROM (
             SELECT max(id) AS id FROM accounts UNION ALL SELECT max(account_id) FROM transactions
@@ -1372,57 +1372,57 @@ def verify_books(tx: Execute, report: Report = lambda done, total: None) -> tupl
     return accounts, entries
 
 
-def insert_rows(tx: Execute, into: str, rows: Sequence[Row]) -> None:
+def _insert_rows(tx: _Execute, into: str, rows: Sequence[_Row]) -> None:
     """Insert some rows by one statement."""
     values = ", ".join([f"({', '.join('?' * len(rows[0]))})"] * len(rows))
     tx(f"INSERT INTO {into} VALUES {values}", *(value for row in rows for value in row))
 
 
-def read_sql(name: str) -> list[str]:
+def _read_sql(name: str) -> list[str]:
     """Return the statements of a file that lies beside this module. Raises NotFound if it is not installed."""
-    return read_file(name).decode().rstrip("; \n").split(";")
+    return _read_file(name).decode().rstrip("; \n").split(";")
 
 
-def migrate(tx: Execute) -> int:
+def _migrate(tx: _Execute) -> int:
     """Make the tables those of the next version, unless another process has; return the version that they are of."""
     ((version,),) = tx("UPDATE wallet SET schema_version = schema_version RETURNING schema_version")
     if version not in MIGRATIONS:
         return int(version)
     before, after = MIGRATIONS[version]
-    for statement in (*before, *read_sql("schema.sql"), *after):
+    for statement in (*before, *_read_sql("schema.sql"), *after):
         tx(statement)
     tx("UPDATE wallet SET schema_version = ?", version + 1)
     return int(version) + 1
 
 
-def read_table(tx: Execute, table: str) -> Iterator[list[Row]]:
+def _read_table(tx: _Execute, table: str) -> Iterator[list[_Row]]:
     """Yield all rows that are there now, some at a time, in the order of the key."""
     columns = KEY_COLUMNS[table]
     key, marks = ", ".join(columns), ", ".join("?" * len(columns))
     end = tx(f"SELECT {key} FROM {table} ORDER BY {' DESC, '.join(columns)} DESC LIMIT 1")
     sql = f"SELECT * FROM {table} WHERE ({key}) > ({marks}) AND ({key}) <= ({marks}) ORDER BY {key} LIMIT {COPY_ROWS}"
-    last: Row = ("", 0)[: len(columns)]
+    last: _Row = ("", 0)[: len(columns)]
     while end and (rows := tx(sql, *last, *end[0])):
         yield rows
         last = rows[-1][: len(columns)]
 
 
-def digest_table(tx: Execute, table: str) -> int:
+def _digest_table(tx: _Execute, table: str) -> int:
     """Return a number that is the same for the same rows, in whatever order an engine sorts them."""
-    rows = (row for rows in read_table(tx, table) for row in rows)
+    rows = (row for rows in _read_table(tx, table) for row in rows)
     return sum(int.from_bytes(hashlib.sha256(repr(row).encode()).digest(), "big") for row in rows)
 
 
 # Databases ############################################################################################
 
-Row = tuple[Any, ...]
-Report = Callable[[int, int], None]  # It is told how much is done of how much.
+_Row = tuple[Any, ...]
+_Report = Callable[[int, int], None]  # It is told how much is done of how much.
 
 
-class Execute(Protocol):
+class _Execute(Protocol):
     """Runs one statement inside a transaction, `?` for each parameter, and returns all its rows."""
 
-    def __call__(self, sql: str, *parameters: str | int | None) -> list[Row]: ...
+    def __call__(self, sql: str, *parameters: str | int | None) -> list[_Row]: ...
 
 
 class Database(Protocol):
@@ -1434,7 +1434,7 @@ class Database(Protocol):
     location: str
     observe: Callable[[Sequence[Exception | None]], None] = staticmethod(lambda outcomes: None)
 
-    def write(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
+    def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` in one transaction, and return its result once that is committed.
 
         It may be run more than once, and grouped with others, so it touches nothing outside its
@@ -1443,7 +1443,7 @@ class Database(Protocol):
         take `timeout_s`, by default DATABASE_TIMEOUT_S; on SQLite it may take as long as it does.
         """
 
-    def read(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
+    def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function`, each statement of which sees what is committed by then. Raises Unavailable."""
 
     def ping(self) -> None:
@@ -1462,7 +1462,7 @@ class Database(Protocol):
         """Return the first fault that the engine knows of in what it keeps, or nothing. Raises Unavailable."""
         return ""
 
-    def backup(self, path: str, report: Report) -> AbstractContextManager[str]:
+    def backup(self, path: str, report: _Report) -> AbstractContextManager[str]:
         """Copy all that is committed by now to a file, which becomes `path` at the end. Raises ConfigurationError."""
 
     def close(self) -> None:
@@ -1523,12 +1523,12 @@ class SQLiteDatabase(Database):
             reason = getattr(error, "strerror", None) or missing or error
             raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
 
-    def write(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
+    def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` in the next transaction, alone or with others (see Database)."""
         write = _Write(function, threading.get_ident())
         try:
             with self._lock:
-                check_usable(self._process_id, self._closed)
+                _check_usable(self._process_id, self._closed)
                 if self._leader and self._leader.thread_id == write.thread_id:
                     raise RuntimeError("a write, or in memory a read, inside a write would wait for itself")
                 self._queue.append(write)
@@ -1537,7 +1537,7 @@ class SQLiteDatabase(Database):
             write.turn.acquire()
             if self._leader is write:
                 with self._lock:
-                    check_usable(self._process_id, self._closed)
+                    _check_usable(self._process_id, self._closed)
                     self._batch, self._queue = self._queue, []
                 self._commit(self._batch)
         except BaseException:  # Closed, or interrupted as by Ctrl-C: what nobody has begun, nobody will.
@@ -1557,12 +1557,12 @@ class SQLiteDatabase(Database):
         result: T = write.result
         return result
 
-    def read(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
+    def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` beside the writer. In memory there is one connection, so it takes its turn."""
         if self._path is None:
             return self.write(function)
         with self._lock:
-            check_usable(self._process_id, self._closed)
+            _check_usable(self._process_id, self._closed)
             reader = self._idle_readers.pop() if self._idle_readers else None
             self._reading += 1
         try:
@@ -1602,7 +1602,7 @@ class SQLiteDatabase(Database):
         return "" if found == "ok" else " ".join(found.split())
 
     @contextmanager
-    def backup(self, path: str, report: Report) -> Iterator[str]:
+    def backup(self, path: str, report: _Report) -> Iterator[str]:
         """Copy the file by a connection of its own, which only reads (see Database)."""
         if self._path is None:
             raise ConfigurationError("a wallet in memory is gone when it stops: there is nothing to back up")
@@ -1619,9 +1619,9 @@ class SQLiteDatabase(Database):
                                   progress=lambda _, left, total: report(total - left, total))
                     target.execute("PRAGMA journal_mode = DELETE")  # It is to be one file, without a log.
                 yield temporary
-                sync(temporary)
+                _sync(temporary)
                 os.link(temporary, path)  # Unlike a rename, this never takes the place of a file.
-                sync(os.path.dirname(path))
+                _sync(os.path.dirname(path))
         except (OSError, sqlite3.Error) as error:
             raise ConfigurationError(f"cannot back up to {path}: {getattr(error, 'strerror', error)}") from error
 
@@ -1754,7 +1754,7 @@ class SQLiteDatabase(Database):
 class _Write:
     """A write that stands in line, and what became of it."""
 
-    function: Callable[[Execute], Any]
+    function: Callable[[_Execute], Any]
     thread_id: int
     done: bool = False
     result: Any = None
@@ -1765,7 +1765,7 @@ class _Write:
         self.turn.acquire()
 
 
-def sync(path: str) -> None:
+def _sync(path: str) -> None:
     """Wait until a file, or what a folder lists, is on the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
@@ -1774,7 +1774,7 @@ def sync(path: str) -> None:
         os.close(number)
 
 
-def check_usable(process_id: int, closed: bool) -> None:
+def _check_usable(process_id: int, closed: bool) -> None:
     """Raise Unavailable for a database that is closed, or was opened by another process than this one."""
     if closed:
         raise Unavailable("This wallet is closed.")
@@ -1782,7 +1782,7 @@ def check_usable(process_id: int, closed: bool) -> None:
         raise Unavailable("This wallet was opened before a fork, which no connection can cross: open it after.")
 
 
-def _execute_on(connection: sqlite3.Connection) -> Execute:
+def _execute_on(connection: sqlite3.Connection) -> _Execute:
     # All rows are fetched at once: a RETURNING that is not read to its end keeps COMMIT from working.
     return lambda sql, *parameters: connection.execute(sql, parameters).fetchall()
 
@@ -1841,15 +1841,15 @@ class PostgresDatabase(Database):
             max_waiting=POSTGRES_WAITING_MAX, reconnect_timeout=POSTGRES_DIAL_S, reconnect_failed=ConnectionPool.check,
             name="wallet")
 
-    def write(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
+    def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` in a transaction of its own (see Database)."""
         return self._run(function, True, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
 
-    def read(self, function: Callable[[Execute], T], timeout_s: float | None = None) -> T:
+    def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function`, each statement in a transaction of its own."""
         return self._run(function, False, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
 
-    def backup(self, path: str, report: Report) -> NoReturn:
+    def backup(self, path: str, report: _Report) -> NoReturn:
         """Say which commands do it."""
         database, file = shlex.quote(self._public_dsn), shlex.quote(path)
         raise ConfigurationError(
@@ -1867,12 +1867,12 @@ class PostgresDatabase(Database):
         """Close what is not in use; what is in use is closed when its call has ended."""
         self._pool.close()
 
-    def _run(self, function: Callable[[Execute], T], transaction: bool, deadline: float) -> T:
+    def _run(self, function: Callable[[_Execute], T], transaction: bool, deadline: float) -> T:
         """Run `function` until it succeeds, while running it again may help and there is time."""
         from psycopg import Error, IntegrityError
         from psycopg_pool import PoolTimeout
 
-        check_usable(self._process_id, self._pool.closed)
+        _check_usable(self._process_id, self._pool.closed)
         started = time.monotonic()
         if started < self._away_until:
             raise self.failed(Unavailable("Nothing was changed, so try again. (the database has stopped answering)"))
@@ -1914,7 +1914,7 @@ class PostgresDatabase(Database):
             time.sleep(random.uniform(0, pause_s))
             pause_s = min(2 * pause_s, RETRY_PAUSE_MAX_S)
 
-    def _check_server(self, tx: Execute) -> None:
+    def _check_server(self, tx: _Execute) -> None:
         """Refuse a server on which no wallet can be kept, and warn of one that may lose what it has committed."""
         settings: dict[str, str] = dict(tx("SELECT name, setting FROM pg_settings"))
         if settings.get("transaction_read_only") == "on":
@@ -1933,7 +1933,7 @@ def _timed_connection_class() -> Any:
     """
     from psycopg import Connection, Error
 
-    class TimedConnection(Connection[Row]):
+    class TimedConnection(Connection[_Row]):
         deadline = answered_at = 0.0
 
         def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
@@ -1951,7 +1951,7 @@ def _timed_connection_class() -> Any:
     return TimedConnection
 
 
-def _execute_on_postgres(connection: Any, sql: str, *parameters: str | int | None) -> list[Row]:
+def _execute_on_postgres(connection: Any, sql: str, *parameters: str | int | None) -> list[_Row]:
     # Only without parameters may there be several statements.
     cursor = connection.execute(sql.replace("?", "%s"), parameters or None)
     return cursor.fetchall() if cursor.description else []
@@ -1965,7 +1965,7 @@ def _execute_on_postgres(connection: Any, sql: str, *parameters: str | int | Non
 _routes = Bottle()
 
 
-class Response(NamedTuple):
+class _Response(NamedTuple):
     """What a route returns. A dict or a record is sent as JSON, and an iterator as it comes."""
 
     status: int
@@ -1973,123 +1973,123 @@ class Response(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-def fields(rules: Rules) -> Callable[..., dict[str, Any]]:
+def _fields(rules: _Rules) -> Callable[..., dict[str, Any]]:
     """Return what parses a body by these rules. (Bottle would take a plain dict apart.)"""
-    return partial(parse_fields, rules)
+    return partial(_parse_fields, rules)
 
 
-@_routes.post("/api/register", body=fields(NAME), issuer="instead", public=True)
-def post_register(wallet: Wallet, caller: None, name: str) -> Response:
+@_routes.post("/api/register", body=_fields(NAME), issuer="instead", public=True)
+def _post_register(wallet: Wallet, caller: None, name: str) -> _Response:
     """Make an account. No other answer ever shows its token."""
     account, token = wallet.register(name)
-    return Response(201, {**to_json(account), "token": token})
+    return _Response(201, {**_to_json(account), "token": token})
 
 
 @_routes.get("/api/account", query=("at",))
-def get_account(wallet: Wallet, caller: Account, at: str | None = None) -> Response:
+def _get_account(wallet: Wallet, caller: Account, at: str | None = None) -> _Response:
     """Show the account, as authentication has just read it, or what its balance was at a time."""
     if at is None:
-        return Response(200, caller)
-    then = {"balance": wallet.balance_at(caller.id, at), "at": format_time(as_time(parse_time(at)))}
-    return Response(200, {"id": caller.id, "name": caller.name, "currency": caller.currency, **then})
+        return _Response(200, caller)
+    then = {"balance": wallet.balance_at(caller.id, at), "at": _format_time(_as_time(_parse_time(at)))}
+    return _Response(200, {"id": caller.id, "name": caller.name, "currency": caller.currency, **then})
 
 
-@_routes.post("/api/account/token", body=fields({}), body_optional=True, token=True)
-def post_token(wallet: Wallet, caller: Account, token: str) -> Response:
+@_routes.post("/api/account/token", body=_fields({}), body_optional=True, token=True)
+def _post_token(wallet: Wallet, caller: Account, token: str) -> _Response:
     """Replace the token. No other answer ever shows the new one."""
-    return Response(201, {**to_json(caller), "token": wallet.replace_token(caller.id, token)})
+    return _Response(201, {**_to_json(caller), "token": wallet.replace_token(caller.id, token)})
 
 
-def post(path: str, method: str, rules: Rules, **takes: Any) -> None:
+def _post(path: str, method: str, rules: _Rules, **takes: Any) -> None:
     """Route a request that has its effect once per key to a method of the wallet. A header tells a replay."""
 
-    def handle(wallet: Wallet, caller: str | None, account: str | None = None, **arguments: Any) -> Response:
+    def handle(wallet: Wallet, caller: str | None, account: str | None = None, **arguments: Any) -> _Response:
         if caller:
             account = caller
         elif "transaction_id" in arguments:  # Of a charge that the issuer refunds. Elsewhere it names the account.
             account = f"acc_{arguments['transaction_id'][4:20]}"
         made = getattr(wallet, method)(account_id=account, **arguments)
         first, document = (made[0], {"transactions": made}) if isinstance(made, list) else (made, made)
-        return Response(201, document, {"Idempotent-Replayed": "true"} if first.replayed else {})
+        return _Response(201, document, {"Idempotent-Replayed": "true"} if first.replayed else {})
 
-    _routes.post(path, body=fields(rules), key=True, **takes)(handle)
+    _routes.post(path, body=_fields(rules), key=True, **takes)(handle)
 
 
-def get(path: str, method: str, *query: str) -> None:
+def _get(path: str, method: str, *query: str) -> None:
     """Route a question to a method of the wallet. A page has a link to the next (RFC 8288)."""
 
-    def handle(wallet: Wallet, caller: Account, **arguments: Any) -> Response:
+    def handle(wallet: Wallet, caller: Account, **arguments: Any) -> _Response:
         found = getattr(wallet, method)(caller.id, **arguments)
         if not isinstance(found, (Page, HoldPage)):
-            return Response(200, found)
+            return _Response(200, found)
         following = {**arguments, "after" if "after" in arguments else "cursor": found.next_cursor}
         link = {"Link": f'<?{urlencode(following)}>; rel="next"'} if found.next_cursor else {}
-        return Response(200, found._asdict(), link)
+        return _Response(200, found._asdict(), link)
 
     _routes.get(path, query=query)(handle)
 
 
 TRANSACTION_PATH = "/api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>"
 HOLD_PATH = "/api/holds/<hold_id:re:hld_[0-9A-Za-z]{16}_[0-9]+>"
-post("/api/transactions/topup", "topup", MOVEMENT, issuer="instead", issuer_body=fields(TOPUP_BY_ISSUER))
-post("/api/transactions/charge", "charge", MOVEMENT)
-post("/api/transactions/transfer", "transfer", TRANSFER)
-post("/api/transactions/batch", "batch", TRANSACTIONS, issuer="too", body_bytes_max=BATCH_BODY_BYTES_MAX)
-post(f"{TRANSACTION_PATH}/refund", "refund", PART, body_optional=True, issuer="instead")
-post("/api/holds", "hold", HOLD)
-post(f"{HOLD_PATH}/capture", "capture", PART, body_optional=True)
-post(f"{HOLD_PATH}/release", "release", {}, body_optional=True)
-get("/api/transactions", "transactions", "limit", "cursor", "after", "type", "since", "until")
-get(TRANSACTION_PATH, "transaction")
-get("/api/holds", "holds", "limit", "cursor")
-get(HOLD_PATH, "get_hold")
+_post("/api/transactions/topup", "topup", MOVEMENT, issuer="instead", issuer_body=_fields(TOPUP_BY_ISSUER))
+_post("/api/transactions/charge", "charge", MOVEMENT)
+_post("/api/transactions/transfer", "transfer", TRANSFER)
+_post("/api/transactions/batch", "batch", TRANSACTIONS, issuer="too", body_bytes_max=BATCH_BODY_BYTES_MAX)
+_post(f"{TRANSACTION_PATH}/refund", "refund", PART, body_optional=True, issuer="instead")
+_post("/api/holds", "hold", HOLD)
+_post(f"{HOLD_PATH}/capture", "capture", PART, body_optional=True)
+_post(f"{HOLD_PATH}/release", "release", {}, body_optional=True)
+_get("/api/transactions", "transactions", "limit", "cursor", "after", "type", "since", "until")
+_get(TRANSACTION_PATH, "transaction")
+_get("/api/holds", "holds", "limit", "cursor")
+_get(HOLD_PATH, "get_hold")
 
 
 @_routes.get("/api/transactions.csv", query=("type", "since", "until"))
-def get_statement(wallet: Wallet, caller: Account, **filters: Any) -> Response:
+def _get_statement(wallet: Wallet, caller: Account, **filters: Any) -> _Response:
     """Stream the history, oldest first, for a spreadsheet."""
-    chunks = csv_chunks(wallet.statement(caller.id, **filters))
+    chunks = _csv_chunks(wallet.statement(caller.id, **filters))
     next(chunks)
-    return Response(200, chunks, {"Content-Type": "text/csv; charset=utf-8",
+    return _Response(200, chunks, {"Content-Type": "text/csv; charset=utf-8",
                                   "Content-Disposition": 'attachment; filename="transactions.csv"'})
 
 
 @_routes.get("/livez", public=True)
-def get_livez(wallet: Wallet, caller: None) -> Response:
+def _get_livez(wallet: Wallet, caller: None) -> _Response:
     """Say that the process answers."""
-    return Response(200, {"status": "ok"})
+    return _Response(200, {"status": "ok"})
 
 
 @_routes.get("/readyz", public=True)
-def get_readyz(wallet: Wallet, caller: None) -> Response:
+def _get_readyz(wallet: Wallet, caller: None) -> _Response:
     """Say that the database answers too."""
     wallet.database.ping()
-    return Response(200, {"status": "ok"})
+    return _Response(200, {"status": "ok"})
 
 
 @_routes.get("/openapi.yaml", public=True)
-def get_openapi(wallet: Wallet, caller: None) -> Response:
+def _get_openapi(wallet: Wallet, caller: None) -> _Response:
     """Serve the contract."""
-    return Response(200, read_file("openapi.yaml"), {"Content-Type": "application/yaml"})
+    return _Response(200, _read_file("openapi.yaml"), {"Content-Type": "application/yaml"})
 
 
 @_routes.get("/", public=True)
-def get_page(wallet: Wallet, caller: None) -> Response:
+def _get_page(wallet: Wallet, caller: None) -> _Response:
     """Serve the page. It may run its own script and style, known by their hashes, and ask this wallet."""
-    page, policy = read_file("wallet.html"), SECURITY_HEADERS["Content-Security-Policy"] + "; connect-src 'self'"
+    page, policy = _read_file("wallet.html"), SECURITY_HEADERS["Content-Security-Policy"] + "; connect-src 'self'"
     for tag in (b"script", b"style"):
         digest = hashlib.sha256(page.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0]).digest()
         policy += f"; {tag.decode()}-src 'sha256-{base64.b64encode(digest).decode()}'"
-    return Response(200, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy})
+    return _Response(200, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy})
 
 
-def to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
+def _to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
     """Return a record as JSON has it."""
-    return {name: format_time(value) if isinstance(value, datetime) else value
+    return {name: _format_time(value) if isinstance(value, datetime) else value
             for name, value in vars(record).items() if name != "replayed"}
 
 
-def format_time(moment: datetime) -> str:
+def _format_time(moment: datetime) -> str:
     """Return a time in UTC, ending in Z (RFC 3339)."""
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
@@ -2097,7 +2097,7 @@ def format_time(moment: datetime) -> str:
 _statements = threading.BoundedSemaphore(STATEMENTS_MAX)
 
 
-def csv_chunks(transactions: Iterator[Transaction]) -> Iterator[bytes]:
+def _csv_chunks(transactions: Iterator[Transaction]) -> Iterator[bytes]:
     """Yield nothing, and then a statement as CSV (RFC 4180), some lines at a time."""
     if not _statements.acquire(blocking=False):
         raise Unavailable("Enough statements are being sent already, so try again.")
@@ -2107,14 +2107,14 @@ def csv_chunks(transactions: Iterator[Transaction]) -> Iterator[bytes]:
         lines: list[list[Any]] = [columns]
         while lines:
             text = io.StringIO()
-            csv.writer(text).writerows([spreadsheet_cell(cell) for cell in line] for line in lines)
+            csv.writer(text).writerows([_spreadsheet_cell(cell) for cell in line] for line in lines)
             yield text.getvalue().encode()
-            lines = [list(map(to_json(one).get, columns)) for one in islice(transactions, STATEMENT_ROWS)]
+            lines = [list(map(_to_json(one).get, columns)) for one in islice(transactions, STATEMENT_ROWS)]
     finally:
         _statements.release()
 
 
-def spreadsheet_cell(value: object) -> object:
+def _spreadsheet_cell(value: object) -> object:
     """Return a value of which no spreadsheet makes a formula (https://owasp.org/www-community/attacks/CSV_Injection).
 
     An apostrophe goes before what a formula begins with, where a cell begins, and behind a semicolon too, since
@@ -2125,13 +2125,13 @@ def spreadsheet_cell(value: object) -> object:
     return re.sub(r"(^|;)(?=[\s\"]*[-=+@\uff0d\uff1d\uff0b\uff20])", r"\1'", value) if isinstance(value, str) else value
 
 
-def error_response(error: WalletError) -> Response:
+def _error_response(error: WalletError) -> _Response:
     """Return a problem document (RFC 9457)."""
     body = {"title": error.title, "status": error.status, "detail": str(error), "code": error.code, **error.members}
-    return Response(error.status, body, {"Content-Type": "application/problem+json", **error.headers})
+    return _Response(error.status, body, {"Content-Type": "application/problem+json", **error.headers})
 
 
-def read_file(name: str) -> bytes:
+def _read_file(name: str) -> bytes:
     """Return a file that lies beside this module. Raises NotFound if it is not installed."""
     try:
         return Path(__file__).with_name(name).read_bytes()
@@ -2139,7 +2139,7 @@ def read_file(name: str) -> bytes:
         raise NotFound(f"{name} is not installed beside wallet.py.") from None
 
 
-def parse_authorization(header: str) -> str:
+def _parse_authorization(header: str) -> str:
     """Return what is sent as a bearer token (RFC 6750, section 2.1). Raises Unauthorized."""
     scheme, _, token = header.partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
@@ -2147,7 +2147,7 @@ def parse_authorization(header: str) -> str:
     return token.lstrip(" ")
 
 
-def parse_query(text: str, names: Sequence[str]) -> dict[str, str]:
+def _parse_query(text: str, names: Sequence[str]) -> dict[str, str]:
     """Return the parameters. Raises MalformedRequest, also for an unknown one and one sent twice."""
     try:
         pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict") if text else []
@@ -2160,7 +2160,7 @@ def parse_query(text: str, names: Sequence[str]) -> dict[str, str]:
     return query
 
 
-def parse_body(environ: WSGIEnvironment, takes: Mapping[str, Any]) -> dict[str, object]:
+def _parse_body(environ: WSGIEnvironment, takes: Mapping[str, Any]) -> dict[str, object]:
     """Return the body, a JSON object, or an empty one where it may be left out. Lenient parsers let more pass.
 
     Raises UnsupportedMediaType, BodyTooLarge, MalformedRequest.
@@ -2179,7 +2179,7 @@ def parse_body(environ: WSGIEnvironment, takes: Mapping[str, Any]) -> dict[str, 
         if len(body) > bytes_max:
             raise BodyTooLarge()
         text = body.decode()
-        if text.count("[") + text.count("{") > JSON_DEPTH_MAX and json_depth(text) > JSON_DEPTH_MAX:
+        if text.count("[") + text.count("{") > JSON_DEPTH_MAX and _json_depth(text) > JSON_DEPTH_MAX:
             raise MalformedRequest(f"The body is nested too deeply: more than {JSON_DEPTH_MAX} arrays and objects.")
         document = _JSON.decode(text)
     except ValueError as error:
@@ -2189,7 +2189,7 @@ def parse_body(environ: WSGIEnvironment, takes: Mapping[str, Any]) -> dict[str, 
     return document
 
 
-def json_depth(text: str) -> int:
+def _json_depth(text: str) -> int:
     """Return how deep arrays and objects are nested in JSON, up to where it is none."""
     brackets = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[^]["{}]+', "", text, flags=re.DOTALL)
     return max(accumulate(map({"[": 1, "{": 1, "]": -1, "}": -1}.__getitem__, brackets)), default=0)
@@ -2211,14 +2211,14 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
                          parse_int=lambda digits: int(digits[:20]))
 
 
-class Metrics:
+class _Metrics:
     """What an App and its database do, for Prometheus (https://prometheus.io/docs/practices/naming/).
 
     No label has a value that a client can make up, lest their number grows, or tells of an account.
     """
 
     def __init__(self, database: Database) -> None:
-        check_installed("prometheus-client", "the setting metrics")
+        _check_installed("prometheus-client", "the setting metrics")
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
         self.registry = registry = CollectorRegistry()
@@ -2246,12 +2246,12 @@ class Metrics:
             self.errors.labels(error.code)
         database.observe = self.observe
 
-    def get(self, wallet: Wallet, caller: None) -> Response:
+    def get(self, wallet: Wallet, caller: None) -> _Response:
         """Show it all, but for when each series began, which would be as many again."""
         from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
         lines = re.sub(rb"(?m)^(# \w+ )?\w+_created\b.*\n", b"", generate_latest(self.registry))
-        return Response(200, lines, {"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+        return _Response(200, lines, {"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     def observe(self, outcomes: Sequence[Exception | None]) -> None:
         """Count a commit, and what the database could not do (see Database)."""
@@ -2261,7 +2261,7 @@ class Metrics:
             if isinstance(error, Unavailable):
                 self.errors.labels(error.code).inc()
 
-    def count(self, rule: str, method: str, answer: Response, duration_s: float) -> None:
+    def count(self, rule: str, method: str, answer: _Response, duration_s: float) -> None:
         """Count an answer. An earlier one that is repeated has moved nothing."""
         route = re.sub("<.*>", "{id}", rule)
         method = method if method in ("GET", "HEAD", "POST") else OTHER
@@ -2288,12 +2288,12 @@ class App:
 
     def __init__(self, wallet: Wallet, issuer_token: str | None = None, metrics: bool = False,
                  trusted_proxy: str = "") -> None:
-        check_issuer_token(issuer_token)
+        _check_issuer_token(issuer_token)
         self.wallet, self.routes = wallet, _routes
         self.has_issuer = bool(issuer_token)
-        self._issuer_token_hash = hash_token(issuer_token) if issuer_token else ""
-        self._trusted_proxy = parse_proxy(trusted_proxy)
-        self._metrics = Metrics(wallet.database) if metrics else None
+        self._issuer_token_hash = _hash_token(issuer_token) if issuer_token else ""
+        self._trusted_proxy = _parse_proxy(trusted_proxy)
+        self._metrics = _Metrics(wallet.database) if metrics else None
         if self._metrics:
             self.routes = Bottle()
             self.routes.merge(_routes)
@@ -2301,22 +2301,22 @@ class App:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         started, method, path = time.perf_counter(), environ["REQUEST_METHOD"], environ.setdefault("PATH_INFO", "")
-        request_id = make_request_id(environ.get("HTTP_X_REQUEST_ID", ""), self._issuer_token_hash)
+        request_id = _make_request_id(environ.get("HTTP_X_REQUEST_ID", ""), self._issuer_token_hash)
         try:
             answer = self._dispatch(environ)
         except WalletError as error:
             if error.status >= 500:
                 logger.error("request %s: %s", request_id, error)
-            answer = error_response(error)
+            answer = _error_response(error)
         except Exception:
             logger.exception("request %s failed", request_id)
-            answer = error_response(InternalError())
-        status, headers, body = render(answer, request_id)
+            answer = _error_response(InternalError())
+        status, headers, body = _render(answer, request_id)
         duration_s, caller = time.perf_counter() - started, environ.get(CALLER)
         if not isinstance(caller, Account) and answer.status in (401, 500, 503):
             caller = None  # It is only what the token says, which nobody may have looked at.
         account_id = getattr(caller, "id", caller)
-        log_access(method, path, answer.status, duration_s, request_id, account_id, self._client(environ))
+        _log_access(method, path, answer.status, duration_s, request_id, account_id, self._client(environ))
         if self._metrics:
             self._metrics.count(environ.get(ROUTE, OTHER), method, answer, duration_s)
         start_response(status, headers)
@@ -2326,11 +2326,11 @@ class App:
         """Return the peer's address, or if that is the trusted proxy, the one that it has added to X-Forwarded-For."""
         peer: str = environ.get("REMOTE_ADDR", "")
         with suppress(ValueError):
-            if self._trusted_proxy and parse_address(peer) == self._trusted_proxy:
-                return parse_address(environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2])
+            if self._trusted_proxy and _parse_address(peer) == self._trusted_proxy:
+                return _parse_address(environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2])
         return peer
 
-    def _dispatch(self, environ: WSGIEnvironment) -> Response:
+    def _dispatch(self, environ: WSGIEnvironment) -> _Response:
         if REFUSAL in environ:
             raise environ[REFUSAL]
         try:
@@ -2345,17 +2345,17 @@ class App:
         takes, environ[ROUTE] = route.config, route.rule
         arguments["caller"] = caller = environ[CALLER] = self._authenticate(environ, takes, arguments)
         try:
-            arguments |= parse_query(environ.get("QUERY_STRING", ""), takes.get("query", ()))
+            arguments |= _parse_query(environ.get("QUERY_STRING", ""), takes.get("query", ()))
             if takes.get("key") and "HTTP_IDEMPOTENCY_KEY" in environ:
-                key = parse_key(environ["HTTP_IDEMPOTENCY_KEY"].replace("§", "\0"))
+                key = _parse_key(environ["HTTP_IDEMPOTENCY_KEY"].replace("§", "\0"))
                 # The issuer's keys are its own: no account can take them before it.
-                arguments["key"] = key if caller else reserve_key(f"issuer {key}")
+                arguments["key"] = key if caller else _reserve_key(f"issuer {key}")
             if "body" in takes:
                 parse = takes["body"] if caller else takes.get("issuer_body", takes["body"])
-                arguments |= parse(parse_body(environ, takes))
+                arguments |= parse(_parse_body(environ, takes))
                 if takes.get("issuer") == "too" and caller and self.has_issuer:
-                    refuse_topups(arguments["transactions"])
-            response: Response = route.callback(self.wallet, **arguments)
+                    _refuse_topups(arguments["transactions"])
+            response: _Response = route.callback(self.wallet, **arguments)
         except WalletError as error:
             if caller and takes.get("key") and error.status < 500:
                 self.wallet.authenticate(arguments["token"])  # Who has no valid one is told this, and nothing else.
@@ -2371,9 +2371,9 @@ class App:
         issuer_may = takes.get("issuer")
         if takes.get("public") and not (issuer_may and self.has_issuer):
             return None
-        token = parse_authorization(environ.get("HTTP_AUTHORIZATION", ""))
+        token = _parse_authorization(environ.get("HTTP_AUTHORIZATION", ""))
         if self.has_issuer:
-            by_issuer = secrets.compare_digest(hash_token(token), self._issuer_token_hash)
+            by_issuer = secrets.compare_digest(_hash_token(token), self._issuer_token_hash)
             if by_issuer and not issuer_may:
                 raise Forbidden("This route needs the token of an account, and this is the issuer's.")
             if by_issuer:
@@ -2383,23 +2383,23 @@ class App:
                 raise Forbidden("This wallet has an issuer, and this route needs its token.")
         if takes.get("key") or takes.get("token"):
             arguments["token"] = token
-        return parse_token(token) if takes.get("key") else self.wallet.authenticate(token)
+        return _parse_token(token) if takes.get("key") else self.wallet.authenticate(token)
 
 
-def refuse_topups(transactions: object) -> None:
+def _refuse_topups(transactions: object) -> None:
     """Raise Forbidden, with its index, for a topup in a batch that is not the issuer's."""
     for index, one in enumerate(transactions if isinstance(transactions, list) else ()):
         if isinstance(one, dict) and one.get("type") == "topup":
             raise Forbidden("This wallet has an issuer, and a topup needs its token.", index=index)
 
 
-def make_request_id(sent: str, issuer_token_hash: str = "") -> str:
+def _make_request_id(sent: str, issuer_token_hash: str = "") -> str:
     """Return the client's request id if it is fit for a header and a log line, and is no token, else a new one."""
-    fit = re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent and hash_token(sent) != issuer_token_hash
+    fit = re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent and _hash_token(sent) != issuer_token_hash
     return sent if fit else f"{random.getrandbits(64):016x}"
 
 
-def render(answer: Response, request_id: str) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
+def _render(answer: _Response, request_id: str) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
     """Return the status line, the headers and the body, with all that every answer carries."""
     headers = {"Content-Type": "application/json", "X-Request-Id": request_id, **SECURITY_HEADERS, **answer.headers}
     body: Iterable[bytes]
@@ -2411,29 +2411,29 @@ def render(answer: Response, request_id: str) -> tuple[str, list[tuple[str, str]
     return f"{answer.status} {REASONS[answer.status]}", list(headers.items()), body
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, default=to_json).encode
+_encode = json.JSONEncoder(ensure_ascii=False, default=_to_json).encode
 
 
 # What a line about a request has as attributes of its record too, for formatters of your own.
 REQUEST_FIELDS = "method", "path", "status", "duration_ms", "request_id", "account_id", "client"
 
 
-def log_access(method: str, path: str, status: int, duration_s: float, request_id: str, account_id: str | None,
+def _log_access(method: str, path: str, status: int, duration_s: float, request_id: str, account_id: str | None,
                client: str) -> None:
     """Log one request: never its query or body, nor a token that someone put into what is logged."""
     if access_logger.isEnabledFor(logging.INFO):
-        known = (loggable(method)[:20], loggable(path)[:200], status, round(duration_s * 1000, 1), request_id,
+        known = (_loggable(method)[:20], _loggable(path)[:200], status, round(duration_s * 1000, 1), request_id,
                  account_id, client)
         access_logger.info("%s %s %s %s ms %s %s %s", *("-" if value in (None, "") else value for value in known),
                            extra=dict(zip(REQUEST_FIELDS, known, strict=True)))
 
 
-def loggable(text: str) -> str:
+def _loggable(text: str) -> str:
     """Return text without tokens, and without what could look like another line."""
-    return hide_tokens(re.sub("[^ -~]", "?", text))
+    return _hide_tokens(re.sub("[^ -~]", "?", text))
 
 
-def hide_tokens(text: str) -> str:
+def _hide_tokens(text: str) -> str:
     """Return text without what is or could be most of a token."""
     return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", text)
 
@@ -2447,19 +2447,19 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None, me
     ConfigurationError.
     """
     if wallet is None:
-        settings = load_settings()
-        wallet, issuer_token = open_wallet(settings), issuer_token or settings["issuer-token"]
+        settings = _load_settings()
+        wallet, issuer_token = _open_wallet(settings), issuer_token or settings["issuer-token"]
         metrics, trusted_proxy = metrics or settings["metrics"], trusted_proxy or settings["trusted-proxy"]
-        warn_of_wal_reset_bug(settings["dsn"])
+        _warn_of_wal_reset_bug(settings["dsn"])
     return App(wallet, issuer_token, metrics, trusted_proxy)
 
 
-def open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
+def _open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
     """Return the wallet that the settings name. Raises ConfigurationError."""
     return Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"], **options)
 
 
-def warn_of_wal_reset_bug(dsn: str) -> None:
+def _warn_of_wal_reset_bug(dsn: str) -> None:
     """Log that this SQLite may damage a file to which several processes write, if it may."""
     _, minor, patch = sqlite3.sqlite_version_info
     fixed = minor > max(SQLITE_WAL_RESET_FIXES) or patch >= SQLITE_WAL_RESET_FIXES.get(minor, sys.maxsize)
@@ -2551,7 +2551,7 @@ class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 t
     """waitress's logger, for lines that name a path: what a client put into it must not forge or leak anything."""
 
     def process(self, msg: Any, kwargs: Any) -> tuple[str, Any]:
-        return loggable(str(msg)), kwargs
+        return _loggable(str(msg)), kwargs
 
 
 class _Channel(HTTPChannel):
@@ -2636,7 +2636,7 @@ class _Server(TcpWSGIServer):
         super().__init__(app, _sock=listener, bind_socket=False, sockinfo=sockinfo, adj=adjustments,
                          dispatcher=self._dispatchers[""])
         self._poller.register(self.trigger._fileno, select.POLLIN)
-        self.url, self.stopping, self._room_at = url_of(*listener.getsockname()[:2]), False, 0.0
+        self.url, self.stopping, self._room_at = _url_of(*listener.getsockname()[:2]), False, 0.0
 
     def poll(self, timeout_s: float) -> None:
         """Handle what happens next. (waitress's own loop looks at every connection, whenever one has something.)"""
@@ -2658,7 +2658,7 @@ class _Server(TcpWSGIServer):
 
     def _watch(self, channel: _Server | _Channel) -> None:
         """Wait for what a channel waits for. Another thread may change that meanwhile, and has looked here already."""
-        while channel._fileno and channel.watched != (flags := events(channel)):
+        while channel._fileno and channel.watched != (flags := _events(channel)):
             channel.watched = flags
             if flags:
                 self._poller.register(channel._fileno, flags)
@@ -2668,7 +2668,7 @@ class _Server(TcpWSGIServer):
     def pull_trigger(self) -> None:
         """Have the channel that this thread answers looked at again, if it waits for something else now."""
         channel = self._answered.channel
-        if channel.watched != events(channel):
+        if channel.watched != _events(channel):
             self._changed.append(channel)
             super().pull_trigger()
 
@@ -2745,12 +2745,12 @@ class _Server(TcpWSGIServer):
             self._room_at = now + PATIENCE_SHARE * REQUEST_TIMEOUT_S
 
 
-def events(channel: Any) -> int:
+def _events(channel: Any) -> int:
     """Return what a channel waits for, as poll() has it."""
     return select.POLLOUT if channel.writable() else select.POLLIN if channel.readable() else 0
 
 
-def pin_process(number: int) -> None:
+def _pin_process(number: int) -> None:
     """Stay on one processor. Python's threads run one at a time anyway, and take turns several times cheaper there."""
     with suppress(AttributeError, OSError):  # Only Linux has it, and a sandbox may forbid it.
         processors = sorted(os.sched_getaffinity(0))
@@ -2786,13 +2786,13 @@ class _SocketInfo(NamedTuple):
         return bool(self.received_bytes) and newer and self.is_read
 
 
-def read_socket(found: socket.socket) -> _SocketInfo:
+def _read_socket(found: socket.socket) -> _SocketInfo:
     """Return what Linux tells about a TCP socket."""
     info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     return _SocketInfo(*struct.unpack_from("=B23xI16xI4xI64xQQ8xI52xQQ", info))
 
 
-def find_sockets(port: int, listening: bool = False) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
+def _find_sockets(port: int, listening: bool = False) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
     """Yield this process's TCP connections at a port, or what listens there, with names and what is known of each.
 
     Each is looked at in its place and left open. A copy of its descriptor could by then be one of a database file, and
@@ -2806,7 +2806,7 @@ def find_sockets(port: int, listening: bool = False) -> Iterator[tuple[str, sock
             found = socket.socket(fileno=int(number))
             try:
                 if found.getsockname()[1:2] == (port,):
-                    info = read_socket(found)
+                    info = _read_socket(found)
                     # Granian keeps one that is bound to the port and no more: it is closed all the while.
                     if info.state != TCP_CLOSE and (info.state == TCP_LISTEN) == listening:
                         yield os.readlink(f"/proc/self/fd/{number}"), found, info
@@ -2944,7 +2944,7 @@ class _GranianWorker:
 
     def _cut(self, is_chosen: Callable[[str, _SocketInfo], bool]) -> None:
         """End connections, whoever has them. What was sent still arrives."""
-        for name, connection, info in find_sockets(self.port):
+        for name, connection, info in _find_sockets(self.port):
             if is_chosen(name, info):
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
@@ -2974,7 +2974,7 @@ class _GranianWorker:
         # Where an answer went out after some of the next request came, the latter does not show. So whoever sends that
         # and keeps a thread for too long looks idle.
         stuck = any(now - since > REQUEST_TIMEOUT_S for since in list(self.receiving.values()))
-        for name, _, info in find_sockets(self.port):
+        for name, _, info in _find_sockets(self.port):
             received_at = now - info.since_received_ms / 1000
             client = self.clients[name] = clients.get(name) or _Client(pending_since=now, taken_at=now)
             client.look(info, now, REQUEST_TIMEOUT_S if stuck else IDLE_TIMEOUT_S)
@@ -3006,9 +3006,9 @@ class _GranianWorker:
 
     def watch(self, main: threading.Thread, parent_id: int, listening: Semaphore, opened: ExitStack) -> None:
         """Look after the connections until the process is told to stop, or has lost its parent; then stop it."""
-        while main.is_alive() and not any(find_sockets(self.port, listening=True)):
+        while main.is_alive() and not any(_find_sockets(self.port, listening=True)):
             time.sleep(0.01)
-        for _, found, _ in find_sockets(self.port, listening=True):
+        for _, found, _ in _find_sockets(self.port, listening=True):
             for option in SOCKET_OPTIONS:  # The connections get them from the socket that listens.
                 found.setsockopt(*option)
         listening.release()
@@ -3025,14 +3025,14 @@ class _GranianWorker:
     def _stop(self, main: threading.Thread, parent_id: int) -> None:
         """Let Granian stop once no client can be about to use its connection: it closes those that are idle."""
         started, self.stopping, told = time.monotonic(), True, False
-        logger.info("stopping: %d connections are open", len(list(find_sockets(self.port))))
+        logger.info("stopping: %d connections are open", len(list(_find_sockets(self.port))))
         with suppress(OSError):  # No descriptor may be left for it.
             self._stop_listening(started + STOP_IDLE_S)
         while main.is_alive():
             if os.getppid() != parent_id:  # A second signal has ended it.
                 os._exit(1)
             elapsed_s = time.monotonic() - started
-            if not told and (elapsed_s > STOP_IDLE_S or not any(find_sockets(self.port))):
+            if not told and (elapsed_s > STOP_IDLE_S or not any(_find_sockets(self.port))):
                 told = True
                 signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore[operator, misc]
             if elapsed_s > STOP_TIMEOUT_S:
@@ -3050,16 +3050,16 @@ class _GranianWorker:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as nobodys:
             nobodys.bind("")
             nobodys.listen()
-            for _, found, _ in find_sockets(self.port, listening=True):
-                while read_socket(found).segments and time.monotonic() < deadline:
+            for _, found, _ in _find_sockets(self.port, listening=True):
+                while _read_socket(found).segments and time.monotonic() < deadline:
                     time.sleep(0.001)
                 os.dup2(nobodys.fileno(), found.fileno(), inheritable=False)
 
 
-def start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplication]], port: int, parent_id: int,
+def _start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplication]], port: int, parent_id: int,
                          listening: Semaphore, number: int) -> WSGIApplication:
     """Return the application for a new process of Granian's, and watch over it until it ends."""
-    pin_process(number)
+    _pin_process(number)
     with suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # Who is woken waits until the other pauses.
     with ExitStack() as opened:
@@ -3069,7 +3069,7 @@ def start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplicati
     return worker
 
 
-def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], address: tuple[str, int], workers: int,
+def _serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], address: tuple[str, int], workers: int,
                   banner: str) -> None:
     """Serve a WSGI application with Granian, at an IP address and a port, until SIGTERM or Ctrl-C.
 
@@ -3107,11 +3107,11 @@ def serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], a
            http1_settings=HTTP1Settings(header_read_timeout=int(IDLE_TIMEOUT_S * 1000),
                                         max_buffer_size=HEADER_BYTES_MAX),
            log_level="error", log_dictconfig={"handlers": {}, "loggers": {"_granian": {"propagate": True}}},
-           ).serve(target_loader=partial(start_granian_worker, load, address[1], os.getpid(), listening),
+           ).serve(target_loader=partial(_start_granian_worker, load, address[1], os.getpid(), listening),
                    wrap_loader=False)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens. Raises ConfigurationError."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET,
@@ -3126,7 +3126,7 @@ def running(wallet: Wallet | None = None, issuer_token: str | None = None) -> It
     """Serve a wallet, a new one in memory if none is given, on a free port; yield its URL."""
     with ExitStack() as opened:
         wallet = wallet or opened.enter_context(Wallet())
-        server = _Server(create_app(wallet, issuer_token), listen("127.0.0.1", 0), threads=4)
+        server = _Server(create_app(wallet, issuer_token), _listen("127.0.0.1", 0), threads=4)
         thread = threading.Thread(target=server.run, name="wallet", daemon=True)
         thread.start()
         opened.callback(thread.join)
@@ -3146,21 +3146,21 @@ curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" -H Conte
 """
 
 
-def url_of(host: str, port: int) -> str:
+def _url_of(host: str, port: int) -> str:
     """Return the URL of an address."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_banner(app: App, address: str) -> str:
+def _make_banner(app: App, address: str) -> str:
     """Return what is printed at the start."""
     url = address.replace("//0.0.0.0", "//127.0.0.1").replace("[::]", "[::1]")
     more = "Only the issuer's token makes and fills accounts." if app.has_issuer else TRY.format(url=url)
     return f"wallet {__version__} listens on {address}, with its data in {app.wallet.database.location}. {more}"
 
 
-def serve(app: App, listener: socket.socket, threads: int, banner: str) -> None:
+def _serve(app: App, listener: socket.socket, threads: int, banner: str) -> None:
     """Serve with waitress until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
-    pin_process(random.randrange(1024))
+    _pin_process(random.randrange(1024))
     server = _Server(app, listener, threads)
 
     def stop(*_: object) -> None:
@@ -3175,7 +3175,7 @@ def serve(app: App, listener: socket.socket, threads: int, banner: str) -> None:
     server.run()
 
 
-def check_server(settings: Mapping[str, Any]) -> None:
+def _check_server(settings: Mapping[str, Any]) -> None:
     """Raise ConfigurationError if what serves is not there, or cannot serve like this."""
     if settings["workers"] > 1 and settings["server"] == "waitress":
         raise ConfigurationError("more than one worker needs Granian: add --server granian")
@@ -3185,15 +3185,15 @@ def check_server(settings: Mapping[str, Any]) -> None:
     if settings["server"] == "granian":
         if sys.platform != "linux":
             raise ConfigurationError("--server granian runs on Linux only: leave it at waitress")
-        check_installed("granian", "--server granian")
+        _check_installed("granian", "--server granian")
     if settings["metrics"]:
-        check_installed("prometheus-client", "--metrics")
+        _check_installed("prometheus-client", "--metrics")
         if settings["workers"] > 1:
             raise ConfigurationError("--metrics 1 shows one process, and never which of several: leave --workers at 1,"
                                      " and start as many wallets with a port each")
 
 
-def check_installed(package: str, whose: str) -> None:
+def _check_installed(package: str, whose: str) -> None:
     """Raise ConfigurationError if a package is not installed that something needs."""
     if find_spec(package.replace("-", "_")) is None:
         raise ConfigurationError(f"{whose} needs another package: pip install {package}")
@@ -3203,7 +3203,7 @@ class _LineFormatter(logging.Formatter):
     """A line for people."""
 
     def formatException(self, ei: Any) -> str:
-        return hide_tokens(super().formatException(ei))
+        return _hide_tokens(super().formatException(ei))
 
 
 class _JSONFormatter(_LineFormatter):
@@ -3211,7 +3211,7 @@ class _JSONFormatter(_LineFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, timezone.utc)
-        document = {"time": format_time(moment), "level": record.levelname, "logger": record.name,
+        document = {"time": _format_time(moment), "level": record.levelname, "logger": record.name,
                     "message": record.getMessage()}
         if record.name == access_logger.name:
             document |= {name: vars(record)[name] for name in REQUEST_FIELDS}
@@ -3220,55 +3220,55 @@ class _JSONFormatter(_LineFormatter):
         return json.dumps(document)
 
 
-def is_terminal(stream: TextIO | None) -> bool:
+def _is_terminal(stream: TextIO | None) -> bool:
     """Say whether somebody looks at it. Where it was closed before the start, Python has None for it."""
     return stream is not None and stream.isatty()
 
 
-def configure_logging(level: str) -> None:
+def _configure_logging(level: str) -> None:
     """Log to stderr: lines for people on a terminal, elsewhere JSON."""
     handler = logging.StreamHandler()
     line = _LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
-    handler.setFormatter(line if is_terminal(sys.stderr) else _JSONFormatter())
+    handler.setFormatter(line if _is_terminal(sys.stderr) else _JSONFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("psycopg").setLevel(logging.ERROR)  # Else, in an outage, many lines a second.
 
 
 @contextmanager
-def load_app(settings: Mapping[str, Any]) -> Iterator[App]:
+def _load_app(settings: Mapping[str, Any]) -> Iterator[App]:
     """Open the application in a process of Granian's."""
-    configure_logging(settings["log-level"])
-    with open_wallet(settings) as wallet:
+    _configure_logging(settings["log-level"])
+    with _open_wallet(settings) as wallet:
         yield create_app(wallet, settings["issuer-token"], settings["metrics"], settings["trusted-proxy"])
 
 
-def show_progress(done: int, total: int) -> None:
+def _show_progress(done: int, total: int) -> None:
     """Draw a bar on stderr, if that is a terminal. What is printed next takes its place."""
-    if is_terminal(sys.stderr):
+    if _is_terminal(sys.stderr):
         print(f"[{'#' * (20 * done // max(done, total, 1)):20}]", end="\r", file=sys.stderr, flush=True)
 
 
-def run_verify(settings: Mapping[str, Any]) -> None:
-    with open_wallet(settings, read_only=True) as wallet:
-        accounts, entries = wallet.verify(show_progress)
+def _run_verify(settings: Mapping[str, Any]) -> None:
+    with _open_wallet(settings, read_only=True) as wallet:
+        accounts, entries = wallet.verify(_show_progress)
         print(f"verified: {wallet.database.location} has {accounts:,} accounts and {entries:,} entries that agree")
 
 
-def run_backup(settings: Mapping[str, Any]) -> None:
-    with open_wallet(settings, read_only=True) as wallet:
-        accounts, entries = wallet.backup(settings["file"], show_progress)
+def _run_backup(settings: Mapping[str, Any]) -> None:
+    with _open_wallet(settings, read_only=True) as wallet:
+        accounts, entries = wallet.backup(settings["file"], _show_progress)
     size = os.path.getsize(settings["file"])
     print(f"verified: {settings['file']} has {size:,} bytes, {accounts:,} accounts and {entries:,} entries")
 
 
-def run_accounts(settings: Mapping[str, Any]) -> None:
+def _run_accounts(settings: Mapping[str, Any]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     line = "{id:20} {balance:>16} {available:>16} {frozen:6} {created_at:27} {name}".format_map
-    with open_wallet(settings, create=False, read_only=True) as wallet:
+    with _open_wallet(settings, create=False, read_only=True) as wallet:
         if not settings["json"]:
             print(line({name: name for name in Account.__annotations__}))
         for account in wallet.accounts():
-            shown = to_json(account)
+            shown = _to_json(account)
             if settings["json"]:
                 print(json.dumps(shown))
             else:  # The name comes last: nobody knows how wide a terminal shows it.
@@ -3276,20 +3276,20 @@ def run_accounts(settings: Mapping[str, Any]) -> None:
                 print(line(shown | {"frozen": "frozen" if account.frozen else ""}))
 
 
-def run_token(settings: Mapping[str, Any]) -> None:
-    with open_wallet(settings, create=False) as wallet:
+def _run_token(settings: Mapping[str, Any]) -> None:
+    with _open_wallet(settings, create=False) as wallet:
         print(wallet.replace_token(settings["account"]), flush=True)
     print(f"wallet: this is the token of {settings['account']} from now on, and the old one is dead", file=sys.stderr)
 
 
-def run_freeze(settings: Mapping[str, Any]) -> None:
+def _run_freeze(settings: Mapping[str, Any]) -> None:
     frozen = settings["command"] == "freeze"
-    with open_wallet(settings, create=False) as wallet:
+    with _open_wallet(settings, create=False) as wallet:
         wallet.freeze(settings["account"], frozen)
     print(settings["account"], "is frozen" if frozen else "is not frozen")
 
 
-def run_copy(settings: Mapping[str, Any]) -> None:
+def _run_copy(settings: Mapping[str, Any]) -> None:
     def report(copied: dict[str, int]) -> None:
         rows = " and ".join(f"{count:,} {table}" for table, count in copied.items())
         print(f"\rcopied {rows}", end="", file=sys.stderr, flush=True)
@@ -3302,23 +3302,23 @@ def run_copy(settings: Mapping[str, Any]) -> None:
               " written there from now on", file=sys.stderr)
 
 
-def run_server(settings: Mapping[str, Any]) -> None:
+def _run_server(settings: Mapping[str, Any]) -> None:
     """Serve until it is told to stop."""
-    check_server(settings)
+    _check_server(settings)
     # Granian shares its port with whoever asks, and a wallet must not cross a fork: so here both are opened
     # only to see whether they can be.
-    with listen(settings["host"], settings["port"]) as listener, open_wallet(settings) as wallet:
-        warn_of_wal_reset_bug(settings["dsn"])
+    with _listen(settings["host"], settings["port"]) as listener, _open_wallet(settings) as wallet:
+        _warn_of_wal_reset_bug(settings["dsn"])
         app = create_app(wallet, settings["issuer-token"], settings["metrics"], settings["trusted-proxy"])
         address = listener.getsockname()[:2]
-        banner = make_banner(app, url_of(*address))
+        banner = _make_banner(app, _url_of(*address))
         if settings["server"] == "waitress":
-            serve(app, listener, settings["threads"], banner)
+            _serve(app, listener, settings["threads"], banner)
     if settings["server"] == "granian":
-        serve_granian(partial(load_app, settings), address, settings["workers"], banner)
+        _serve_granian(partial(_load_app, settings), address, settings["workers"], banner)
 
 
-class Command(NamedTuple):
+class _Command(NamedTuple):
     """What the command line does instead of serving. The arguments are those of argparse."""
 
     name: str
@@ -3330,19 +3330,19 @@ class Command(NamedTuple):
 
 ACCOUNT_ID = {"account": {"metavar": "ACCOUNT", "help": "the id of the account"}}
 COMMANDS = (
-    Command("verify", "recompute every balance, sequence, hold, refund and transfer, and name the first wrong row",
-            "verify", run_verify, {}),
-    Command("backup", "copy a wallet on SQLite to a new file while it serves, and verify the copy",
-            "backup backup.db", run_backup, {"file": {"metavar": "FILE", "help": "the file, which must not be there"}}),
-    Command("accounts", "list all accounts, with amounts in minor units", "accounts --json", run_accounts,
+    _Command("verify", "recompute every balance, sequence, hold, refund and transfer, and name the first wrong row",
+            "verify", _run_verify, {}),
+    _Command("backup", "copy a wallet on SQLite to a new file while it serves, and verify the copy",
+            "backup backup.db", _run_backup, {"file": {"metavar": "FILE", "help": "the file, which must not be there"}}),
+    _Command("accounts", "list all accounts, with amounts in minor units", "accounts --json", _run_accounts,
             {"--json": {"action": "store_true", "help": "print one JSON object a line"}}),
-    Command("token", "print a new token of an account, whose old one is dead from then on",
-            "token acc_4fKq0ZbT9xWm2Lr7", run_token, ACCOUNT_ID),
-    Command("freeze", "let an account receive nothing and spend nothing",
-            "freeze acc_4fKq0ZbT9xWm2Lr7", run_freeze, ACCOUNT_ID),
-    Command("unfreeze", "undo freeze", "unfreeze acc_4fKq0ZbT9xWm2Lr7", run_freeze, ACCOUNT_ID),
-    Command("copy", "copy a stopped wallet to another database, and verify the copy",
-            "copy --from sqlite:///wallet.db --to postgresql://db/wallet", run_copy, {
+    _Command("token", "print a new token of an account, whose old one is dead from then on",
+            "token acc_4fKq0ZbT9xWm2Lr7", _run_token, ACCOUNT_ID),
+    _Command("freeze", "let an account receive nothing and spend nothing",
+            "freeze acc_4fKq0ZbT9xWm2Lr7", _run_freeze, ACCOUNT_ID),
+    _Command("unfreeze", "undo freeze", "unfreeze acc_4fKq0ZbT9xWm2Lr7", _run_freeze, ACCOUNT_ID),
+    _Command("copy", "copy a stopped wallet to another database, and verify the copy",
+            "copy --from sqlite:///wallet.db --to postgresql://db/wallet", _run_copy, {
                 "--from": {"dest": "source", "metavar": "DSN", "required": True,
                            "help": "the wallet, which must be stopped"},
                 "--to": {"dest": "target", "metavar": "DSN", "required": True,
@@ -3354,14 +3354,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return its exit code: see README."""
     settings: dict[str, Any] = {}
     try:
-        settings = load_settings(sys.argv[1:] if arguments is None else arguments)
-        configure_logging(settings["log-level"])
+        settings = _load_settings(sys.argv[1:] if arguments is None else arguments)
+        _configure_logging(settings["log-level"])
         runs = {command.name: command.run for command in COMMANDS}
         if settings["command"]:
             if sys.stdout is None:
                 raise ConfigurationError("stdout is closed, and what a command has to say is for it")
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that a backup leaves nothing then either.
-        runs.get(settings["command"], run_server)(settings)
+        runs.get(settings["command"], _run_server)(settings)
         print(end="", flush=True)
         return 0
     except WalletError as error:
