@@ -44,6 +44,7 @@ The sections, in the order in which a reader needs them:
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import copy
 import csv
@@ -51,18 +52,16 @@ import hashlib
 import io
 import json
 import logging
-import multiprocessing
+import math
 import os
 import random
 import re
 import secrets
-import select
 import shlex
 import signal
 import socket
 import sqlite3
 import string
-import struct
 import sys
 import tempfile
 import threading
@@ -72,11 +71,11 @@ import zlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
-from heapq import nlargest
 from http.client import responses as REASONS
 from importlib.util import find_spec
 from ipaddress import ip_address
@@ -91,11 +90,9 @@ from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
-from waitress.task import ThreadedTaskDispatcher, WSGITask
+from waitress.task import WSGITask
 
 if TYPE_CHECKING:
-    from multiprocessing.synchronize import Semaphore
-
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from typing_extensions import Unpack
 
@@ -127,8 +124,6 @@ BATCH_BODY_BYTES_MAX = 1024 * 1024  # A kilobyte for each movement of a batch.
 HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
 JSON_DEPTH_MAX = 10  # Arrays and objects in each other, of which a batch has four. Parsers recurse as deep.
 CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files to a process.
-CONNECTIONS_SPARE = 64  # So many are closed when one too many comes: those that have used up most of their time.
-PATIENCE_SHARE = 0.01  # Of its time a client has at least: 0.1 s to send, 0.3 s to read, 0.6 s between two requests.
 REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last: slow senders must not use up the connections.
 ANSWER_TIMEOUT_S = 30  # For an answer to be taken, or UNREAD_BYTES_MAX of a longer one: nor must slow readers.
 UNREAD_BYTES_MAX = 256 * 1024  # Of a client with more answers than this waiting, no further request is served.
@@ -138,13 +133,8 @@ SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
 STOP_IDLE_S = 0.5  # A connection that was in use so recently may be sending its next request.
-QUEUE_MAX = 100  # Requests that wait for a thread of waitress. One more is refused at once in a standstill:
-QUEUE_STALL_S = 2  # A request waits or works longer only in one. At full speed many wait, but for a moment each.
 QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take, DATABASE_TIMEOUT_S.
 GRANIAN_THREADS = 64  # As many may wait for their commit, the database or a slow sender; they share commits.
-GRANIAN_BUSY_MAX = 56  # Of these in a standstill: the others are there to refuse at once what is too much.
-WATCH_INTERVAL_S = 1  # Between two looks at Granian's connections, when there are not too many.
-GLANCE_INTERVAL_S = 0.05  # Between two glances at whether there are too many: that costs little.
 
 DURATION_BUCKETS_S = .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10  # A read, to all timeouts.
 WRITES_BUCKETS = 1, 2, 4, 8, 16, 32, 64  # To a commit: as many as threads.
@@ -2280,6 +2270,8 @@ class _Metrics:
 
 REFUSAL = "wallet.refusal"  # In the environ: the error with which the server asks to refuse the request at once.
 TOO_MANY = "Too many requests wait, and nothing was changed."
+TOO_MANY_STATEMENTS = "Enough statements are being sent already, so try again."
+BATCH_PATH, STATEMENT_PATH = "/api/transactions/batch", "/api/transactions.csv"
 ROUTE, CALLER = "wallet.route", "wallet.caller"  # And what App notes there for the log and the metrics.
 
 
@@ -2468,23 +2460,25 @@ def _warn_of_wal_reset_bug(dsn: str) -> None:
                        " (sqlite.org/wal.html#walresetbug)", sqlite3.sqlite_version)
 
 
-# Serving and the command line #########################################################################
+# Serving ##########################################################################################
+
+# What two servers in a row might read in two ways: that is how a request is smuggled past a proxy
+# (RFC 9112, sections 5.2 and 6.1). And what waitress's own patterns would take seconds over.
+MALFORMED = {
+    rb"\A(?![!-~]+ [^\x00-\x20\x7f]+ HTTP/1\.[01](?:\r\n|\Z))": "the request line is malformed",
+    rb"\n[ \t]|[ \t]{64}": "a header is folded, or has too much white space",
+    rb"\n(?:content-length|transfer-encoding)[ \t]*:(?![ \t]*[^\s,]+[ \t\r]*(?:\n|\Z))"
+    rb"|\n(?:content-length|transfer-encoding)[ \t]*:[^\0]*"
+    rb"\n(?:content-length|transfer-encoding)[ \t]*:": "the length of the body must be told once",
+    rb"\nidempotency-key[ \t]*:[^\0]*\nidempotency-key[ \t]*:": "Idempotency-Key came more than once",
+}
 
 
 class _Parser(HTTPRequestParser):
-    """waitress's parser, made strict.
+    """waitress's parser, which refuses what is MALFORMED too."""
 
-    It refuses what two servers in a row might read in two ways, such as a body that tells its length
-    twice: that is how a request is smuggled past one (RFC 9112, sections 5.2 and 6.1). And it refuses
-    what waitress's own patterns take seconds over, such as kilobytes of white space.
-    """
-
-    command = path = "-"  # Until they are known: what is refused before is answered and logged too.
+    command = path = "-"  # A request that is refused before these are known is logged all the same.
     request_uri = query = url_scheme = ""
-
-    def __init__(self, adj: Adjustments) -> None:
-        super().__init__(adj)
-        self.started = time.monotonic()
 
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
@@ -2493,629 +2487,260 @@ class _Parser(HTTPRequestParser):
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
-        request_line, lower = header_plus.partition(b"\r\n")[0], header_plus.lower()
-        if not re.fullmatch(rb"[!-~]+ [^\x00-\x20\x7f]+ HTTP/1\.[01]", request_line):
-            raise ParsingError("the request line is malformed")
-        if re.search(rb"\n[ \t]|[ \t]{64}", lower):
-            raise ParsingError("a header is folded, or has too much white space")
-        lengths = re.findall(rb"\n(?:content-length|transfer-encoding)[ \t]*:(.*)", lower)
-        if lengths and not re.fullmatch(rb"[ \t]*[^ \t\r,]+[ \t\r]*", b",".join(lengths)):
-            raise ParsingError("the length of the body must be told once")
-        if len(re.findall(rb"\nidempotency-key[ \t]*:", lower)) > 1:
-            raise ParsingError("Idempotency-Key came more than once")
+        for pattern, reason in MALFORMED.items():
+            if re.search(pattern, header_plus, re.IGNORECASE):
+                raise ParsingError(reason)
         try:
             super().parse_header(header_plus)
         except ValueError:  # urlsplit and int raise it.
             raise ParsingError("the target or the length is malformed") from None
-        if "TRANSFER_ENCODING" in self.headers:
+        if "TRANSFER_ENCODING" in self.headers:  # waitress takes it out with HTTP/1.1.
             raise ParsingError("Transfer-Encoding goes with HTTP/1.1 only")
-        if self.path == "/api/transactions/batch":
+        if self.path == BATCH_PATH:
             self.adj: Adjustments = copy.copy(self.adj)
             self.adj.max_request_body_size = BATCH_BODY_BYTES_MAX + 1
 
 
 class _Task(WSGITask):
-    """Answers a request. What waitress refuses by itself is answered by the application too, like all else.
+    """Lets the application answer even what the parser refused.
 
-    The connection ends after this answer if the server is stopping, the client does not read, or the request was
-    refused. And after a body in chunks: waitress passes over blank lines between them, and looks into no trailers, so
-    that another server may see its end elsewhere. What follows there is not taken for a request.
+    Then the connection ends, and so it does after a body in chunks: waitress ignores trailers, and
+    a proxy may see the end of such a body elsewhere.
     """
 
     def start(self) -> None:
         super().start()
-        self.channel.refused = self.request.error is not None
-        last = self.channel.server.stopping and len(self.channel.requests) == 1
-        if last or self.request.error or self.request.chunked or self.channel.total_outbufs_len > UNREAD_BYTES_MAX:
+        self.channel.answered += 1
+        is_last = self.channel.server.stopping and len(self.channel.requests) == 1
+        if is_last or self.request.error or self.request.chunked:
             self.set_close_on_finish()
-            self.request.headers.pop("CONNECTION", None)  # Else waitress promises the contrary to HTTP/1.0.
+            self.request.headers.pop("CONNECTION", None)  # Else HTTP/1.0 is promised the contrary.
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
         if error := self.request.error:
-            reason = error.body.partition(' "')[0]  # What follows is the line, maybe with a token in it.
+            reason = error.body.partition(' "')[0]  # The line itself follows; it may hold a token.
             refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
             malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
             environ[REFUSAL] = refusals.get(error.code, malformed)
-        elif self.channel.busy or time.monotonic() - self.channel.queued > QUEUE_TIMEOUT_S:
+        elif time.monotonic() - self.channel.queued_at > QUEUE_TIMEOUT_S:
             environ[REFUSAL] = Unavailable(TOO_MANY)
         return environ
 
-    def finish(self) -> None:
-        super().finish()
-        with self.channel.outbuf_lock:
-            self.channel._flush_exception(self.channel._flush_some)
-
-
-class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 takes no argument here.
-    """waitress's logger, for lines that name a path: what a client put into it must not forge or leak anything."""
-
-    def process(self, msg: Any, kwargs: Any) -> tuple[str, Any]:
-        return _loggable(str(msg)), kwargs
-
 
 class _Channel(HTTPChannel):
-    """A connection."""
+    """A connection. `step` is what its client has to do next, since `step_at`."""
 
     parser_class, task_class, error_task_class = _Parser, _Task, _Task
-    logger = _Logger(logging.getLogger("waitress"), {})
-    refused = lingering = busy = False
-    queued, taken_bytes = 0.0, 0
-    given_at = 0.0  # When the client was last given time: it had nothing to read, or took UNREAD_BYTES_MAX of it.
-    watched = 0  # What the server's poller waits for.
+    lingering, answered, queued_at, step, step_at = False, 0, 0.0, (0, 0), 0.0
+
+    def received(self, data: bytes) -> bool:
+        return self.lingering or bool(super().received(data))
 
     def handle_close(self) -> None:
-        """Close, but hear a refused client out first: to close while it still sends would lose it the answer."""
-        if not self.refused or self.total_outbufs_len:
+        """Close, once the client has: one that still sends would lose our last answer."""
+        if self.lingering or not self.will_close or self.total_outbufs_len:
             super().handle_close()
             return
-        self.refused, self.lingering, self.will_close = False, True, False
-        self.request = self.parser_class(self.adj)  # One that never ends: it has REQUEST_TIMEOUT_S, as any other.
-        self.request.received = len  # type: ignore[method-assign, assignment]
+        self.lingering, self.will_close = True, False
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
-    def _flush_some(self, do_close: bool = True) -> bool:
-        waiting_bytes = self.total_outbufs_len
-        sent: bool = super()._flush_some(do_close=False)  # Only the server's own thread closes: it will find out.
-        self.taken_bytes += waiting_bytes - self.total_outbufs_len
-        if not self.total_outbufs_len or self.taken_bytes > UNREAD_BYTES_MAX:
-            self.given_at, self.taken_bytes = time.monotonic(), 0
-        return sent
-
-    def add_channel(self, map: Any = None) -> None:
-        super().add_channel(map)
-        self.given_at = time.monotonic()
-        self.server._changed.append(self)
-
-    def service(self) -> None:
-        self.server._answered.channel = self
-        super().service()
-
-    def writable(self) -> bool:
-        """Say whether there is something to send or to close. What a thread is about to send is its own affair."""
-        unsent_bytes = self.total_outbufs_len
-        return bool(unsent_bytes >= BODY_BYTES_MAX or (unsent_bytes and not self.requests)
-                    or self.will_close or self.close_when_flushed)
-
-    def lateness(self, now: float) -> float:
-        """Return which share of its time the client has used up: to send a request, to go on, or to read its answer."""
-        if not (self.requests or self.total_outbufs_len):
-            if self.request:
-                return (now - self.request.started) / REQUEST_TIMEOUT_S
-            return (now - self.given_at) / IDLE_TIMEOUT_S
-        if self.request:
-            self.request.started = now  # It is not read while an earlier one is answered.
-        if not self.total_outbufs_len:
-            self.given_at = now
-        return (now - self.given_at) / ANSWER_TIMEOUT_S
+    def is_late(self, now: float, idle_s: float) -> bool:
+        """Has the client taken too long to read on, to complete a request, or to begin one?"""
+        unread, is_sending = self.total_outbufs_len, bool(self.request or self.lingering)
+        step = (self.answered, unread // UNREAD_BYTES_MAX + 1 if unread else -is_sending)
+        if self.step != step or (self.requests and not unread):
+            self.step, self.step_at = step, now
+        limit_s = idle_s if self.lingering else REQUEST_TIMEOUT_S if is_sending else idle_s
+        return now - self.step_at > (ANSWER_TIMEOUT_S if unread else min(limit_s, idle_s))
 
 
 class _Server(TcpWSGIServer):
-    """waitress with every limit explicit, a deadline for slow requests, and a stop that drops none."""
+    channel_class, stopping, looked_at = _Channel, False, 0.0
+    next_channel_cleanup = math.inf  # `turn` does it, by a clock that nobody can set.
 
-    channel_class = _Channel
-    next_channel_cleanup, watched = 0.0, 0
-
-    def __init__(self, app: App, listener: socket.socket, threads: int) -> None:
-        # /livez has a thread of its own: it says that the process lives when all others wait for the database. So do
-        # statements, whose readers keep a thread for as long as they read; there is one more, for the refusals.
-        counts = {"": threads, "/livez": 1, "/api/transactions.csv": STATEMENTS_MAX + 1}
-        self._dispatchers = {path: ThreadedTaskDispatcher() for path in counts}
-        for path, dispatcher in self._dispatchers.items():
-            dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)  # Else a line a request.
-            dispatcher.set_thread_count(counts[path])
-        adjustments = Adjustments(
-            ident="",
+    def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
+        self.url, self.sockets = _url_of(bound), dict[int, Any]()
+        self.probes: deque[_Channel] = deque()
+        settings = Adjustments(
+            ident="", backlog=CONNECTIONS_MAX, connection_limit=CONNECTIONS_MAX, threads=threads,
             max_request_header_size=HEADER_BYTES_MAX + 1, max_request_body_size=BODY_BYTES_MAX + 1,
+            outbuf_high_watermark=sys.maxsize,  # A slow reader keeps no thread: the rest is spooled.
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
-        adjustments.socket_options = SOCKET_OPTIONS
-        adjustments.send_bytes = BODY_BYTES_MAX  # What is shorter is sent at once, by `_Task.finish`.
-        self._poller, self._changed, self._answered = select.poll(), deque[Any](), threading.local()
-        sockinfo = (listener.family, listener.type, listener.proto, listener.getsockname())
-        super().__init__(app, _sock=listener, bind_socket=False, sockinfo=sockinfo, adj=adjustments,
-                         dispatcher=self._dispatchers[""])
-        self._poller.register(self.trigger._fileno, select.POLLIN)
-        self.url, self.stopping, self._room_at = _url_of(*listener.getsockname()[:2]), False, 0.0
-
-    def poll(self, timeout_s: float) -> None:
-        """Handle what happens next. (waitress's own loop looks at every connection, whenever one has something.)"""
-        self._watch(self)
-        while self._changed:
-            self._watch(self._changed.popleft())
-        # Its own socket comes last, so that a client whose request is there is not closed to make room for another.
-        for number, flags in sorted(self._poller.poll(timeout_s * 1000), key=lambda event: event[0] == self._fileno):
-            channel = self._map.get(number)
-            if channel is None:  # It was closed, by now or before, and its number may be that of some other file.
-                self._poller.unregister(number)
-                continue
-            serving = bool(getattr(channel, "requests", ()))
-            if flags & select.POLLOUT or not serving:
-                wasyncore.readwrite(channel, flags)
-            # Few clients send more before they are answered, so it is waited for all the same until one does.
-            if isinstance(channel, _Channel) and (serving or not channel.requests):
-                self._watch(channel)
-
-    def _watch(self, channel: _Server | _Channel) -> None:
-        """Wait for what a channel waits for. Another thread may change that meanwhile, and has looked here already."""
-        while channel._fileno and channel.watched != (flags := _events(channel)):
-            channel.watched = flags
-            if flags:
-                self._poller.register(channel._fileno, flags)
-            else:  # Else it would be told of a client that hangs up, again and again.
-                self._poller.unregister(channel._fileno)
-
-    def pull_trigger(self) -> None:
-        """Have the channel that this thread answers looked at again, if it waits for something else now."""
-        channel = self._answered.channel
-        if channel.watched != _events(channel):
-            self._changed.append(channel)
-            super().pull_trigger()
-
-    def handle_accept(self) -> None:
-        if len(self.active_channels) < CONNECTIONS_MAX:
-            super().handle_accept()
-        else:  # It is accepted the next time, since what happened to those that are closed is still to be handled.
-            self.make_room()
+        settings.socket_options = SOCKET_OPTIONS
+        super().__init__(app, map=self.sockets, _sock=bound, bind_socket=False, adj=settings,
+                         sockinfo=(bound.family, bound.type, bound.proto, bound.getsockname()))
+        self.task_dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)
 
     def add_task(self, task: _Channel) -> None:
-        """Queue the first request of a connection to be answered, or to be refused where it would wait too long."""
-        dispatcher = self._dispatchers.get(task.requests[0].path, self._dispatchers[""])
-        queue, task.queued = dispatcher.queue, time.monotonic()
-        task.given_at = task.queued
-        with dispatcher.lock:
-            task.busy = len(queue) >= QUEUE_MAX and task.queued - queue[0].queued > QUEUE_STALL_S
-        (self._dispatchers["/livez"] if task.busy else dispatcher).add_task(task)
+        """Queue a request, but let the loop answer /livez, even while all threads are busy."""
+        task.queued_at = time.monotonic()
+        (self.probes.append if task.requests[0].path == "/livez" else super().add_task)(task)
+
+    def turn(self, timeout_s: float, idle_s: float) -> None:
+        """Handle what happens next. Each second, close the connections of clients that are late."""
+        wasyncore.loop(timeout_s, use_poll=True, map=self.sockets, count=1)
+        while self.probes:
+            self.probes.popleft().service()
+        if (now := time.monotonic()) - self.looked_at > min(1, idle_s / 5):
+            self.looked_at = now
+            for channel in list(self.active_channels.values()):
+                if channel.is_late(now, idle_s):
+                    channel.lingering = True
+                    channel.handle_close()
 
     def run(self) -> None:
-        """Serve until `stop`; then answer what has been received, within STOP_TIMEOUT_S, and return."""
+        """Serve until `stop`; then answer what was received, for STOP_TIMEOUT_S at most."""
         while not self.stopping:
-            self.poll(1 if len(self.active_channels) < CONNECTIONS_MAX else PATIENCE_SHARE * REQUEST_TIMEOUT_S)
-        known = -1
-        while known < len(self.active_channels):  # Take what the kernel has accepted for us already.
-            known = len(self.active_channels)
-            super().handle_accept()
+            self.turn(1, IDLE_TIMEOUT_S)
+        for _ in range(CONNECTIONS_MAX):  # Take what the kernel has accepted for us.
+            self.handle_accept()
         wasyncore.dispatcher.close(self)
         logger.info("stopping: %d connections are open", len(self.active_channels))
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while self.active_channels and time.monotonic() < deadline:
-            self.poll(0.05)
-            for channel in list(self.active_channels.values()):
-                idle = not (channel.requests or channel.request or channel.total_outbufs_len)
-                if channel.lingering or (idle and time.monotonic() - channel.given_at > STOP_IDLE_S):
-                    channel.handle_close()
-        for dispatcher in self._dispatchers.values():
-            dispatcher.shutdown(timeout=1)
-        wasyncore.close_all(self._map)
+            self.turn(0.05, STOP_IDLE_S)
+        self.task_dispatcher.shutdown(timeout=1)
+        wasyncore.close_all(self.sockets)
         logger.info("stopped")
 
     def stop(self) -> None:
         """Make `run` return. Any thread may call it, and a signal handler."""
         self.stopping = True
-        self.trigger.pull_trigger()
-
-    def readable(self) -> bool:
-        """Say whether to accept a connection. Each second, see to those that are there."""
-        now = time.monotonic()
-        if now >= self.next_channel_cleanup:
-            self.next_channel_cleanup = now + 1
-            self.maintenance(now)
-        return self.accepting and (len(self.active_channels) < CONNECTIONS_MAX or now >= self._room_at)
-
-    def maintenance(self, now: float) -> None:
-        """Close what is idle, and what takes too long to send a request or to read its answer."""
-        for channel in list(self.active_channels.values()):
-            if channel.lateness(now) > 1 or channel.will_close:
-                if channel.request or channel.total_outbufs_len:
-                    logger.info("closed a connection that was too slow")
-                channel.handle_close()  # Directly: waitress waits until it can write, which may never be.
-
-    def make_room(self) -> None:
-        """Close connections where it is the client's turn, several since more may come. If none is late, wait a bit."""
-        now = time.monotonic()
-        waiting = [channel for channel in self.active_channels.values()
-                   if not channel.requests and channel.lateness(now) > PATIENCE_SHARE]
-        late = nlargest(CONNECTIONS_SPARE, waiting, key=lambda channel: channel.lateness(now))
-        for channel in late:
-            channel.refused = False  # There is no time to hear it out.
-            channel.handle_close()
-        if late:
-            logger.warning("closed %d connections to make room for others", len(late))
-        else:
-            self._room_at = now + PATIENCE_SHARE * REQUEST_TIMEOUT_S
+        self.pull_trigger()
 
 
-def _events(channel: Any) -> int:
-    """Return what a channel waits for, as poll() has it."""
-    return select.POLLOUT if channel.writable() else select.POLLIN if channel.readable() else 0
+# Granian is faster. It calls this front on its RSGI interface, which calls the application.
 
 
-def _pin_process(number: int) -> None:
-    """Stay on one processor. Python's threads run one at a time anyway, and take turns several times cheaper there."""
-    with suppress(AttributeError, OSError):  # Only Linux has it, and a sandbox may forbid it.
-        processors = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {processors[number % len(processors)]})
+class _GranianFront:
+    """Awaits each request's body without a thread, then lets one of a pool call the application."""
 
+    def __init__(self, load: Callable[[], AbstractContextManager[WSGIApplication]]) -> None:
+        self.opened, self.unread = ExitStack(), 0
+        self.app = self.opened.enter_context(load())
+        self.pool = self.opened.enter_context(ThreadPoolExecutor(GRANIAN_THREADS, "wallet"))
 
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # As Granian sends it.
-TCP_ESTABLISHED, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 7, 8, 10  # As in net/tcp_states.h of Linux.
-
-
-class _SocketInfo(NamedTuple):
-    """What Linux tells about a TCP socket: struct tcp_info of linux/tcp.h, which has all of this from 4.19 on."""
-
-    state: int
-    segments: int  # Sent and not acknowledged, or of a listening socket, connections that nobody has accepted yet.
-    since_sent_ms: int
-    since_received_ms: int
-    taken_bytes: int
-    received_bytes: int
-    unsent_bytes: int
-    sent_bytes: int
-    repeated_bytes: int  # Of those that were sent.
-
-    @property
-    def is_read(self) -> bool:
-        """Say whether the client has taken all that there is for it."""
-        return not (self.segments or self.unsent_bytes)
-
-    @property
-    def is_pending(self) -> bool:
-        """Say whether what came last came from the client: a request, or some of one."""
-        newer = self.since_received_ms < self.since_sent_ms or not self.sent_bytes
-        return bool(self.received_bytes) and newer and self.is_read
-
-
-def _read_socket(found: socket.socket) -> _SocketInfo:
-    """Return what Linux tells about a TCP socket."""
-    info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    return _SocketInfo(*struct.unpack_from("=B23xI16xI4xI64xQQ8xI52xQQ", info))
-
-
-def _find_sockets(port: int, listening: bool = False) -> Iterator[tuple[str, socket.socket, _SocketInfo]]:
-    """Yield this process's TCP connections at a port, or what listens there, with names and what is known of each.
-
-    Each is looked at in its place and left open. A copy of its descriptor could by then be one of a database file, and
-    to close that would end SQLite's locks.
-    """
-    numbers: list[str] = []
-    with suppress(OSError):  # No descriptor may be left to list them.
-        numbers = os.listdir("/proc/self/fd")
-    for number in numbers:
-        with suppress(OSError):  # It is no socket, or is closed by now.
-            found = socket.socket(fileno=int(number))
-            try:
-                if found.getsockname()[1:2] == (port,):
-                    info = _read_socket(found)
-                    # Granian keeps one that is bound to the port and no more: it is closed all the while.
-                    if info.state != TCP_CLOSE and (info.state == TCP_LISTEN) == listening:
-                        yield os.readlink(f"/proc/self/fd/{number}"), found, info
-            finally:
-                found.detach()
-
-
-@dataclass
-class _Client:
-    """A connection, as the watch knows it from one look to the next."""
-
-    pending_since: float  # At each look since then some of a request had come, or all of it, and no answer was sent.
-    taken_at: float
-    due_bytes: int = 0  # How much it is to have taken ANSWER_TIMEOUT_S after `taken_at`: what waited for it then.
-    sent_bytes: int = 0
-    is_pending: bool = False
-    is_asked: bool = False  # What it was sent last is that it may send the body, of which nothing has come since.
-    lateness: float = 0.0  # What share of its time is over, unless its request is worked on.
-
-    def look(self, info: _SocketInfo, now: float, idle_timeout_s: float) -> None:
-        """Note what is known of it now."""
-        newly_sent_bytes = info.sent_bytes - self.sent_bytes
-        if newly_sent_bytes or not (info.is_pending and self.is_pending):
-            self.pending_since = now
-        if newly_sent_bytes or info.is_pending:
-            self.is_asked = newly_sent_bytes == len(CONTINUE) and not info.is_pending
-        if info.is_read or info.taken_bytes >= self.due_bytes:
-            self.due_bytes, self.taken_at = info.sent_bytes - info.repeated_bytes + info.unsent_bytes, now
-        self.sent_bytes, self.is_pending = info.sent_bytes, info.is_pending
-        sending_s = info.since_sent_ms / 1000 if self.is_asked else now - self.pending_since
-        is_idle = info.is_read and not info.is_pending
-        idle_s = min(info.since_sent_ms, info.since_received_ms) / 1000 if is_idle else 0
-        self.lateness = max(sending_s / REQUEST_TIMEOUT_S, (now - self.taken_at) / ANSWER_TIMEOUT_S,
-                            idle_s / idle_timeout_s)
-
-
-class _GranianWorker:
-    """The application in a process of Granian's, and what Granian has no means for.
-
-    Granian shows an application requests, each in a thread from its headers on, and no connections. So a body is
-    read here. And a thread watches this process's sockets: it cuts those of slow clients, and stops the process
-    without dropping a request.
-    """
-
-    def __init__(self, app: WSGIApplication, port: int) -> None:
-        self.app, self.port, self.stopping = app, port, False
-        self.receiving: dict[int, float] = {}  # By thread: since when it reads a body.
-        self.working: dict[int, float] = {}  # By thread: since when it has all of the request that it answers.
-        self.known: list[float] = []  # What `working` had at the last look.
-        self.clients: dict[str, _Client] = {}
-        self.files = self.other_files = 0  # Descriptors, and those that are no connections.
-        self.stuck_at = 0.0
-
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        # Granian does not tell a length that came beside chunks (RFC 9112, section 6.1), nor chunks that are malformed.
-        # So what follows them is not taken for a request.
-        body, chunked, refused = environ["wsgi.input"], "HTTP_TRANSFER_ENCODING" in environ, False
-
-        def start(status: str, headers: list[tuple[str, str]], error: Any = None) -> Callable[[bytes], object]:
-            last = self.stopping or chunked or refused
-            return start_response(status, [*headers, ("Connection", "close")] if last else headers, error)
-
-        try:
-            environ["wsgi.input"] = io.BytesIO(self._receive(environ))
-        except WalletError as error:
-            environ[REFUSAL], refused = error, True
-        self.working[threading.get_ident()] = time.monotonic()
-        if environ["PATH_INFO"] != "/livez" and self._is_stuck():
-            environ.setdefault(REFUSAL, Unavailable(TOO_MANY))
-        try:
-            answer = self.app(environ, start)
-        finally:
-            del self.working[threading.get_ident()]
-        if refused:
-            return self._hear_out(answer, body, "HTTP_EXPECT" in environ)
-        return answer if isinstance(answer, list) else self._stream(answer)
-
-    def _is_stuck(self) -> bool:
-        """Say whether nearly all threads are taken, most of them by requests that take long, or were a moment ago."""
-        now = time.monotonic()
-        if len(self.working) + len(self.receiving) <= GRANIAN_BUSY_MAX:
-            return False
-        if sum(since < now - QUEUE_STALL_S for since in list(self.working.values())) > GRANIAN_BUSY_MAX / 2:
-            self.stuck_at = now
-        return now - self.stuck_at <= 2 * QUEUE_STALL_S
-
-    def _receive(self, environ: WSGIEnvironment) -> bytes:
-        if environ["REQUEST_METHOD"] != environ["REQUEST_METHOD"].upper():
-            raise MalformedRequest("The request is not valid HTTP: the request line is malformed.")
-        encoding, declared = environ.get("HTTP_TRANSFER_ENCODING"), environ.get("CONTENT_LENGTH")
-        if encoding is None and declared is None:
-            return b""
-        if encoding is not None and encoding.lower() != "chunked":
-            raise MalformedRequest("The request is not valid HTTP: the length of the body must be told once.")
-        bytes_max = BATCH_BODY_BYTES_MAX if environ["PATH_INFO"] == "/api/transactions/batch" else BODY_BYTES_MAX
-        length = bytes_max + 1 if declared is None else int(declared)
-        if declared is not None and length > bytes_max:
-            raise BodyTooLarge()
-        body = self._read(environ["wsgi.input"], length)
-        if len(body) > bytes_max:
-            raise BodyTooLarge()
-        if declared is not None and len(body) < length:
-            raise MalformedRequest("The request is not valid HTTP: the body is shorter than its length.")
-        return body
-
-    def _read(self, body: Any, length: int) -> bytes:
-        self.receiving[threading.get_ident()] = time.monotonic()
-        try:
-            return body.read(length)  # type: ignore[no-any-return]
-        finally:
-            del self.receiving[threading.get_ident()]
-
-    def _hear_out(self, answer: Iterable[bytes], body: Any, is_asking: bool) -> Iterator[bytes]:
-        """Answer, and then read on: closing while the client still sends would lose it the answer."""
-        yield from answer
-        until = time.monotonic() + REQUEST_TIMEOUT_S
-        while not is_asking and time.monotonic() < until and self._read(body, BODY_BYTES_MAX):
-            pass
-
-    def _stream(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """Send an answer as it comes. One that breaks off must not be taken for a whole one.
-
-        Granian would end it properly, and does not tell its connection. But that is one of those where no request
-        waits, which may be closed at any time: they are all cut. (Another statement breaks off with it, and is seen
-        to.) It is looked for more than once, since its first bytes may not have left yet.
-        """
-        try:
-            yield from chunks
-        except Exception:
-            logger.exception("an answer broke off")
-            until = time.monotonic() + STOP_IDLE_S
-            while time.monotonic() < until:
-                self._cut(lambda _, info: info.sent_bytes > 0 and not info.is_pending)
-                time.sleep(0.01)
-
-    def _cut(self, is_chosen: Callable[[str, _SocketInfo], bool]) -> None:
-        """End connections, whoever has them. What was sent still arrives."""
-        for name, connection, info in _find_sockets(self.port):
-            if is_chosen(name, info):
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    def _count_hogs(self) -> int:
-        """Return how many threads too many are taken by slow senders.
-
-        A quarter is few enough: Granian starts threads hesitantly, so that not all of them need be there.
-        """
-        late = time.monotonic() - PATIENCE_SHARE * REQUEST_TIMEOUT_S
-        return max(sum(since < late for since in list(self.receiving.values())) - GRANIAN_THREADS // 4, 0)
-
-    def is_crowded(self) -> bool:
-        """Say whether there are too many connections, or slow senders in too many threads. This takes little time."""
-        with suppress(OSError):  # No descriptor may be left to list them.
-            self.files = len(os.listdir("/proc/self/fd"))
-        return self.files - self.other_files > CONNECTIONS_MAX or self._count_hogs() > 0
-
-    def look(self) -> None:
-        """Cut the connections whose clients take too long, and make room where there are too many."""
-        now, clients, slow, count = time.monotonic(), self.clients, set(), 0
-        late: dict[str, _Client] = {}
-        # When the requests that are worked on began, and those of the last look: an answer of theirs may not have left.
-        working, self.known, self.clients = {*self.known, *self.working.values()}, list(self.working.values()), {}
-        # Work that began just now is not on what still comes, however much of that has just come.
-        working_since = max((since for since in self.known if since < now - WATCH_INTERVAL_S), default=0.0)
-        # Where an answer went out after some of the next request came, the latter does not show. So whoever sends that
-        # and keeps a thread for too long looks idle.
-        stuck = any(now - since > REQUEST_TIMEOUT_S for since in list(self.receiving.values()))
-        for name, _, info in _find_sockets(self.port):
-            received_at = now - info.since_received_ms / 1000
-            client = self.clients[name] = clients.get(name) or _Client(pending_since=now, taken_at=now)
-            client.look(info, now, REQUEST_TIMEOUT_S if stuck else IDLE_TIMEOUT_S)
-            if info.state not in (TCP_ESTABLISHED, TCP_CLOSE_WAIT):
-                continue  # It is cut already: Granian will find out.
-            count += 1
-            # What it has sent may be a whole request, which a thread works on, or which waits for one as most work.
-            is_request = info.is_pending and (len(working) > GRANIAN_THREADS / 2 or any(
-                abs(since - received_at) <= 0.1 for since in working))
-            if client.lateness > 1 and not (info.is_pending and working_since >= received_at - 0.1):
-                logger.info("closed a connection that was too slow")
-                slow.add(name)
-            elif client.lateness > PATIENCE_SHARE and not is_request:
-                late[name] = client
-        self.other_files = self.files - len(self.clients)
-        chosen = self._make_room(count - len(slow) - CONNECTIONS_MAX, late)
-        if slow or chosen:
-            self._cut(lambda name, info: name in slow
-                      or (name in chosen and info.is_pending == late[name].is_pending))
-
-    def _make_room(self, over: int, late: dict[str, _Client]) -> set[str]:
-        """Return which connections to cut, so that others get in and find a thread."""
-        senders = [name for name, client in late.items() if client.is_asked or client.is_pending]
-        chosen = {*nlargest(over + CONNECTIONS_SPARE if over > 0 else 0, late, key=lambda name: late[name].lateness),
-                  *nlargest(self._count_hogs(), senders, key=lambda name: (late[name].is_asked, late[name].lateness))}
-        if chosen:
-            logger.warning("closed %d connections to make room for others", len(chosen))
-        return chosen
-
-    def watch(self, main: threading.Thread, parent_id: int, listening: Semaphore, opened: ExitStack) -> None:
-        """Look after the connections until the process is told to stop, or has lost its parent; then stop it."""
-        while main.is_alive() and not any(_find_sockets(self.port, listening=True)):
-            time.sleep(0.01)
-        for _, found, _ in _find_sockets(self.port, listening=True):
-            for option in SOCKET_OPTIONS:  # The connections get them from the socket that listens.
-                found.setsockopt(*option)
-        listening.release()
-        told, looked_at = False, 0.0
-        while main.is_alive() and os.getppid() == parent_id and not told:
-            told = bool(signal.sigtimedwait([signal.SIGTERM], GLANCE_INTERVAL_S))
-            if self.is_crowded() or time.monotonic() - looked_at >= WATCH_INTERVAL_S:
-                looked_at = time.monotonic()
-                self.look()
-        with opened:
-            self._stop(main, parent_id if told else os.getppid())
+    def __rsgi_del__(self, loop: object) -> None:
+        """Finish what runs, and close the wallet."""
+        self.opened.close()
         logger.info("stopped")
 
-    def _stop(self, main: threading.Thread, parent_id: int) -> None:
-        """Let Granian stop once no client can be about to use its connection: it closes those that are idle."""
-        started, self.stopping, told = time.monotonic(), True, False
-        logger.info("stopping: %d connections are open", len(list(_find_sockets(self.port))))
-        with suppress(OSError):  # No descriptor may be left for it.
-            self._stop_listening(started + STOP_IDLE_S)
-        while main.is_alive():
-            if os.getppid() != parent_id:  # A second signal has ended it.
-                os._exit(1)
-            elapsed_s = time.monotonic() - started
-            if not told and (elapsed_s > STOP_IDLE_S or not any(_find_sockets(self.port))):
-                told = True
-                signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore[operator, misc]
-            if elapsed_s > STOP_TIMEOUT_S:
-                self._cut(lambda *_: True)
-            main.join(0.02)
-        while self.working and time.monotonic() - started < STOP_TIMEOUT_S:  # Whose clients have gone.
-            time.sleep(0.01)
+    async def __rsgi__(self, scope: Any, protocol: Any) -> None:
+        """Answer one request."""
+        environ = _rsgi_environ(scope)
+        try:
+            body = await asyncio.wait_for(_receive(environ, protocol), REQUEST_TIMEOUT_S)
+            environ["wsgi.input"] = io.BytesIO(body)
+        except asyncio.TimeoutError:
+            environ[REFUSAL] = MalformedRequest("The body took too long to arrive.")
+        except WalletError as error:
+            environ[REFUSAL] = error
+        if scope.path == STATEMENT_PATH and self.unread >= STATEMENTS_MAX:
+            environ[REFUSAL] = Unavailable(TOO_MANY_STATEMENTS)
+        run = partial(asyncio.get_running_loop().run_in_executor, self.pool)
+        if scope.path == "/livez":  # It is answered even while all threads are busy.
+            status, headers, chunks = self.call(environ)
+        else:
+            status, headers, chunks = await run(self.call, environ, time.monotonic())
+        if REFUSAL in environ or "HTTP_TRANSFER_ENCODING" in environ:
+            headers.append(("Connection", "close"))
+        if isinstance(chunks, list):
+            protocol.response_bytes(status, headers, b"".join(chunks))
+            return
+        self.unread += 1
+        try:
+            with tempfile.TemporaryFile() as file:  # So that a slow reader keeps no thread,
+                await run(file.writelines, chunks)
+                headers.append(("Content-Length", str(file.tell())))  # and a part shows as such.
+                file.seek(0)
+                transport = protocol.response_stream(status, headers)
+                while chunk := file.read(UNREAD_BYTES_MAX):
+                    await asyncio.wait_for(transport.send_bytes(chunk), ANSWER_TIMEOUT_S)
+        finally:
+            self.unread -= 1
 
-    def _stop_listening(self, deadline: float) -> None:
-        """Wait until what the kernel has accepted for us is taken, and listen no more.
-
-        Granian would see a socket that was shut down as an error, again and again. So in its place it gets one that
-        nobody connects to.
-        """
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as nobodys:
-            nobodys.bind("")
-            nobodys.listen()
-            for _, found, _ in _find_sockets(self.port, listening=True):
-                while _read_socket(found).segments and time.monotonic() < deadline:
-                    time.sleep(0.001)
-                os.dup2(nobodys.fileno(), found.fileno(), inheritable=False)
-
-
-def _start_granian_worker(load: Callable[[], AbstractContextManager[WSGIApplication]], port: int, parent_id: int,
-                         listening: Semaphore, number: int) -> WSGIApplication:
-    """Return the application for a new process of Granian's, and watch over it until it ends."""
-    _pin_process(number)
-    with suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # Who is woken waits until the other pauses.
-    with ExitStack() as opened:
-        worker = _GranianWorker(opened.enter_context(load()), port)
-        arguments = threading.main_thread(), parent_id, listening, opened.pop_all()
-        threading.Thread(target=worker.watch, args=arguments, name="wallet watch").start()
-    return worker
+    def call(self, environ: WSGIEnvironment, queued_at: float = math.inf) -> tuple[int, Any, Any]:
+        """Return the status, the headers and the body that the application answers with."""
+        if time.monotonic() - queued_at > QUEUE_TIMEOUT_S:
+            environ[REFUSAL] = Unavailable(TOO_MANY)
+        begun: list[Any] = []
+        chunks = self.app(environ, lambda *args: begun.extend(args))  # type: ignore[arg-type]
+        return int(begun[0][:3]), begun[1], chunks
 
 
-def _serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]], address: tuple[str, int], workers: int,
-                  banner: str) -> None:
-    """Serve a WSGI application with Granian, at an IP address and a port, until SIGTERM or Ctrl-C.
+def _rsgi_environ(scope: Any) -> WSGIEnvironment:
+    """Return what a WSGI application is told of a request (PEP 3333)."""
+    environ: WSGIEnvironment = {
+        "REQUEST_METHOD": scope.method, "SCRIPT_NAME": "", "QUERY_STRING": scope.query_string,
+        "PATH_INFO": scope.path.encode().decode("latin-1"), "SERVER_NAME": "wallet",
+        "SERVER_PORT": "0", "SERVER_PROTOCOL": f"HTTP/{scope.http_version}",
+        "REMOTE_ADDR": scope.client.rpartition(":")[0].strip("[]"), "wsgi.version": (1, 0),
+        "wsgi.url_scheme": scope.scheme, "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True, "wsgi.multiprocess": True, "wsgi.run_once": False,
+        "wsgi.input_terminated": True}
+    for name, value in scope.headers.items():
+        if "_" not in name:  # Else it could pass for one with hyphens.
+            key = name.upper().replace("-", "_")
+            key = key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
+            environ[key] = f"{environ[key]},{value}" if key in environ else value
+    return environ
 
-    `load` opens the application, once in each process: it must pickle. `banner` is printed when it can be reached.
+
+async def _receive(environ: WSGIEnvironment, protocol: Any) -> bytes:
+    """Return the body. One that is too large is heard out first, else its client would lose the
+    answer, but for a client that waits to be told to go on. Raises BodyTooLarge, MalformedRequest.
     """
+    if environ.get("HTTP_TRANSFER_ENCODING", "chunked").lower() != "chunked":
+        raise MalformedRequest("The request is not valid HTTP: only chunks are understood.")
+    bytes_max = BATCH_BODY_BYTES_MAX if environ["PATH_INFO"] == BATCH_PATH else BODY_BYTES_MAX
+    if "HTTP_EXPECT" in environ and int(environ.get("CONTENT_LENGTH", 0)) > bytes_max:
+        raise BodyTooLarge()
+    body, length = [], 0
+    async for chunk in protocol:
+        length += len(chunk)
+        body.append(chunk if length <= bytes_max else b"")
+    if length > bytes_max:
+        raise BodyTooLarge()
+    return b"".join(body)
+
+
+def _serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]],
+                   address: tuple[str, int], workers: int, banner: str) -> None:
+    """Serve with Granian until SIGTERM or Ctrl-C. `load` opens the application in each process."""
     from granian import Granian
     from granian.http import HTTP1Settings
 
-    signals, first = (signal.SIGTERM, signal.SIGINT), random.randrange(1024)
-    listening = multiprocessing.Semaphore(0)
-
-    class Server(Granian):  # type: ignore[misc, valid-type]
-        def _spawn_worker(self, idx: int, target: Any, callback_loader: Any) -> Any:
-            return super()._spawn_worker(idx, target, partial(callback_loader, first + idx))
-
-        def startup(self, *arguments: Any) -> None:
-            hang_up = signal.getsignal(signal.SIGHUP)
-            signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # For good in the workers: `watch` waits for SIGTERM.
-            super().startup(*arguments)
-            signal.signal(signal.SIGHUP, hang_up)  # It would start the workers anew.
-            while not self.main_loop_interrupt.is_set():  # As it is if they fail.
-                if listening.acquire(timeout=0.01):
-                    print(banner, flush=True)
-                    break
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-
-        def signal_handler_interrupt(self, *arguments: Any) -> None:
-            for number in signals:
-                signal.signal(number, signal.SIG_DFL)
-            super().signal_handler_interrupt(*arguments)
-
-    Server("wallet", *address, interface="wsgi", workers=workers, http="1", websockets=False,
-           blocking_threads=GRANIAN_THREADS, backpressure=CONNECTIONS_MAX + CONNECTIONS_SPARE, backlog=CONNECTIONS_MAX,
-           workers_kill_timeout=STOP_TIMEOUT_S + 5,
-           http1_settings=HTTP1Settings(header_read_timeout=int(IDLE_TIMEOUT_S * 1000),
-                                        max_buffer_size=HEADER_BYTES_MAX),
-           log_level="error", log_dictconfig={"handlers": {}, "loggers": {"_granian": {"propagate": True}}},
-           ).serve(target_loader=partial(_start_granian_worker, load, address[1], os.getpid(), listening),
-                   wrap_loader=False)
+    options: dict[str, Any] = {
+        "interface": "rsgi", "workers": workers, "http": "1", "websockets": False,
+        "loop": "asyncio", "backlog": CONNECTIONS_MAX, "backpressure": CONNECTIONS_MAX,
+        "workers_kill_timeout": STOP_TIMEOUT_S + 5, "log_level": "error",
+        "log_dictconfig": {"handlers": {}, "loggers": {"_granian": {"propagate": True}}}}
+    http1 = HTTP1Settings(header_read_timeout=IDLE_TIMEOUT_S * 1000,
+                          max_buffer_size=HEADER_BYTES_MAX)
+    server = Granian("wallet", *address, http1_settings=http1, **options)
+    server.on_startup(partial(print, banner, flush=True))
+    load_front: Any = partial(_GranianFront, load)
+    server.serve(target_loader=load_front, wrap_loader=False)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. Raises ConfigurationError."""
+def _pin_process() -> None:
+    """Stay on one processor. Python's threads run one at a time anyway, and take turns cheaper."""
+    with suppress(AttributeError, OSError):  # Only Linux has it, and a sandbox may forbid it.
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Return a socket that has an address, and does not listen yet. Raises ConfigurationError."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET,
-                                    backlog=CONNECTIONS_MAX)
+        bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if ":" in host:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind((host, port))
+        return bound
     except OSError as error:
         reason = str(error.strerror).partition(" (while")[0]
         raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}") from error
@@ -3126,7 +2751,7 @@ def running(wallet: Wallet | None = None, issuer_token: str | None = None) -> It
     """Serve a wallet, a new one in memory if none is given, on a free port; yield its URL."""
     with ExitStack() as opened:
         wallet = wallet or opened.enter_context(Wallet())
-        server = _Server(create_app(wallet, issuer_token), _listen("127.0.0.1", 0), threads=4)
+        server = _Server(create_app(wallet, issuer_token), _bind("127.0.0.1", 0), threads=4)
         thread = threading.Thread(target=server.run, name="wallet", daemon=True)
         thread.start()
         opened.callback(thread.join)
@@ -3146,8 +2771,9 @@ curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" -H Conte
 """
 
 
-def _url_of(host: str, port: int) -> str:
-    """Return the URL of an address."""
+def _url_of(bound: socket.socket) -> str:
+    """Return the URL of a socket's address."""
+    host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -3158,10 +2784,10 @@ def _make_banner(app: App, address: str) -> str:
     return f"wallet {__version__} listens on {address}, with its data in {app.wallet.database.location}. {more}"
 
 
-def _serve(app: App, listener: socket.socket, threads: int, banner: str) -> None:
-    """Serve with waitress until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
-    _pin_process(random.randrange(1024))
-    server = _Server(app, listener, threads)
+def _serve_waitress(app: App, bound: socket.socket, threads: int, banner: str) -> None:
+    """Serve with waitress until SIGTERM or Ctrl-C. A second signal ends it at once."""
+    _pin_process()
+    server = _Server(app, bound, threads)
 
     def stop(*_: object) -> None:
         for number in signals:
@@ -3183,8 +2809,6 @@ def _check_server(settings: Mapping[str, Any]) -> None:
         raise ConfigurationError("more than one worker needs Postgres: over SQLite one process is faster, so leave"
                                  " --workers at 1")
     if settings["server"] == "granian":
-        if sys.platform != "linux":
-            raise ConfigurationError("--server granian runs on Linux only: leave it at waitress")
         _check_installed("granian", "--server granian")
     if settings["metrics"]:
         _check_installed("prometheus-client", "--metrics")
@@ -3238,6 +2862,7 @@ def _configure_logging(level: str) -> None:
 def _load_app(settings: Mapping[str, Any]) -> Iterator[App]:
     """Open the application in a process of Granian's."""
     _configure_logging(settings["log-level"])
+    _pin_process()
     with _open_wallet(settings) as wallet:
         yield create_app(wallet, settings["issuer-token"], settings["metrics"], settings["trusted-proxy"])
 
@@ -3305,16 +2930,14 @@ def _run_copy(settings: Mapping[str, Any]) -> None:
 def _run_server(settings: Mapping[str, Any]) -> None:
     """Serve until it is told to stop."""
     _check_server(settings)
-    # Granian shares its port with whoever asks, and a wallet must not cross a fork: so here both are opened
-    # only to see whether they can be.
-    with _listen(settings["host"], settings["port"]) as listener, _open_wallet(settings) as wallet:
+    with _bind(settings["host"], settings["port"]) as bound, _open_wallet(settings) as wallet:
         _warn_of_wal_reset_bug(settings["dsn"])
-        app = create_app(wallet, settings["issuer-token"], settings["metrics"], settings["trusted-proxy"])
-        address = listener.getsockname()[:2]
-        banner = _make_banner(app, _url_of(*address))
+        app = create_app(wallet, settings["issuer-token"], settings["metrics"],
+                         settings["trusted-proxy"])
+        banner, address = _make_banner(app, _url_of(bound)), bound.getsockname()[:2]
         if settings["server"] == "waitress":
-            _serve(app, listener, settings["threads"], banner)
-    if settings["server"] == "granian":
+            _serve_waitress(app, bound, settings["threads"], banner)
+    if settings["server"] == "granian":  # Its processes open the wallet: no connection crosses a fork.
         _serve_granian(partial(_load_app, settings), address, settings["workers"], banner)
 
 
