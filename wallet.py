@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["bottle==0.13.4", "click==8.5.1", "granian==2.8.7", "prometheus-client==0.26.0",
-#                 "psycopg[binary]==3.3.9", "psycopg-pool==3.3.3", "typing_extensions==4.16.0", "waitress==3.0.2"]
+# dependencies = ["bottle==0.13.4", "granian==2.8.7", "prometheus-client==0.26.0",
+#                 "psycopg[binary]==3.3.9", "psycopg-pool==3.3.3", "waitress==3.0.2"]
 # ///
 """Wallet: a small service that keeps money balances and is trusted with them.
 
@@ -24,8 +24,8 @@ Embed it, with or without HTTP:
 It makes five promises:
 
 1. A balance is never negative, never above the cap, and always equals the sum of its transactions.
-2. A success that was answered is kept: through a crash, a kill, a power cut, a full disk, a database
-   restart.
+2. A success that was answered is kept: through a crash, a kill, a power cut, a full disk, a
+   database restart.
 3. One idempotency key has at most one effect, however often and however concurrently it is sent.
 4. No input crashes it: every wrong request gets a clear 4xx, and nothing is half done.
 5. Nobody sees or moves another account's money, and no token is ever stored, logged or shown twice.
@@ -38,7 +38,10 @@ The sections, in the order in which a reader needs them:
     Wallet                the money rules, and all SQL about money
     Databases             where the money is kept, and how a write is committed
     HTTP                  the routes, and the one place where answers are made
-    Serving               waitress or Granian within their limits, and the command line
+    Serving               waitress or Granian, within their limits
+    Command line          the settings, the commands and the logs of `python wallet.py`
+
+What `__all__` names is public. Everything else is internal, and may change at any time.
 """
 
 from __future__ import annotations
@@ -81,7 +84,17 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypedDict, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TextIO,
+    TypedDict,
+    TypeVar,
+)
 from urllib.parse import parse_qsl, quote, urlencode
 
 from bottle import Bottle, HTTPError
@@ -96,84 +109,99 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from typing_extensions import Unpack
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+__all__ = [
+    "AMOUNT_MAX", "Account", "AccountFrozen", "AccountNotFound", "App", "BalanceLimitExceeded",
+    "BodyTooLarge", "ConfigurationError", "Forbidden", "HeadersTooLarge", "Hold", "HoldNotActive",
+    "HoldPage", "HoldStatus", "IdempotencyKeyReused", "InsufficientFunds", "InternalError",
+    "MalformedRequest", "MethodNotAllowed", "NotFound", "NotRefundable", "OutcomeUnknown", "Page",
+    "RefundExceedsCharge", "Transaction", "TransactionType", "Unauthorized", "Unavailable",
+    "UnsupportedMediaType", "ValidationFailed", "Wallet", "WalletError", "WrongBooks",
+    "__version__", "create_app", "main", "running",
+]
 T = TypeVar("T")
 logger = logging.getLogger("wallet")
 access_logger = logging.getLogger("wallet.access")
 
 
-# Limits and settings ##################################################################################
+# Limits and settings ##############################################################################
 
-AMOUNT_MAX = 2**53 - 1  # Minor units, for an amount and for a balance: the largest integer that every
-# JSON client reads exactly (RFC 8259, section 6).
-SEQUENCE_MAX = 2**63 - 1  # What a BIGINT holds: no account gets there.
+# Money and what is said about it.
+AMOUNT_MAX = 2**53 - 1  # Minor units: the largest integer that every JSON client reads exactly.
+SEQUENCE_MAX = 2**63 - 1  # What a BIGINT holds. No account gets there.
 NAME_CHARACTERS_MAX = 100  # A line on a screen.
 DESCRIPTION_CHARACTERS_MAX = 500  # A few lines on a statement.
-METADATA_ENTRIES_MAX, METADATA_NAME_CHARACTERS_MAX, METADATA_VALUE_CHARACTERS_MAX = 20, 40, 500  # Ids of your own.
+METADATA_ENTRIES_MAX = 20  # Enough for ids of your own.
+METADATA_NAME_CHARACTERS_MAX, METADATA_VALUE_CHARACTERS_MAX = 40, 500
 KEY_CHARACTERS_MAX = 255  # As clients of other payment services expect.
 PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 100  # A page stays under 100 KiB, metadata aside.
 BATCH_MAX = 1000  # Movements: a tenth of a second on SQLite, and as many round trips on Postgres.
-HOLD_DEFAULT_S, HOLD_MAX_S = 7 * 24 * 3600, 30 * 24 * 3600  # As card networks have it.
-STATEMENTS_MAX = 2  # Sent at once: each takes a thread for as long as its reader takes to read it.
-STATEMENT_ROWS = 100  # Read at once: all that is ever in memory of a statement, 4 MB at most.
+HOLD_DEFAULT_S, HOLD_MAX_S = 7 * 24 * 3600, 30 * 24 * 3600  # As with card networks.
+STATEMENTS_MAX = 2  # Long answers at once: each takes a thread while it is made, then disk space.
+STATEMENT_ROWS = 100  # Read at once: a statement never takes more than 4 MB of memory.
 ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
-FIELD_ERRORS_MAX = 20  # Far more than a request has fields: keeps the answer to a hostile body short.
+FIELD_ERRORS_MAX = 20  # More than a request has fields. Keeps the answer to a hostile body short.
 
+# Requests and connections.
 BODY_BYTES_MAX = 64 * 1024  # More than any valid body, unless most of it is escaped.
 BATCH_BODY_BYTES_MAX = 1024 * 1024  # A kilobyte for each movement of a batch.
 HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
-JSON_DEPTH_MAX = 10  # Arrays and objects in each other, of which a batch has four. Parsers recurse as deep.
-CONNECTIONS_MAX = 512  # Within the usual limit of 1,024 open files to a process.
-REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last: slow senders must not use up the connections.
-ANSWER_TIMEOUT_S = 30  # For an answer to be taken, or UNREAD_BYTES_MAX of a longer one: nor must slow readers.
-UNREAD_BYTES_MAX = 256 * 1024  # Of a client with more answers than this waiting, no further request is served.
-SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-                  # So that it shows soon what a slow reader has taken: the kernel would keep megabytes.
-                  (socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES_MAX // 2)]
+JSON_DEPTH_MAX = 10  # Nested arrays and objects. A batch has four; a parser recurses as deep.
+CONNECTIONS_MAX = 2000  # At once. Each costs a file descriptor and a few kilobytes.
+REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last.
+ANSWER_TIMEOUT_S = 30  # For a client to read an answer, or UNREAD_BYTES_MAX more of a long one.
+UNREAD_BYTES_MAX = 256 * 1024
+SOCKET_OPTIONS = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    # The kernel would keep megabytes for a slow reader, and what it has read would show late.
+    (socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES_MAX // 2)]
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
-STOP_TIMEOUT_S = 10  # For what runs when the server is told to stop: supervisors often kill after 30.
-STOP_IDLE_S = 0.5  # A connection that was in use so recently may be sending its next request.
-QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take, DATABASE_TIMEOUT_S.
-GRANIAN_THREADS = 64  # As many may wait for their commit, the database or a slow sender; they share commits.
+STOP_TIMEOUT_S = 10  # To finish when the server is told to stop. Supervisors often kill after 30 s.
+STOP_IDLE_S = 0.5  # A connection that was used so recently may be sending its next request.
+QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take.
+GRANIAN_THREADS = 64  # As many calls may wait for their commit or for Postgres.
 
-DURATION_BUCKETS_S = .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10  # A read, to all timeouts.
-WRITES_BUCKETS = 1, 2, 4, 8, 16, 32, 64  # To a commit: as many as threads.
-OTHER = "other"  # What metrics have for a route that there is not, and for a method that no route takes.
+# Metrics.
+DURATION_BUCKETS_S = .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10
+WRITES_BUCKETS = 1, 2, 4, 8, 16, 32, 64  # Writes to a commit: up to one for each thread.
+OTHER = "other"  # The label for an unknown route or method.
 
-DATABASE_TIMEOUT_S = 5  # For SQLite's write lock, which another process may hold, and for all that one call asks of
-# Postgres, repeats and a restart of the server included: longer than either should take.
-RETRY_PAUSE_S, RETRY_PAUSE_MAX_S = 0.002, 0.1  # Before a transaction is run again: about as long as one takes, twice as
-# long each time, and at random, so that those who met once do not meet again.
-MENDINGS_MAX = 3  # How often a call is run again for an error that may be a fault, and not another's doing.
-POSTGRES_WAITING_MAX = 100  # Calls that wait for a connection. One more fails at once, so that no queue is long.
-POSTGRES_DIAL_S = 0.5  # Between two tries to connect, and for a server that works to say so.
-POSTGRES_AWAY_S = 1  # Once the server has not answered in time, calls fail at once for so long, lest they queue for it.
-POSTGRES_DEFAULTS = {  # libpq's options, where the DSN does not say otherwise: a dead line is found within a minute.
-    "fallback_application_name": "wallet", "connect_timeout": os.environ.get("PGCONNECT_TIMEOUT", "3"),
+# Databases.
+DATABASE_TIMEOUT_S = 5  # For SQLite's lock, which another process may hold, and for all that a call
+# asks of Postgres, with repeats and a restart of the server: longer than either should take.
+RETRY_PAUSE_S, RETRY_PAUSE_MAX_S = 0.002, 0.1  # Before a transaction is run again. It doubles each
+# time, and a random part of it is taken, so that those who met once do not meet again.
+MENDINGS_MAX = 3  # How often a call is run again for an error that may be its own fault.
+POSTGRES_WAITING_MAX = 100  # Calls that wait for a connection. One more fails at once.
+POSTGRES_DIAL_S = 0.5  # Between two tries to connect, and for a healthy server to answer.
+POSTGRES_AWAY_S = 1  # After Postgres missed a deadline, calls fail at once for so long.
+POSTGRES_DEFAULTS = {  # libpq's options, where the DSN has none: a dead line is found in a minute.
+    "fallback_application_name": "wallet",
+    "connect_timeout": os.environ.get("PGCONNECT_TIMEOUT", "3"),
     "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 COPY_TIMEOUT_S = 24 * 3600  # For all of a wallet, in one transaction.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
-VERIFY_ACCOUNTS = 100  # To a statement, which is what a bar of progress moves by.
-BACKUP_PAGES = 5000  # At a time, 20 MB: between two of these Ctrl-C is heard.
-CAUTIOUS_COMMITS = 20  # After one in which a write failed: to run all again costs more than that many savepoints.
-SQLITE_CHECKPOINT_PAGES = 4000  # 16 MB of log: to move it into the database takes syncs too, so not too often.
-SQLITE_CACHE_KB = 8_000  # For the connection that writes: the pages that hundreds of busy accounts write to.
-SQLITE_READER_CACHE_KB = 500  # For each of those that read. The system keeps the file in memory anyway.
-SQLITE_VERIFY_CACHE_KB = 64_000  # For one that is opened to look at everything, in another order than that of the file.
+VERIFY_ACCOUNTS = 100  # To a statement, which is one step of the progress bar.
+BACKUP_PAGES = 5000  # At a time, 20 MB. Ctrl-C is heard in between.
+SQLITE_CHECKPOINT_PAGES = 4000  # 16 MB of log. Moving it into the database takes syncs too.
+SQLITE_CACHE_KB = 8_000  # For the writer: the pages that hundreds of busy accounts write to.
+SQLITE_READER_CACHE_KB = 500  # For each reader. The system keeps the file in memory anyway.
+SQLITE_VERIFY_CACHE_KB = 64_000  # For `verify`, which reads in another order than the file's.
 SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
-SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Of 3.x, from which patch on (sqlite.org/wal.html#walresetbug).
+SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Minor version of 3.x: first patch with the fix.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 2
 
-SECURITY_HEADERS = {  # Of every answer: no browser keeps it, runs anything in it, or shows it to another site.
+SECURITY_HEADERS = {  # On every answer: no browser keeps it, runs it, or shows it to another site.
     "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none';"
+                               " frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer",
 }
 
 
 class _Setting(NamedTuple):
-    """One thing to set: `--name` on the command line, or WALLET_NAME in the environment."""
+    """One setting: `--name` on the command line, or WALLET_NAME in the environment."""
 
     name: str
     default: str
@@ -199,93 +227,38 @@ class _Setting(NamedTuple):
 
 
 SETTINGS = (
-    _Setting("dsn", "sqlite:///wallet.db",
-            "where the money is kept: sqlite:///FILE, sqlite:// in memory, or postgresql://USER:PASSWORD@HOST/DATABASE"),
-    _Setting("host", "127.0.0.1", "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
+    _Setting("dsn", "sqlite:///wallet.db", "where the money is kept: sqlite:///FILE, sqlite:// in"
+             " memory, or postgresql://USER:PASSWORD@HOST/DATABASE"),
+    _Setting("host", "127.0.0.1",
+             "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
     _Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
-    _Setting("threads", "8", "how many connections to Postgres are kept, and requests worked on at once by waitress",
-            range(1, 65)),
-    _Setting("server", "waitress", "what serves HTTP: waitress, or granian, which is faster and runs on Linux only",
-            ("waitress", "granian")),
-    _Setting("workers", "1", "how many processes serve; more than one need granian and Postgres, each with its threads",
-            range(1, 65)),
-    _Setting("currency", "", "three capital letters, fixed when the database is made; USD if not given then"),
-    _Setting("issuer-token", "",
-            "at least 32 characters: only who sends them makes accounts and tops them up, else everyone does"),
-    _Setting("trusted-proxy", "",
-            "the IP address of the proxy in front, which may tell the log where a request comes from"),
-    _Setting("metrics", "0", "1 to answer /metrics, in Prometheus's text format, to everyone who reaches the wallet",
-            range(2)),
-    _Setting("log-level", "info", "how much to log; info is a line per request", ("debug", "info", "warning", "error")),
+    _Setting("threads", "8", "how many connections to Postgres are kept, and how many requests"
+             " waitress works on at once", range(1, 65)),
+    _Setting("server", "waitress", "what serves HTTP: waitress, or granian, which is faster",
+             ("waitress", "granian")),
+    _Setting("workers", "1", "how many processes serve; more than one need granian and Postgres,"
+             " each with its threads", range(1, 65)),
+    _Setting("currency", "",
+             "three capital letters, fixed when the database is made; USD if not given then"),
+    _Setting("issuer-token", "", "at least 32 characters: only who sends them makes accounts and"
+             " tops them up, else everyone does"),
+    _Setting("trusted-proxy", "", "the IP address of the proxy in front, which may tell the log"
+             " where a request comes from"),
+    _Setting("metrics", "0", "1 to answer /metrics, in Prometheus's text format, to everyone who"
+             " reaches the wallet", range(2)),
+    _Setting("log-level", "info", "how much to log; info is a line per request",
+             ("debug", "info", "warning", "error")),
 )
 
 
-class _ArgumentParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        message = message.replace("argument COMMAND: invalid choice:", "no command, or the value of an unknown option:")
-        raise ConfigurationError(re.sub("^argument (--[a-z-]+):", r"\1", message) + "; see --help")
-
-
-def _load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """Return every setting: from the command line, else the environment, else its default.
-
-    `command` is the command that is given, None for none. Raises ConfigurationError for an unknown
-    option or a bad value.
-    """
-    parser = _ArgumentParser("wallet.py", description="Keep money balances, and answer about them over HTTP.",
-                             epilog="Example: python wallet.py --port 8080 --dsn sqlite:////var/lib/wallet/wallet.db",
-                             allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"wallet {__version__}")
-    for setting in SETTINGS:
-        parser.add_argument(f"--{setting.name}", dest=setting.name, metavar="VALUE", type=setting.parse,
-                            default=os.environ.get(setting.variable) or setting.default,
-                            help=f"{setting.meaning} [{setting.variable}={setting.default}]")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands, instead of serving")
-    for command in COMMANDS:
-        taken = commands.add_parser(command.name, help=command.meaning, allow_abbrev=False, description=command.meaning,
-                                    epilog="The options of `python wallet.py --help`, such as --dsn, may come here too."
-                                    f" Example: python wallet.py {command.example}")
-        for name, options in command.arguments.items():
-            taken.add_argument(name, **options)
-        for setting in SETTINGS:
-            taken.add_argument(f"--{setting.name}", dest=setting.name, type=setting.parse, default=argparse.SUPPRESS,
-                               help=argparse.SUPPRESS)
-    settings = vars(parser.parse_args(arguments))
-    _check_issuer_token(settings["issuer-token"])
-    _parse_proxy(settings["trusted-proxy"])
-    return settings
-
-
-def _check_issuer_token(token: str | None) -> None:
-    """Raise ConfigurationError, without showing it, for one that can be guessed or that no client can send."""
-    if token and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", token):
-        raise ConfigurationError(f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
-                                 " printable ASCII without spaces, as from: openssl rand -hex 32")
-
-
-def _parse_proxy(text: str) -> str:
-    """Return the address of the proxy that is trusted, "" for none. Raises ConfigurationError."""
-    try:
-        return text and _parse_address(text)
-    except ValueError:
-        raise ConfigurationError("WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted, as by"
-                                 " *, whoever reaches the wallet could forge an address") from None
-
-
-def _parse_address(text: str) -> str:
-    """Return an IP address in its one form, so that equal ones compare equal. Raises ValueError."""
-    address = ip_address(text.strip().partition("%")[0])  # What follows is an interface of this machine.
-    return str(getattr(address, "ipv4_mapped", None) or address)
-
-
-# Errors ###############################################################################################
+# Errors ###########################################################################################
 
 
 class WalletError(Exception):
     """Everything that can go wrong, with its HTTP status and a stable code for programs.
 
-    `str(error)` says what to do, for people. What else is known are attributes, listed in `members`,
-    which are also members of the HTTP answer (RFC 9457).
+    `str(error)` tells people what to do. What else is known are attributes. They are listed in
+    `members`, and are members of the HTTP answer too (RFC 9457).
     """
 
     status, code, title, advice = 500, "wallet_error", "The wallet cannot do this.", ""
@@ -294,124 +267,171 @@ class WalletError(Exception):
     def __init_subclass__(cls, status: int, code: str, title: str) -> None:
         cls.status, cls.code, cls.title = status, code, title
 
-    def __init__(self, detail: str = "", *, headers: Mapping[str, str] | None = None, **members: Any) -> None:
+    def __init__(self, detail: str = "", *, headers: Mapping[str, str] | None = None,
+                 **members: Any) -> None:
         super().__init__(detail or self.advice or self.title)
         self.headers = self.headers if headers is None else headers
         self.members: dict[str, Any] = {}
         self.add(**members)
 
     def add(self, **members: Any) -> WalletError:
-        """Tell more of what is known."""
+        """Add to what is known, and return the error."""
         self.members |= members
         self.__dict__ |= members
         return self
 
 
-class MalformedRequest(WalletError, status=400, code="malformed_request", title="The request is malformed."):
+class MalformedRequest(WalletError, status=400, code="malformed_request",
+                       title="The request is malformed."):
     """It is not HTTP or JSON as the contract has it, or a header or parameter is bad."""
 
-class Unauthorized(WalletError, status=401, code="unauthorized", title="A valid bearer token is needed."):
-    """There is none, or not a valid one (RFC 6750). Unknown account and wrong secret answer alike."""
 
-    advice = "Send the header 'Authorization: Bearer ...', with the token of the account, or of the issuer."
+class Unauthorized(WalletError, status=401, code="unauthorized",
+                   title="A valid bearer token is needed."):
+    """No valid token was sent (RFC 6750). Unknown account and wrong secret answer alike."""
+
+    advice = ("Send the header 'Authorization: Bearer ...', with the token of the account, or of"
+              " the issuer.")
     headers = {"WWW-Authenticate": 'Bearer realm="wallet"'}
+
 
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer realm="wallet", error="invalid_token"'}
 
 
-class InsufficientFunds(WalletError, status=402, code="insufficient_funds", title="The balance is too low."):
+class InsufficientFunds(WalletError, status=402, code="insufficient_funds",
+                        title="The balance is too low."):
     """Less is available than this needs, and nothing changed. All amounts are in minor units."""
 
     balance: int
     available: int
     required: int
 
-class Forbidden(WalletError, status=403, code="forbidden", title="This token does not allow that."):
-    """Where there is an issuer, its token makes and fills accounts, and an account's own does all else."""
+
+class Forbidden(WalletError, status=403, code="forbidden",
+                title="This token does not allow that."):
+    """Where there is an issuer, its token makes and fills accounts. Their own do the rest."""
+
 
 class AccountFrozen(WalletError, status=403, code="account_frozen", title="The account is frozen."):
     """It can be read, and receives nothing and spends nothing."""
 
     advice = "The account is frozen. Whoever runs the wallet can unfreeze it."
 
+
 class NotFound(WalletError, status=404, code="not_found", title="There is nothing here."):
     """There is no such route, transaction or hold, or it is not this account's."""
 
-class AccountNotFound(NotFound, status=404, code="account_not_found", title="There is no such account."):
+
+class AccountNotFound(NotFound, status=404, code="account_not_found",
+                      title="There is no such account."):
     """No account has this id."""
 
-class MethodNotAllowed(WalletError, status=405, code="method_not_allowed", title="Another method is needed."):
+
+class MethodNotAllowed(WalletError, status=405, code="method_not_allowed",
+                       title="Another method is needed."):
     """The route exists, for the methods that `Allow` names."""
 
-class HoldNotActive(WalletError, status=409, code="hold_not_active", title="The hold is not active."):
+
+class HoldNotActive(WalletError, status=409, code="hold_not_active",
+                    title="The hold is not active."):
     """It was captured or released, or it has expired. `hold_status` says which."""
 
-    hold_status: str
+    hold_status: HoldStatus
+
 
 class BodyTooLarge(WalletError, status=413, code="body_too_large", title="The body is too large."):
     """It has more than BODY_BYTES_MAX bytes, or BATCH_BODY_BYTES_MAX for a batch."""
 
-    advice = f"A body may have at most {BODY_BYTES_MAX} bytes, and that of a batch {BATCH_BODY_BYTES_MAX}."
+    advice = (f"A body may have at most {BODY_BYTES_MAX} bytes, and that of a batch"
+              f" {BATCH_BODY_BYTES_MAX}.")
 
-class UnsupportedMediaType(WalletError, status=415, code="unsupported_media_type", title="The body must be JSON."):
+
+class UnsupportedMediaType(WalletError, status=415, code="unsupported_media_type",
+                           title="The body must be JSON."):
     """The body does not come with `Content-Type: application/json`."""
 
     advice = "Send the header 'Content-Type: application/json', and a JSON object."
 
-class ValidationFailed(WalletError, status=422, code="validation_failed", title="A field is out of its rules."):
+
+class ValidationFailed(WalletError, status=422, code="validation_failed",
+                       title="A field is out of its rules."):
     """`errors` has every wrong field, each with a JSON pointer and what it must be."""
 
     errors: list[dict[str, str]]
 
-class BalanceLimitExceeded(WalletError, status=422, code="balance_limit_exceeded", title="The balance is too high."):
-    """It would be above AMOUNT_MAX. `balance` is what it is, in minor units, None where it is another account's."""
+
+class BalanceLimitExceeded(WalletError, status=422, code="balance_limit_exceeded",
+                           title="The balance is too high."):
+    """It would be above AMOUNT_MAX. `balance` is None where it is another account's."""
 
     balance: int | None = None
 
-class NotRefundable(WalletError, status=422, code="not_refundable", title="This cannot be refunded."):
-    """Only a charge can be, and this transaction is none."""
 
-class RefundExceedsCharge(WalletError, status=422, code="refund_exceeds_charge", title="The refund is too high."):
-    """All refunds of a charge together would exceed it. `refundable` is what is left, in minor units."""
+class NotRefundable(WalletError, status=422, code="not_refundable",
+                    title="This cannot be refunded."):
+    """Only a charge can be refunded."""
+
+
+class RefundExceedsCharge(WalletError, status=422, code="refund_exceeds_charge",
+                          title="The refund is too high."):
+    """All refunds of a charge would exceed it. `refundable` is what is left, in minor units."""
 
     refundable: int
 
-class IdempotencyKeyReused(WalletError, status=422, code="idempotency_key_reused", title="The key was used before."):
+
+class IdempotencyKeyReused(WalletError, status=422, code="idempotency_key_reused",
+                           title="The key was used before."):
     """It was sent with another request."""
 
-    advice = "This Idempotency-Key came with another request before. A new request needs a new key."
+    advice = ("This Idempotency-Key came with another request before. A new request needs a new"
+              " key.")
 
-class HeadersTooLarge(WalletError, status=431, code="headers_too_large", title="The headers are too large."):
+
+class HeadersTooLarge(WalletError, status=431, code="headers_too_large",
+                      title="The headers are too large."):
     """The request line and the headers have more than HEADER_BYTES_MAX bytes."""
 
     advice = f"The request line and the headers may have at most {HEADER_BYTES_MAX} bytes."
 
-class InternalError(WalletError, status=500, code="internal_error", title="The wallet has a fault."):
+
+class InternalError(WalletError, status=500, code="internal_error",
+                    title="The wallet has a fault."):
     """A bug. The log has its traceback, under the request id."""
 
     advice = "The wallet's log says why, under this answer's X-Request-Id."
 
-class Unavailable(WalletError, status=503, code="unavailable", title="The wallet cannot do this now."):
+
+class Unavailable(WalletError, status=503, code="unavailable",
+                  title="The wallet cannot do this now."):
     """It is busy, full, broken or away. Nothing was changed, so the same can be tried again."""
 
     headers = {"Retry-After": "1"}
 
-class OutcomeUnknown(Unavailable, status=503, code="outcome_unknown", title="It is not known whether this was done."):
+
+class OutcomeUnknown(Unavailable, status=503, code="outcome_unknown",
+                     title="It is not known whether this was done."):
     """The commit failed in a way that does not tell whether it is kept."""
 
-    advice = "Send the same request again, with the same Idempotency-Key: it has its effect once."
+    advice = ("Send the same request again, with the same Idempotency-Key: it has its effect"
+              " once.")
 
-class ConfigurationError(WalletError, status=500, code="configuration", title="The wallet cannot start like this."):
+
+class ConfigurationError(WalletError, status=500, code="configuration",
+                         title="The wallet cannot start like this."):
     """It cannot be opened, started or copied as it was asked to. No request raises it."""
+
 
 class WrongBooks(ConfigurationError, status=500, code="wrong_books", title="The books are wrong."):
     """What is kept contradicts itself, or is damaged. No request raises it."""
 
 
-# Values ###############################################################################################
+# Values ###########################################################################################
 
-# The types of a transaction, and what each does to the balance.
-SIGN_BY_TYPE = {"topup": +1, "charge": -1, "refund": +1, "transfer_in": +1, "transfer_out": -1}
+TransactionType = Literal["topup", "charge", "refund", "transfer_in", "transfer_out"]
+HoldStatus = Literal["active", "captured", "released", "expired"]
+# What each type of transaction does to the balance.
+SIGN_BY_TYPE: dict[TransactionType, int] = {
+    "topup": +1, "charge": -1, "refund": +1, "transfer_in": +1, "transfer_out": -1}
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 UNKEYED = "0" * 64  # The fingerprint of a request without a key: it cannot come again.
 CHECKSUM_PLACES = [62**place for place in range(5, -1, -1)]
@@ -420,7 +440,10 @@ EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 @dataclass(frozen=True)
 class Account:
-    """An account as it stands, in minor units of `currency`. `available` is the balance without what is held."""
+    """An account as it stands. `available` is the balance without what is held.
+
+    Amounts are in minor units of `currency`.
+    """
 
     id: str
     name: str
@@ -435,13 +458,13 @@ class Account:
 class Transaction:
     """One movement of money. `amount` is positive, and `balance` is the account's after it.
 
-    `reference` is the id of the charge that a refund gives back, of the hold that a charge captures, or of
-    the other account of a transfer. `replayed` is True when its idempotency key had its effect before: this
-    is that answer again.
+    `reference` is the id of the charge that a refund gives back, of the hold that a charge
+    captures, or of the other account of a transfer. `replayed` is True when the idempotency key
+    had its effect before: then this is that answer again.
     """
 
     id: str
-    type: str
+    type: TransactionType
     amount: int
     balance: int
     description: str | None
@@ -453,11 +476,11 @@ class Transaction:
 
 @dataclass(frozen=True)
 class Hold:
-    """Money set aside. `status` is active, captured, released or expired; `captured` is what was charged of it."""
+    """Money set aside. `captured` is how much of it was charged."""
 
     id: str
     amount: int
-    status: str
+    status: HoldStatus
     captured: int
     expires_at: datetime
     description: str | None
@@ -474,24 +497,35 @@ class Page(NamedTuple):
 
 
 class HoldPage(NamedTuple):
-    """A part of an account's holds, newest first, and the cursor of the next part, if there is one."""
+    """A part of an account's holds, newest first, and the cursor of the next part, if any."""
 
     holds: list[Hold]
     next_cursor: str | None
 
 
-class Options(TypedDict, total=False):
-    """What every method that moves or holds money takes by name. A `token` must be the account's, if it is given."""
+class _Options(TypedDict, total=False):
+    """What every method that moves or holds money takes by name.
+
+    If a `token` is given, it must be the account's.
+    """
 
     metadata: dict[str, str] | None
     key: str | None
     token: str | None
 
 
-class _Stamp(NamedTuple):
-    """What gives a request its effect once: its idempotency key, and a digest of all that it asks for.
+class _Filters(TypedDict, total=False):
+    """What part of a history is asked for: from `since` on, before `until` (RFC 3339 or aware)."""
 
-    With `token_hash`, it has none unless that is the hash of the account's token.
+    type: TransactionType | None
+    since: str | datetime | None
+    until: str | datetime | None
+
+
+class _Stamp(NamedTuple):
+    """What gives a request its effect only once: its key, and a digest of all that it asks for.
+
+    With `token_hash` it has no effect unless that is the hash of the account's token.
     """
 
     key: str
@@ -499,7 +533,7 @@ class _Stamp(NamedTuple):
     token_hash: str | None = None
 
     def check_token(self, rows: Sequence[_Row]) -> None:
-        """Raise Unauthorized if this came with a token, and it is not the one whose hash is the first of all rows."""
+        """Raise Unauthorized if a token was sent whose hash is not the first value of `rows`."""
         if self.token_hash and not (rows and secrets.compare_digest(self.token_hash, rows[0][0])):
             raise Unauthorized(headers=INVALID_TOKEN)
 
@@ -509,7 +543,7 @@ class _Stamp(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What is to be written into an account's history. `held` is how it changes what is held, in minor units."""
+    """What is to be written into an account's history. `held` is the change of what is held."""
 
     account_id: str
     type: str
@@ -532,14 +566,15 @@ def _make_token(account_id: str) -> str:
 
 
 def _checksum(text: str) -> str:
-    """Return the CRC-32 of `text` in six base62 digits. With it a typo is refused without the database."""
+    """Return the CRC-32 of `text` in six base62 digits: a typo is refused without the database."""
     crc = zlib.crc32(text.encode())
     return "".join([BASE62[crc // place % 62] for place in CHECKSUM_PLACES])
 
 
 def _parse_token(token: object) -> str:
-    """Return the id of the account that a token says it is of. Raises Unauthorized, for a typo too."""
-    if isinstance(token, str) and re.fullmatch("wlt_[0-9A-Za-z]{54}", token) and _checksum(token[:-6]) == token[-6:]:
+    """Return the id of the account that a token says it is for. Raises Unauthorized."""
+    if (isinstance(token, str) and re.fullmatch("wlt_[0-9A-Za-z]{54}", token)
+            and _checksum(token[:-6]) == token[-6:]):
         return "acc_" + token[4:20]
     raise Unauthorized(headers=INVALID_TOKEN)
 
@@ -550,8 +585,13 @@ def _hash_token(token: str) -> str:
 
 
 def _make_entry_id(kind: str, account_id: str, sequence: int) -> str:
-    """Return the id of an account's n-th entry, a transaction or a hold: unique, and found by the primary key."""
+    """Return the id of an account's n-th entry. It is unique, and the primary key finds it."""
     return f"{kind}_{account_id.removeprefix('acc_')}_{sequence}"
+
+
+def _now_us() -> int:
+    """Return the time as the tables have it."""
+    return time.time_ns() // 1000
 
 
 def _as_us(moment: datetime) -> int:
@@ -565,10 +605,11 @@ def _as_time(time_us: int) -> datetime:
 
 
 def _as_transaction(account_id: str, row: _Row, replayed: bool = False) -> Transaction:
-    """Return the transaction that a row of TRANSACTION_COLUMNS is."""
+    """Return the transaction in a row of TRANSACTION_COLUMNS."""
     sequence, type, amount, balance, description, metadata, reference, created_at_us = row
-    return Transaction(_make_entry_id("txn", account_id, sequence), type, amount, balance, description,
-                       json.loads(metadata) if metadata else {}, reference, _as_time(created_at_us), replayed)
+    return Transaction(
+        _make_entry_id("txn", account_id, sequence), type, amount, balance, description,
+        json.loads(metadata) if metadata else {}, reference, _as_time(created_at_us), replayed)
 
 
 def _parse_account_id(value: object) -> str:
@@ -579,8 +620,12 @@ def _parse_account_id(value: object) -> str:
 
 
 def _parse_entry_id(kind: str, account_id: str, value: object) -> int:
-    """Return the sequence number in the id of a transaction or hold. Raises NotFound if it is not this account's."""
-    match = re.fullmatch("([a-z]{3}_[0-9A-Za-z]{16}_)([1-9][0-9]{0,17})", value) if isinstance(value, str) else None
+    """Return the sequence number in the id of a transaction or hold of this account.
+
+    Raises NotFound.
+    """
+    pattern = "([a-z]{3}_[0-9A-Za-z]{16}_)([1-9][0-9]{0,17})"
+    match = re.fullmatch(pattern, value) if isinstance(value, str) else None
     if match and match[1] == _make_entry_id(kind, _parse_account_id(account_id), 0)[:-1]:
         return int(match[2])
     raise NotFound("This account has no such transaction or hold.")
@@ -591,36 +636,42 @@ def _parse_cursor(kind: str, account_id: str, value: str) -> int:
     try:
         return _parse_entry_id(kind, account_id, value)
     except NotFound:
-        raise MalformedRequest("cursor and after must be ids that an earlier page of this account had.") from None
+        advice = "cursor and after must be ids that an earlier page of this account had."
+        raise MalformedRequest(advice) from None
 
 
 def _parse_time(value: str | datetime) -> int:
     """Return a time, of RFC 3339 or aware, in microseconds since 1970. Raises MalformedRequest."""
     pattern = r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?([Zz]|[-+ ]\d\d:\d\d)"
-    with suppress(ValueError, TypeError, AttributeError, OverflowError):
+    with suppress(ValueError, TypeError, OverflowError):
         if isinstance(value, datetime):
             return _as_us(value)
-        date, clock, fraction, zone = re.fullmatch(pattern, value, re.ASCII).groups("")  # type: ignore[union-attr]
-        zone = "+00:00" if zone in "Zz" else zone.replace(" ", "+")  # In a query, a bare plus means a space.
-        moment = datetime.fromisoformat(f"{date}T{clock}.{fraction[:6]:0<6}{zone}")
-        return _as_us(moment.astimezone(timezone.utc))  # Raises OverflowError before the year 1 and after 9999.
-    raise MalformedRequest("A time must be as in RFC 3339: 2026-11-22T09:30:00Z, or with an offset for the Z.")
+        if match := re.fullmatch(pattern, value, re.ASCII):
+            date, clock, fraction, zone = match.groups("")
+            # In a query, a bare plus means a space.
+            zone = "+00:00" if zone in "Zz" else zone.replace(" ", "+")
+            moment = datetime.fromisoformat(f"{date}T{clock}.{fraction[:6]:0<6}{zone}")
+            return _as_us(moment.astimezone(timezone.utc))  # Raises before year 1 and after 9999.
+    raise MalformedRequest(
+        "A time must be as in RFC 3339: 2026-11-22T09:30:00Z, or with an offset for the Z.")
 
 
 def _parse_key(value: object) -> str:
-    """Return an idempotency key, sent or reserved. Raises MalformedRequest, since it travels in a header."""
-    if isinstance(value, str) and re.fullmatch(f"[ -~]{{1,{KEY_CHARACTERS_MAX}}}|§[0-9a-f]{{64}}", value):
+    """Return an idempotency key, sent or reserved. Raises MalformedRequest."""
+    pattern = f"[ -~]{{1,{KEY_CHARACTERS_MAX}}}|§[0-9a-f]{{64}}"
+    if isinstance(value, str) and re.fullmatch(pattern, value):
         return value
-    raise MalformedRequest(f"Idempotency-Key must be 1 to {KEY_CHARACTERS_MAX} printable ASCII characters.")
+    raise MalformedRequest(
+        f"Idempotency-Key must be 1 to {KEY_CHARACTERS_MAX} printable ASCII characters.")
 
 
 def _make_key() -> str:
-    """Return a new idempotency key. They rise with time, so that an account's come next to each other in an index."""
+    """Return a new idempotency key. Keys rise with time, so that an index takes them in order."""
     return f"{time.time_ns():016x}-{secrets.token_urlsafe(12)}"
 
 
 def _reserve_key(text: str) -> str:
-    """Return a key that no client can have taken: it is not ASCII, and no header with it is let in."""
+    """Return a key that no client can send: it is not ASCII, and no header with it is let in."""
     return "§" + hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -633,7 +684,8 @@ def _parse_limit(value: int | str) -> int:
     raise MalformedRequest(f"limit must be an integer from 1 to {PAGE_LIMIT_MAX}.")
 
 
-# A rule takes the value of a field, None where it is missing, and returns it parsed or raises ValueError.
+# A rule takes the value of a field, None where it is missing, and returns it parsed or raises
+# ValueError with what it must be.
 _Rule = Callable[[Any], Any]
 _Rules = Mapping[str, _Rule]
 
@@ -644,7 +696,7 @@ def _optional(rule: _Rule, default: object = None) -> _Rule:
 
 
 def _integer(maximum: int, unit: str) -> _Rule:
-    """Return the rule for an integer from 1: True, 1.0 and "5" are none."""
+    """Return the rule for an integer from 1. True, 1.0 and "5" are none."""
 
     def parse(value: object) -> int:
         if type(value) is int and 1 <= value <= maximum:
@@ -655,16 +707,18 @@ def _integer(maximum: int, unit: str) -> _Rule:
 
 
 def _text(maximum: int, minimum: int = 0, *, trimmed: bool = False) -> _Rule:
-    """Return the rule for a line of so many characters, without what databases disagree on, such as NUL."""
+    """Return the rule for one line of text, without what databases disagree on, such as NUL."""
 
     def parse(value: object) -> str:
         if not isinstance(value, str):
             raise ValueError("must be a string")
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-            raise ValueError("must not have control characters, such as line breaks, or lone surrogates")
+            raise ValueError(
+                "must not have control characters, such as line breaks, or lone surrogates")
         value = value.strip() if trimmed else value
         if not minimum <= len(value) <= maximum:
-            raise ValueError(f"must have {f'{minimum} to' if minimum else 'at most'} {maximum} characters")
+            least = f"{minimum} to" if minimum else "at most"
+            raise ValueError(f"must have {least} {maximum} characters")
         return value
 
     return parse
@@ -674,15 +728,16 @@ def _parse_metadata(value: object) -> dict[str, str]:
     """Return metadata as it was given. Raises ValueError."""
     if not isinstance(value, dict) or len(value) > METADATA_ENTRIES_MAX:
         raise ValueError(f"must be an object of at most {METADATA_ENTRIES_MAX} strings")
-    parse_key, parse_value = _text(METADATA_NAME_CHARACTERS_MAX, 1), _text(METADATA_VALUE_CHARACTERS_MAX)
+    parse_name = _text(METADATA_NAME_CHARACTERS_MAX, 1)
+    parse_value = _text(METADATA_VALUE_CHARACTERS_MAX)
     try:
-        return {parse_key(name): parse_value(one) for name, one in value.items()}
+        return {parse_name(name): parse_value(one) for name, one in value.items()}
     except ValueError as error:
         raise ValueError(f"has a name or a value that {error}") from None
 
 
 def _parse_account(value: object) -> str:
-    """Return an account id. Raises ValueError, and AccountNotFound for a string that no id looks like."""
+    """Return an account id. Raises ValueError, or AccountNotFound for a string that is no id."""
     if not isinstance(value, str):
         raise ValueError("must be the id of an account")
     return _parse_account_id(value)
@@ -697,13 +752,15 @@ def _parse_batch_type(value: object) -> object:
 
 _parse_amount = _integer(AMOUNT_MAX, "minor units (1250 for 12.50 dollars)")
 NAME: _Rules = {"name": _text(NAME_CHARACTERS_MAX, 1, trimmed=True)}
-TEXTS: _Rules = {"description": _optional(_text(DESCRIPTION_CHARACTERS_MAX)), "metadata": _optional(_parse_metadata, {})}
+TEXTS: _Rules = {"description": _optional(_text(DESCRIPTION_CHARACTERS_MAX)),
+                 "metadata": _optional(_parse_metadata, {})}
 MOVEMENT: _Rules = {"amount": _parse_amount, **TEXTS}
-PART: _Rules = {"amount": _optional(_parse_amount), **TEXTS}  # Without an amount, all that there is.
+PART: _Rules = {"amount": _optional(_parse_amount), **TEXTS}  # Without an amount, all there is.
 TRANSFER: _Rules = {"to": _parse_account, **MOVEMENT}
-HOLD: _Rules = {**MOVEMENT, "expires_in_s": _optional(_integer(HOLD_MAX_S, "seconds"), HOLD_DEFAULT_S)}
+HOLD: _Rules = {
+    **MOVEMENT, "expires_in_s": _optional(_integer(HOLD_MAX_S, "seconds"), HOLD_DEFAULT_S)}
 TOPUP_BY_ISSUER: _Rules = {"account": _parse_account, **MOVEMENT}
-TRANSACTIONS: _Rules = {"transactions": lambda values: values}  # See parse_batch.
+TRANSACTIONS: _Rules = {"transactions": lambda values: values}  # See _parse_batch.
 BATCH_OF_ONE_ACCOUNT: _Rules = {"type": _parse_batch_type, **MOVEMENT}
 BATCH: _Rules = {"account": _parse_account, **BATCH_OF_ONE_ACCOUNT}
 
@@ -715,15 +772,16 @@ def _parse_fields(rules: _Rules, values: Mapping[str, object]) -> dict[str, Any]
         try:
             fields[name] = rule(values.get(name))
         except ValueError as error:
-            errors.append((_json_pointer(name), str(error) if name in values else f"is missing; it {error}"))
+            detail = str(error) if name in values else f"is missing; it {error}"
+            errors.append((_json_pointer(name), detail))
     known = f"is not known; known are: {', '.join(rules) or 'none'}"
     errors += [(_json_pointer(name), known) for name in values if name not in rules]
     _refuse_fields(errors)
     return fields
 
 
-def _parse_request(rules: _Rules, account_id: str, *request: object, key: str | None = None, token: str | None = None,
-                  **values: object) -> tuple[dict[str, Any], _Stamp]:
+def _parse_request(rules: _Rules, account_id: str, *request: object, key: str | None = None,
+                   token: str | None = None, **values: object) -> tuple[dict[str, Any], _Stamp]:
     """Return a request's fields, parsed, and its stamp.
 
     Raises AccountNotFound, ValidationFailed, and MalformedRequest for the key.
@@ -734,26 +792,33 @@ def _parse_request(rules: _Rules, account_id: str, *request: object, key: str | 
 
 
 def _make_stamp(key: str | None, token: str | None, *request: object) -> _Stamp:
-    """Return the stamp of a request, with a key of its own if it came with none. Raises MalformedRequest."""
+    """Return the stamp of a request, with a new key if it has none. Raises MalformedRequest."""
     token_hash = None if token is None else _hash_token(token)
     if key is None:
         return _Stamp(_make_key(), UNKEYED, token_hash)
-    parts = [dict(sorted(part.items())) if isinstance(part, dict) else part for part in request if part != {}]
-    return _Stamp(_parse_key(key), hashlib.sha256(json.dumps(parts).encode()).hexdigest(), token_hash)
+    parts = [dict(sorted(part.items())) if isinstance(part, dict) else part
+             for part in request if part != {}]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return _Stamp(_parse_key(key), digest, token_hash)
 
 
 def _parse_batch(values: object, account_id: str | None) -> list[_Entry]:
-    """Return the movements of a batch, of one account or each of its own. Raises what `parse_fields` does."""
+    """Return the movements of a batch, of one account or each of its own.
+
+    Raises ValidationFailed, and AccountNotFound with its index.
+    """
     entries, errors = [], []
     if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= BATCH_MAX:
-        errors, values = [("#/transactions", f"must be a list of 1 to {BATCH_MAX} movements")], []
+        errors.append(("#/transactions", f"must be a list of 1 to {BATCH_MAX} movements"))
+        values = []
+    rules = BATCH_OF_ONE_ACCOUNT if account_id else BATCH
     for index, value in enumerate(values):
         try:
-            rules = BATCH_OF_ONE_ACCOUNT if account_id else BATCH
             fields = _parse_fields(rules, value if isinstance(value, Mapping) else {})
             entries.append(_Entry(fields.pop("account", account_id), **fields))
         except ValidationFailed as error:
-            errors += [(f"#/transactions/{index}{one['pointer'][1:]}", one["detail"]) for one in error.errors]
+            errors += [(f"#/transactions/{index}{one['pointer'][1:]}", one["detail"])
+                       for one in error.errors]
         except AccountNotFound as error:
             raise error.add(index=index) from None
     _refuse_fields(errors)
@@ -761,25 +826,31 @@ def _parse_batch(values: object, account_id: str | None) -> list[_Entry]:
 
 
 def _refuse_fields(errors: Sequence[tuple[str, str]]) -> None:
-    """Raise ValidationFailed if there are errors, each the pointer of a field and what it must be."""
-    listed = [{"pointer": pointer, "detail": detail} for pointer, detail in errors[:FIELD_ERRORS_MAX]]
+    """Raise ValidationFailed if there are errors: the pointer of a field, and what it must be."""
+    listed = [{"pointer": pointer, "detail": detail}
+              for pointer, detail in errors[:FIELD_ERRORS_MAX]]
     if listed:
-        raise ValidationFailed("; ".join(" ".join(one.values()) for one in listed[:3]) + ".", errors=listed)
+        first = "; ".join(" ".join(one.values()) for one in listed[:3])
+        raise ValidationFailed(f"{first}.", errors=listed)
 
 
 def _json_pointer(name: object) -> str:
     """Return the pointer to a field, as a URI fragment (RFC 6901, section 6)."""
-    return "#/" + quote(_hide_tokens(str(name)[:100]).replace("~", "~0").replace("/", "~1"), "/*", errors="replace")
+    escaped = _hide_tokens(str(name)[:100]).replace("~", "~0").replace("/", "~1")
+    return "#/" + quote(escaped, "/*", errors="replace")
 
 
-# Wallet ###############################################################################################
+# Wallet ###########################################################################################
 
-TRANSACTION_COLUMNS = "sequence, type, amount, balance, description, metadata, reference, created_at"
+TRANSACTION_COLUMNS = (
+    "sequence, type, amount, balance, description, metadata, reference, created_at")
 ENTRY_COLUMNS = f"account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS}"
-INSERT_ENTRY = f"INSERT INTO transactions ({ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-CLOCK = "CASE WHEN updated_at < ? THEN ? ELSE updated_at END"  # It takes the time twice, and never goes back.
-POST = f"""UPDATE accounts
-    SET balance = balance + ?, held = held + ?, last_sequence = last_sequence + 1, updated_at = {CLOCK}
+INSERT_ENTRY = f"""
+    INSERT INTO transactions ({ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+CLOCK = "CASE WHEN updated_at < ? THEN ? ELSE updated_at END"  # Takes the time twice; never back.
+POST = f"""
+    UPDATE accounts SET balance = balance + ?, held = held + ?,
+        last_sequence = last_sequence + 1, updated_at = {CLOCK}
     WHERE id = ? AND frozen = 0 AND balance + ? <= ? AND held + ? BETWEEN 0 AND balance + ?
         AND token_hash = coalesce(?, token_hash)
         AND NOT EXISTS (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
@@ -787,10 +858,12 @@ POST = f"""UPDATE accounts
 ACCOUNT = """
     SELECT token_hash, id, name, balance, balance - held + (
         SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
-        WHERE account_id = accounts.id AND status = 'active' AND expires_at <= ?), frozen, created_at
+        WHERE account_id = accounts.id AND status = 'active' AND expires_at <= ?), frozen,
+        created_at
     FROM accounts"""
 HOLDS = """
-    SELECT h.sequence, h.amount, CASE WHEN status = 'active' AND expires_at <= ? THEN 'expired' ELSE status END,
+    SELECT h.sequence, h.amount,
+        CASE WHEN status = 'active' AND expires_at <= ? THEN 'expired' ELSE status END,
         captured, expires_at, description, metadata, created_at
     FROM holds h JOIN transactions t ON t.account_id = h.account_id AND t.sequence = h.sequence
     WHERE h.account_id = ? AND h.sequence BETWEEN ? AND ? ORDER BY h.sequence DESC LIMIT ?"""
@@ -799,25 +872,27 @@ HOLDS = """
 class Wallet:
     """Accounts and their money, in the database that `dsn` names (see `open_database`).
 
-    Amounts are integers in minor units. Every method may be called from many threads, and raises
-    Unavailable when the database cannot do it now. `currency` is three capital letters (ISO 4217), fixed
-    when the database is made. `connections` is how many are kept to Postgres at most. With `read_only`,
-    nothing is ever written. Raises ConfigurationError when the database cannot be opened, or is not there
-    and must not be made.
+    Amounts are integers in minor units. Many threads may call every method, and each raises
+    Unavailable when the database cannot do it now. `currency` is three capital letters (ISO 4217),
+    fixed when the database is made. At most `connections` are kept to Postgres. With `read_only`
+    nothing is ever written. Raises ConfigurationError when the database cannot be opened, or when
+    it is not there and `create` is False.
     """
 
-    def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None, connections: int = 8,
-                 create: bool = True, read_only: bool = False) -> None:
+    def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None,
+                 connections: int = 8, create: bool = True, read_only: bool = False) -> None:
         if currency and not re.fullmatch("[A-Z]{3}", currency):
             raise ConfigurationError("the currency must be three capital letters, such as USD")
         create = create and not read_only
+        _check_files("checks.sql")
         self.database = open_database(dsn, connections, create, read_only)
         try:
             self.currency = self._prepare(currency, create, {} if read_only else MIGRATIONS)
         except BaseException as error:
             self.database.close()
             if isinstance(error, (OSError, NotFound, Unavailable)):
-                raise ConfigurationError(f"cannot use {self.database.location}: {error}") from error
+                message = f"cannot use {self.database.location}: {error}"
+                raise ConfigurationError(message) from error
             raise
 
     def __enter__(self) -> Wallet:
@@ -831,16 +906,18 @@ class Wallet:
         self.database.close()
 
     def register(self, name: str) -> tuple[Account, str]:
-        """Make an account with a balance of 0; return it and its token, which is never told again.
+        """Make an account with a balance of 0. Return it and its token, which is shown only now.
 
         Raises ValidationFailed.
         """
         name = _parse_fields(NAME, {"name": name})["name"]
         account_id = "acc_" + _random_base62(16)
-        token, now_us = _make_token(account_id), time.time_ns() // 1000
-        # Where it was not known whether the first try was kept, there may be one: no id is made twice.
-        sql = "INSERT INTO accounts VALUES (?, ?, ?, 0, 0, 0, 0, ?, ?) ON CONFLICT (id) DO NOTHING"
-        self.database.write(lambda tx: tx(sql, account_id, name, _hash_token(token), now_us, now_us))
+        token, now_us = _make_token(account_id), _now_us()
+        # The account may be there already, if an earlier COMMIT was not answered.
+        sql = """INSERT INTO accounts VALUES (?, ?, ?, 0, 0, 0, 0, ?, ?)
+                 ON CONFLICT (id) DO NOTHING"""
+        self.database.write(
+            lambda tx: tx(sql, account_id, name, _hash_token(token), now_us, now_us))
         return Account(account_id, name, self.currency, 0, 0, False, _as_time(now_us)), token
 
     def authenticate(self, token: str) -> Account:
@@ -853,17 +930,17 @@ class Wallet:
         raise Unauthorized(headers=INVALID_TOKEN)
 
     def replace_token(self, account_id: str, token: str | None = None) -> str:
-        """Return a new token of an account; the old one is dead from then on.
+        """Return a new token of an account. The old one is dead from then on.
 
-        With `token`, only while that is the one: of two who replace it at once, one succeeds. Raises
-        Unauthorized, AccountNotFound.
+        With `token`, the account's must still be that one: of two who replace it at once, one
+        succeeds. Raises Unauthorized, AccountNotFound.
         """
         new_token = _make_token(_parse_account_id(account_id))
         if token is not None and self.authenticate(token).id != account_id:
             raise Unauthorized(headers=INVALID_TOKEN)
-        new_hash = _hash_token(new_token)
-        # The new one may be there already, if a COMMIT was not answered.
-        condition, hashes = (" AND token_hash IN (?, ?)", [_hash_token(token), new_hash]) if token else ("", [])
+        new_hash, condition, hashes = _hash_token(new_token), "", []
+        if token:  # The new one may be there already, if an earlier COMMIT was not answered.
+            condition, hashes = " AND token_hash IN (?, ?)", [_hash_token(token), new_hash]
         sql = f"UPDATE accounts SET token_hash = ? WHERE id = ?{condition} RETURNING id"
         if not self.database.write(lambda tx: tx(sql, new_hash, account_id, *hashes)):
             raise Unauthorized(headers=INVALID_TOKEN) if token else AccountNotFound()
@@ -871,51 +948,67 @@ class Wallet:
 
     def account(self, account_id: str) -> Account:
         """Return an account as it stands. Raises AccountNotFound."""
-        return self.database.read(lambda tx: self._account(tx, _parse_account_id(account_id)))[1]
+        account_id = _parse_account_id(account_id)
+        return self.database.read(lambda tx: self._account(tx, account_id))[1]
 
     def accounts(self) -> Iterator[Account]:
-        """Yield all accounts, in the order of their ids, little in memory at a time."""
+        """Yield all accounts in the order of their ids, few of them in memory at a time."""
         sql = f"{ACCOUNT} WHERE id > ? ORDER BY id LIMIT {COPY_ROWS}"
         last_id = ""
-        while rows := self._read(sql, time.time_ns() // 1000, last_id):
+        while rows := self._read(sql, _now_us(), last_id):
             yield from (self._as_account(*row) for _, *row in rows)
             last_id = rows[-1][1]
 
     def freeze(self, account_id: str, frozen: bool = True) -> None:
-        """Let an account receive nothing and spend nothing, or with False let it again. Raises AccountNotFound."""
+        """Let an account receive and spend nothing, or with False let it again.
+
+        Raises AccountNotFound.
+        """
+        account_id = _parse_account_id(account_id)
         sql = "UPDATE accounts SET frozen = ? WHERE id = ? RETURNING id"
-        if not self.database.write(lambda tx: tx(sql, int(bool(frozen)), _parse_account_id(account_id))):
+        if not self.database.write(lambda tx: tx(sql, int(bool(frozen)), account_id)):
             raise AccountNotFound()
 
     def topup(self, account_id: str, amount: int, description: str | None = None,
-              **options: Unpack[Options]) -> Transaction:
-        """Add to the balance, at most once per key. Raises BalanceLimitExceeded, and what `_post` does."""
+              **options: Unpack[_Options]) -> Transaction:
+        """Add to the balance, at most once per key.
+
+        Raises AccountNotFound, AccountFrozen, BalanceLimitExceeded, IdempotencyKeyReused,
+        MalformedRequest, Unauthorized, ValidationFailed.
+        """
         return self._move("topup", account_id, amount, description, **options)
 
     def charge(self, account_id: str, amount: int, description: str | None = None,
-               **options: Unpack[Options]) -> Transaction:
-        """Take from what is available, at most once per key. Raises InsufficientFunds, and what `_post` does."""
+               **options: Unpack[_Options]) -> Transaction:
+        """Take from what is available, at most once per key.
+
+        Raises InsufficientFunds, and what `topup` does.
+        """
         return self._move("charge", account_id, amount, description, **options)
 
-    def _move(self, type: str, account_id: str, amount: int, description: str | None,
-              **options: Unpack[Options]) -> Transaction:
-        fields, stamp = _parse_request(MOVEMENT, account_id, type, amount=amount, description=description, **options)
+    def _move(self, type: TransactionType, account_id: str, amount: int, description: str | None,
+              **options: Unpack[_Options]) -> Transaction:
+        fields, stamp = _parse_request(
+            MOVEMENT, account_id, type, amount=amount, description=description, **options)
         entry = _Entry(account_id, type, **fields)
         return self.database.write(lambda tx: self._post(tx, entry, stamp))
 
-    def batch(self, transactions: Sequence[Mapping[str, object]], *, account_id: str | None = None,
-              key: str | None = None, token: str | None = None) -> list[Transaction]:
+    def batch(self, transactions: Sequence[Mapping[str, object]], *,
+              account_id: str | None = None, key: str | None = None,
+              token: str | None = None) -> list[Transaction]:
         """Make up to BATCH_MAX topups and charges, in order, all or none, at most once per key.
 
-        Each is a dict with the `type`, `amount`, `description` and `metadata` of a movement, and the id of its
-        `account`, unless `account_id` is given for all. What one of them raises has its `index`.
+        Each is a dict with the `type`, `amount`, `description` and `metadata` of a movement, and
+        with the id of its `account`, unless `account_id` is given for all. An error that one of
+        them raises has its `index`.
         """
         entries = _parse_batch(transactions, account_id)
         stamp = _make_stamp(key, token, "batch", *entries)
-        firsts: dict[str, int] = {}  # The first movement of each account has the key itself, so that all know it.
+        firsts: dict[str, int] = {}  # An account's first movement has the key itself.
         for index, entry in enumerate(entries):
             firsts.setdefault(entry.account_id, index)
-        stamps = [stamp if firsts[entry.account_id] == index else stamp.derive(entry.account_id, index)
+        stamps = [stamp if firsts[entry.account_id] == index
+                  else stamp.derive(entry.account_id, index)
                   for index, entry in enumerate(entries)]
 
         def batch(tx: _Execute) -> list[Transaction]:
@@ -934,15 +1027,15 @@ class Wallet:
 
         return self.database.write(batch)
 
-    def refund(self, account_id: str, transaction_id: str, amount: int | None = None, description: str | None = None,
-               **options: Unpack[Options]) -> Transaction:
+    def refund(self, account_id: str, transaction_id: str, amount: int | None = None,
+               description: str | None = None, **options: Unpack[_Options]) -> Transaction:
         """Give back a charge, or all that is left of it, at most once per key.
 
         Raises NotFound, NotRefundable, RefundExceedsCharge, and what `topup` does.
         """
         sequence = _parse_entry_id("txn", account_id, transaction_id)
-        fields, stamp = _parse_request(
-            PART, account_id, "refund", sequence, amount=amount, description=description, **options)
+        fields, stamp = _parse_request(PART, account_id, "refund", sequence, amount=amount,
+                                       description=description, **options)
         refunded = """SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM transactions
                       WHERE account_id = ? AND type = 'refund' AND reference = ?"""
 
@@ -955,75 +1048,90 @@ class Wallet:
             if not 0 < fields["amount"] <= refundable:
                 detail = f"Of this charge, {refundable} can still be refunded."
                 raise RefundExceedsCharge(detail, refundable=refundable)
-            return self._post(tx, _Entry(account_id, "refund", **fields, reference=transaction_id), stamp)
+            entry = _Entry(account_id, "refund", **fields, reference=transaction_id)
+            return self._post(tx, entry, stamp)
 
         return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or refund(tx))
 
     def transfer(self, account_id: str, to: str, amount: int, description: str | None = None,
-                 **options: Unpack[Options]) -> Transaction:
-        """Move money to another account, at most once per key; return what is written in this one.
+                 **options: Unpack[_Options]) -> Transaction:
+        """Move money to another account, at most once per key. Return this account's transaction.
 
-        Raises AccountNotFound, ValidationFailed, and what `charge` and `topup` do.
+        Raises what `charge` does, for either account.
         """
-        fields, stamp = _parse_request(
-            TRANSFER, account_id, "transfer", to=to, amount=amount, description=description, **options)
+        fields, stamp = _parse_request(TRANSFER, account_id, "transfer", to=to, amount=amount,
+                                       description=description, **options)
         if fields.pop("to") == account_id:
             _refuse_fields([("#/to", "must be another account")])
+        spent = _Entry(account_id, "transfer_out", **fields, reference=to)
+        received = _Entry(to, "transfer_in", **fields, reference=account_id)
 
         def transfer(tx: _Execute) -> Transaction:
-            sent = self._post(tx, _Entry(account_id, "transfer_out", **fields, reference=to), stamp)
-            self._post(tx, _Entry(to, "transfer_in", **fields, reference=account_id), stamp.derive(account_id, 1))
-            return sent
+            made = self._post(tx, spent, stamp)
+            self._post(tx, received, stamp.derive(account_id, 1))
+            return made
 
-        return self.database.write(lambda tx: self._begin(tx, stamp, account_id, to) or transfer(tx))
+        return self.database.write(
+            lambda tx: self._begin(tx, stamp, account_id, to) or transfer(tx))
 
-    def hold(self, account_id: str, amount: int, description: str | None = None, *, expires_in_s: int | None = None,
-             **options: Unpack[Options]) -> Hold:
-        """Set money aside until it is captured or released, or expires. Raises what `charge` does."""
+    def hold(self, account_id: str, amount: int, description: str | None = None, *,
+             expires_in_s: int | None = None, **options: Unpack[_Options]) -> Hold:
+        """Set money aside until it is captured or released, or expires. Raises what `charge` does.
+        """
         fields, stamp = _parse_request(
-            HOLD, account_id, "hold", amount=amount, description=description, expires_in_s=expires_in_s, **options)
+            HOLD, account_id, "hold", amount=amount, description=description,
+            expires_in_s=expires_in_s, **options)
         duration_us = fields.pop("expires_in_s") * 1_000_000
 
         def hold(tx: _Execute) -> Hold:
             made = self._begin(tx, stamp, account_id)
             if not made:
-                self._end_expired(tx, account_id, time.time_ns() // 1000)
+                self._end_expired(tx, account_id, _now_us())
                 made = self._post(tx, _Entry(account_id, "hold", **fields, held=amount), stamp)
-                now_us = min(_as_us(made.created_at), time.time_ns() // 1000)  # The account's clock may be ahead.
+                begun_us = min(_as_us(made.created_at), _now_us())  # The account's may be ahead.
                 tx("INSERT INTO holds VALUES (?, ?, ?, ?, 'active', 0)", account_id,
-                   _parse_entry_id("txn", account_id, made.id), amount, now_us + duration_us)
-            # If it has ended since, this is the first answer all the same.
+                   _parse_entry_id("txn", account_id, made.id), amount, begun_us + duration_us)
+            # If the hold has ended since, this is the first answer all the same.
             kept = self._hold(tx, account_id, "hld" + made.id.removeprefix("txn"))
             return replace(kept, status="active", captured=0, replayed=made.replayed)
 
         return self.database.write(hold)
 
-    def capture(self, account_id: str, hold_id: str, amount: int | None = None, description: str | None = None,
-                **options: Unpack[Options]) -> Transaction:
+    def capture(self, account_id: str, hold_id: str, amount: int | None = None,
+                description: str | None = None, **options: Unpack[_Options]) -> Transaction:
         """Charge a hold, or a part of it, and release the rest, at most once per key.
 
-        Where no description or metadata is given, it is that of the hold. Raises NotFound, HoldNotActive,
-        ValidationFailed, and what `_post` does.
+        Where no description or metadata is given, the hold's is taken. Raises NotFound,
+        HoldNotActive, ValidationFailed, and what `topup` does.
         """
         sequence = _parse_entry_id("hld", account_id, hold_id)
-        fields, stamp = _parse_request(
-            PART, account_id, "capture", sequence, amount=amount, description=description, **options)
+        fields, stamp = _parse_request(PART, account_id, "capture", sequence, amount=amount,
+                                       description=description, **options)
 
         def capture(tx: _Execute) -> Transaction:
             hold = self._end_hold(tx, account_id, hold_id, "captured", amount)
-            given = {name: getattr(hold, name) if value in (None, {}) else value for name, value in fields.items()}
-            return self._post(tx, _Entry(account_id, "charge", **given, reference=hold_id, held=-hold.amount), stamp)
+            given = {name: getattr(hold, name) if value in (None, {}) else value
+                     for name, value in fields.items()}
+            entry = _Entry(account_id, "charge", **given, reference=hold_id, held=-hold.amount)
+            return self._post(tx, entry, stamp)
 
         return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or capture(tx))
 
-    def release(self, account_id: str, hold_id: str, *, key: str | None = None, token: str | None = None) -> Hold:
-        """Make what is held available again, at most once per key. Raises NotFound, HoldNotActive."""
-        stamp = _make_stamp(key, token, "release", _parse_entry_id("hld", account_id, hold_id))
+    def release(self, account_id: str, hold_id: str, *, key: str | None = None,
+                token: str | None = None) -> Hold:
+        """Make what is held available again, at most once per key.
+
+        Raises NotFound, HoldNotActive, and what `topup` does.
+        """
+        sequence = _parse_entry_id("hld", account_id, hold_id)
+        stamp = _make_stamp(key, token, "release", sequence)
 
         def release(tx: _Execute) -> Hold:
-            if not (earlier := self._begin(tx, stamp, account_id)):
+            earlier = self._begin(tx, stamp, account_id)
+            if not earlier:
                 held = self._end_hold(tx, account_id, hold_id, "released", 0).amount
-                self._post(tx, _Entry(account_id, "release", held, reference=hold_id, held=-held), stamp)
+                entry = _Entry(account_id, "release", held, reference=hold_id, held=-held)
+                self._post(tx, entry, stamp)
             return replace(self._hold(tx, account_id, hold_id), replayed=bool(earlier))
 
         return self.database.write(release)
@@ -1032,58 +1140,67 @@ class Wallet:
         """Return one hold of this account. Raises NotFound."""
         return self.database.read(lambda tx: self._hold(tx, account_id, hold_id))
 
-    def holds(self, account_id: str, *, limit: int = PAGE_LIMIT_DEFAULT, cursor: str | None = None) -> HoldPage:
+    def holds(self, account_id: str, *, limit: int = PAGE_LIMIT_DEFAULT,
+              cursor: str | None = None) -> HoldPage:
         """Return a page of holds, newest first. Raises AccountNotFound, MalformedRequest."""
         account_id, limit = self.account(account_id).id, _parse_limit(limit)
         last = SEQUENCE_MAX if cursor is None else _parse_cursor("hld", account_id, cursor) - 1
-        found = self.database.read(lambda tx: self._read_holds(tx, account_id, 1, last, limit + 1))
+        found = self.database.read(
+            lambda tx: self._read_holds(tx, account_id, 1, last, limit + 1))
         return HoldPage(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
     def transaction(self, account_id: str, transaction_id: str) -> Transaction:
         """Return one transaction of this account. Raises NotFound."""
         return self.database.read(lambda tx: self._transaction(tx, account_id, transaction_id))
 
-    def transactions(self, account_id: str, *, limit: int = PAGE_LIMIT_DEFAULT, cursor: str | None = None,
-                     after: str | None = None, **filters: Any) -> Page:
-        """Return a page of history: newest first, or oldest first from behind the id `after`, from "0" all of it.
+    def transactions(self, account_id: str, *, limit: int = PAGE_LIMIT_DEFAULT,
+                     cursor: str | None = None, after: str | None = None,
+                     **filters: Unpack[_Filters]) -> Page:
+        """Return a page of history: newest first, or with `after` oldest first, behind that id.
 
-        Filters are `type`, `since` and `until` (RFC 3339 or aware; from since on, before until). A page begins
-        at a sequence number. So each costs the same, however long the history is, and what is written
-        between two moves nothing. These numbers become visible in order, so whoever asks on and on with
-        the last id as `after` misses nothing and gets nothing twice. Raises AccountNotFound, MalformedRequest.
+        An `after` of "0" begins at the oldest. A page begins at a sequence number, so each costs
+        the same however long the history is, and new transactions shift nothing. The numbers
+        become visible in order: whoever asks on and on with the last id as `after` misses nothing
+        and gets nothing twice. Raises AccountNotFound, MalformedRequest.
         """
         limit, newest_first = _parse_limit(limit), after is None
         if cursor is not None and after is not None:
             raise MalformedRequest("Send cursor or after, but not both.")
         below = SEQUENCE_MAX if cursor is None else _parse_cursor("txn", account_id, cursor)
         above = 0 if after in (None, "0") else _parse_cursor("txn", account_id, str(after))
-        entries = self._entries(account_id, limit + 1, above=above, below=below, newest_first=newest_first, **filters)
+        entries = self._entries(account_id, limit + 1, above=above, below=below,
+                                newest_first=newest_first, **filters)
         found = list(islice(entries, limit + 1))
         return Page(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
-    def statement(self, account_id: str, **filters: Any) -> Iterator[Transaction]:
-        """Return the history as it is now, oldest first, little of it in memory at a time (see `transactions`)."""
+    def statement(self, account_id: str, **filters: Unpack[_Filters]) -> Iterator[Transaction]:
+        """Return the history as it is now, oldest first, little of it in memory at a time."""
         return self._entries(account_id, STATEMENT_ROWS, **filters)
 
     def balance_at(self, account_id: str, at: str | datetime) -> int:
-        """Return what the balance was at a time (RFC 3339 or aware). Raises AccountNotFound, MalformedRequest."""
+        """Return what the balance was at a time (RFC 3339, or an aware datetime).
+
+        Raises AccountNotFound, MalformedRequest.
+        """
         at_us = _parse_time(at)
         sql = "SELECT balance FROM transactions WHERE account_id = ? AND sequence = ?"
-        rows = self.database.read(lambda tx: tx(sql, account_id, self._count_before(tx, account_id, at_us + 1)))
+        rows = self.database.read(
+            lambda tx: tx(sql, account_id, self._count_before(tx, account_id, at_us + 1)))
         return int(rows[0][0]) if rows else 0
 
-    def _post(self, tx: _Execute, entry: _Entry, stamp: _Stamp, later: list[_Row] | None = None) -> Transaction:
+    def _post(self, tx: _Execute, entry: _Entry, stamp: _Stamp,
+              later: list[_Row] | None = None) -> Transaction:
         """Change the balance and what is held, and write down why, at most once for a stamp.
 
-        One UPDATE looks the key and the token up, checks all bounds and takes the next sequence number, so that nothing
-        comes between. It finds no row where the key was used, or the money does not do. What is to be written
-        down is left to the caller if there is a list for it, `later`. Raises AccountNotFound, Unauthorized,
-        AccountFrozen, BalanceLimitExceeded, InsufficientFunds, IdempotencyKeyReused.
+        One UPDATE looks up the key and the token, checks all bounds and takes the next sequence
+        number, so nothing can come between. It finds no row where the key was used or the money
+        does not suffice. If there is a list `later`, the caller inserts the rows in it.
         """
-        account_id, now_us = entry.account_id, time.time_ns() // 1000
-        change = SIGN_BY_TYPE.get(entry.type, 0) * entry.amount
-        update = partial(tx, POST, change, entry.held, now_us, now_us,
-                         account_id, change, AMOUNT_MAX, entry.held, change, stamp.token_hash, account_id, stamp.key)
+        account_id, now_us = entry.account_id, _now_us()
+        change = SIGN_BY_TYPE.get(entry.type, 0) * entry.amount  # type: ignore[call-overload]
+        update = partial(
+            tx, POST, change, entry.held, now_us, now_us, account_id, change, AMOUNT_MAX,
+            entry.held, change, stamp.token_hash, account_id, stamp.key)
         if not (posted := update()):
             if earlier := self._begin(tx, stamp, account_id):
                 return earlier
@@ -1092,7 +1209,8 @@ class Wallet:
             posted = update()
         ((sequence, balance, created_at_us),) = posted
         metadata = json.dumps(entry.metadata, ensure_ascii=False) if entry.metadata else None
-        row = (sequence, entry.type, entry.amount, balance, entry.description, metadata, entry.reference, created_at_us)
+        row = (sequence, entry.type, entry.amount, balance, entry.description, metadata,
+               entry.reference, created_at_us)
         if later is None:
             tx(INSERT_ENTRY, account_id, stamp.key, stamp.fingerprint, *row)
         else:
@@ -1100,33 +1218,39 @@ class Wallet:
         return _as_transaction(account_id, row)
 
     def _refuse(self, tx: _Execute, entry: _Entry, change: int, now_us: int) -> None:
-        """Say why the money cannot move, unless it can without the holds that are over. The account is locked."""
+        """Raise why the money cannot move. Return if only expired holds are in the way.
+
+        The account is locked.
+        """
         (_, account), needed = self._account(tx, entry.account_id, now_us), entry.held - change
         if account.frozen:
             raise AccountFrozen()
         if account.balance + change > AMOUNT_MAX:
-            if entry.type == "transfer_in":  # The balance of the other account is nobody else's to know.
+            if entry.type == "transfer_in":  # Nobody else is to learn this account's balance.
                 raise BalanceLimitExceeded("The balance of the other account would be too high.")
             detail = f"The balance is {account.balance}, and may be {AMOUNT_MAX} at most."
             raise BalanceLimitExceeded(detail, balance=account.balance)
         if account.available < needed:
-            available = f", {account.available} of it available" if account.available < account.balance else ""
-            raise InsufficientFunds(f"The balance is {account.balance}{available}, and this needs {needed}.",
-                                    balance=account.balance, available=account.available, required=needed)
+            held = account.available < account.balance
+            available = f", {account.available} of it available" if held else ""
+            raise InsufficientFunds(
+                f"The balance is {account.balance}{available}, and this needs {needed}.",
+                balance=account.balance, available=account.available, required=needed)
 
-    def _begin(self, tx: _Execute, stamp: _Stamp, account_id: str, *others: str) -> Transaction | None:
+    def _begin(self, tx: _Execute, stamp: _Stamp, account_id: str,
+               *others: str) -> Transaction | None:
         """Return what the key did in the first account; else lock all, and look again.
 
-        Raises Unauthorized, IdempotencyKeyReused.
+        Raises Unauthorized, AccountNotFound, IdempotencyKeyReused.
         """
         if stamp.token_hash:
             stamp.check_token(tx("SELECT token_hash FROM accounts WHERE id = ?", account_id))
         if earlier := self._find_earlier(tx, stamp, account_id):
             return earlier
-        now_us = time.time_ns() // 1000
-        for locked in sorted({account_id, *others}):  # In one order everywhere, so that no two wait for each other.
-            found = tx(f"UPDATE accounts SET updated_at = {CLOCK} WHERE id = ? RETURNING token_hash",
-                       now_us, now_us, _parse_account_id(locked))
+        now_us = _now_us()
+        sql = f"UPDATE accounts SET updated_at = {CLOCK} WHERE id = ? RETURNING token_hash"
+        for locked in sorted({account_id, *others}):  # In one order, so that none deadlock.
+            found = tx(sql, now_us, now_us, _parse_account_id(locked))
             if locked == account_id:
                 stamp.check_token(found)
         return self._find_earlier(tx, stamp, account_id)
@@ -1139,14 +1263,17 @@ class Wallet:
         return _as_transaction(account_id, earlier[0][1:], replayed=True) if earlier else None
 
     def _end_expired(self, tx: _Execute, account_id: str, now_us: int) -> None:
-        """Stop counting the holds that are over. The account is locked."""
-        ended = tx("""UPDATE holds SET status = 'expired' WHERE account_id = ? AND status = 'active' AND expires_at <= ?
+        """Stop counting the holds that have expired. The account is locked."""
+        ended = tx("""UPDATE holds SET status = 'expired'
+                      WHERE account_id = ? AND status = 'active' AND expires_at <= ?
                       RETURNING amount""", account_id, now_us)
         if ended:
-            tx("UPDATE accounts SET held = held - ? WHERE id = ?", sum(amount for amount, in ended), account_id)
+            total = sum(amount for amount, in ended)
+            tx("UPDATE accounts SET held = held - ? WHERE id = ?", total, account_id)
 
-    def _end_hold(self, tx: _Execute, account_id: str, hold_id: str, status: str, captured: int | None) -> Hold:
-        """Give an active hold its last status; None captures all of it. The account is locked."""
+    def _end_hold(self, tx: _Execute, account_id: str, hold_id: str, status: HoldStatus,
+                  captured: int | None) -> Hold:
+        """Give an active hold its last status. None captures all. The account is locked."""
         hold = self._hold(tx, account_id, hold_id)
         if hold.status != "active":
             raise HoldNotActive(f"This hold is {hold.status}.", hold_status=hold.status)
@@ -1154,27 +1281,31 @@ class Wallet:
             captured = hold.amount
         if captured > hold.amount:
             _refuse_fields([("#/amount", f"must be at most {hold.amount}, which is what is held")])
-        tx("UPDATE holds SET status = ?, captured = ? WHERE account_id = ? AND sequence = ?", status, captured,
-           account_id, _parse_entry_id("hld", account_id, hold_id))
+        tx("UPDATE holds SET status = ?, captured = ? WHERE account_id = ? AND sequence = ?",
+           status, captured, account_id, _parse_entry_id("hld", account_id, hold_id))
         return hold
 
-    def _read(self, sql: str, *parameters: str | int | None, timeout_s: float | None = None) -> list[_Row]:
+    def _read(self, sql: str, *parameters: str | int | None,
+              timeout_s: float | None = None) -> list[_Row]:
         """Run one statement that reads."""
         return self.database.read(lambda tx: tx(sql, *parameters), timeout_s)
 
-    def _account(self, tx: _Execute, account_id: str, now_us: int | None = None) -> tuple[str, Account]:
-        """Return the hash of an account's token, and the account at a time, by default now. Raises AccountNotFound."""
-        for token_hash, *row in tx(f"{ACCOUNT} WHERE id = ?", now_us or time.time_ns() // 1000, account_id):
+    def _account(self, tx: _Execute, account_id: str,
+                 now_us: int | None = None) -> tuple[str, Account]:
+        """Return an account and its token's hash. Raises AccountNotFound."""
+        for token_hash, *row in tx(f"{ACCOUNT} WHERE id = ?", now_us or _now_us(), account_id):
             return token_hash, self._as_account(*row)
         raise AccountNotFound()
 
-    def _as_account(self, id: str, name: str, balance: int, available: int, frozen: int, created_at_us: int) -> Account:
-        return Account(id, name, self.currency, balance, available, bool(frozen), _as_time(created_at_us))
+    def _as_account(self, id: str, name: str, balance: int, available: int, frozen: int,
+                    created_at_us: int) -> Account:
+        return Account(id, name, self.currency, balance, available, bool(frozen),
+                       _as_time(created_at_us))
 
     def _transaction(self, tx: _Execute, account_id: str, transaction_id: str) -> Transaction:
         sequence = _parse_entry_id("txn", account_id, transaction_id)
-        rows = tx(f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ? AND sequence = ?",
-                  account_id, sequence)
+        rows = tx(f"""SELECT {TRANSACTION_COLUMNS} FROM transactions
+                      WHERE account_id = ? AND sequence = ?""", account_id, sequence)
         if not rows or rows[0][1] not in SIGN_BY_TYPE:
             raise NotFound("This account has no such transaction.")
         return _as_transaction(account_id, rows[0])
@@ -1185,45 +1316,54 @@ class Wallet:
             return found
         raise NotFound("This account has no such hold.")
 
-    def _read_holds(self, tx: _Execute, account_id: str, first: int, last: int, limit: int) -> list[Hold]:
-        return [Hold(_make_entry_id("hld", account_id, sequence), amount, status, captured, _as_time(expires_at_us),
-                     description, json.loads(metadata or "{}"), _as_time(created_at_us))
-                for sequence, amount, status, captured, expires_at_us, description, metadata, created_at_us
-                in tx(HOLDS, time.time_ns() // 1000, account_id, first, last, limit)]
+    def _read_holds(self, tx: _Execute, account_id: str, first: int, last: int,
+                    limit: int) -> list[Hold]:
+        return [Hold(_make_entry_id("hld", account_id, sequence), amount, status, captured,
+                     _as_time(expires_at_us), description, json.loads(metadata or "{}"),
+                     _as_time(created_at_us))
+                for sequence, amount, status, captured, expires_at_us, description, metadata,
+                created_at_us in tx(HOLDS, _now_us(), account_id, first, last, limit)]
 
-    def _entries(self, account_id: str, rows_max: int, *, above: int = 0, below: int = SEQUENCE_MAX,
-                 newest_first: bool = False, type: str | None = None, since: str | datetime | None = None,
+    def _entries(self, account_id: str, rows_max: int, *, above: int = 0,
+                 below: int = SEQUENCE_MAX, newest_first: bool = False,
+                 type: TransactionType | None = None, since: str | datetime | None = None,
                  until: str | datetime | None = None) -> Iterator[Transaction]:
-        """Return what lets all filters through, read as it is asked for, so many rows at a time."""
+        """Return the transactions within all filters, read `rows_max` at a time."""
         if type not in (None, *SIGN_BY_TYPE):
             raise MalformedRequest(f"type must be one of: {', '.join(SIGN_BY_TYPE)}.")
         order = "DESC" if newest_first else "ASC"
-        since_us, until_us = (None if time is None else _parse_time(time) for time in (since, until))
+        since_us = None if since is None else _parse_time(since)
+        until_us = None if until is None else _parse_time(until)
         first, end = self.database.read(lambda tx: (
             0 if since_us is None else self._count_before(tx, account_id, since_us),
             self._count_before(tx, account_id, until_us) + 1))
-        columns, end_sql = TRANSACTION_COLUMNS, f"AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
-        of_all = f"SELECT {columns} FROM transactions WHERE account_id = ? {end_sql}"
-        of_type = f"SELECT {columns} FROM transactions WHERE account_id = ? AND type = ? {end_sql}"
-        types, sql = ([type], of_type) if type else ([], of_all)
-        each_type = types or SIGN_BY_TYPE
+        start_sql = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ?"
+        end_sql = f"AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
+        of_type = f"{start_sql} AND type = ? {end_sql}"
+        types, sql = ([type], of_type) if type else ([], f"{start_sql} {end_sql}")
+        each_type = types or list(SIGN_BY_TYPE)
         of_each = " UNION ALL ".join(f"SELECT * FROM ({of_type}) AS {one}" for one in each_type)
 
         def entries(above: int, below: int) -> Iterator[Transaction]:
             rows = self._read(sql, account_id, *types, above, below, rows_max)
             while True:
-                yield from (_as_transaction(account_id, row) for row in rows if row[1] in SIGN_BY_TYPE)
+                yield from (_as_transaction(account_id, row)
+                            for row in rows if row[1] in SIGN_BY_TYPE)
                 if len(rows) < rows_max:
                     return
                 above, below = (above, rows[-1][0]) if newest_first else (rows[-1][0], below)
-                # Each type by its index, so that no holds have to be passed over, however many there are.
-                each = [value for one in each_type for value in (account_id, one, above, below, rows_max)]
+                # Each type by its index, so that no number of holds has to be passed over.
+                each = [value for one in each_type
+                        for value in (account_id, one, above, below, rows_max)]
                 rows = self._read(f"{of_each} ORDER BY sequence {order} LIMIT ?", *each, rows_max)
 
         return entries(max(above, first), min(below, end))
 
     def _count_before(self, tx: _Execute, account_id: str, time_us: int | None) -> int:
-        """Return how many entries an account had before a time, or has now. Raises AccountNotFound."""
+        """Return how many entries an account had before a time, or has now.
+
+        Raises AccountNotFound.
+        """
         rows = tx("SELECT last_sequence FROM accounts WHERE id = ?", _parse_account_id(account_id))
         if not rows:
             raise AccountNotFound()
@@ -1233,25 +1373,30 @@ class Wallet:
         return len(entries) if time_us is None else bisect_left(
             entries, time_us, key=lambda sequence: int(tx(sql, account_id, sequence)[0][0]))
 
-    def copy_to(self, target: Wallet, report: Callable[[dict[str, int]], None] = lambda copied: None) -> None:
-        """Copy everything to an empty wallet, the currency too, in one transaction, and compare it all at the end.
+    def copy_to(self, target: Wallet,
+                report: Callable[[dict[str, int]], None] = lambda copied: None) -> None:
+        """Copy everything to an empty wallet in one transaction, and compare it all at the end.
 
-        `report` is told now and then how many rows of which table are copied. Raises ConfigurationError,
-        and changes nothing, where the target holds data, or this is not what it was or should be.
+        `report` is told now and then how many rows of each table are copied. Raises
+        ConfigurationError, and changes nothing, where the target holds data, or where this wallet
+        was changed meanwhile or is wrong.
         """
         first = "SELECT id FROM accounts LIMIT 1"
         if target._read(first):
-            raise ConfigurationError(f"{target.database.location} already holds accounts: name an empty database")
+            raise ConfigurationError(
+                f"{target.database.location} already holds accounts: name an empty database")
 
         def copy(tx: _Execute) -> None:
             copied = dict.fromkeys(KEY_COLUMNS, 0)
-            for table in KEY_COLUMNS if not tx(first) else ():  # There may be all, if a COMMIT was not answered.
+            # All may be there already, if an earlier COMMIT was not answered.
+            for table in KEY_COLUMNS if not tx(first) else ():
                 for rows in _read_table(self._read, table):
                     _insert_rows(tx, table, rows)
                     copied[table] += len(rows)
                     report(copied)
-            if any(_digest_table(tx, table) != _digest_table(self._read, table) for table in KEY_COLUMNS):
-                raise ConfigurationError("the wallet was changed while it was copied: stop it first")
+            if any(_digest_table(tx, table) != _digest_table(self._read, table)
+                   for table in KEY_COLUMNS):
+                raise ConfigurationError("the wallet changed while it was copied: stop it first")
             _verify_books(tx)
             if target.currency != self.currency:
                 tx("UPDATE wallet SET currency = ?", self.currency)
@@ -1260,31 +1405,31 @@ class Wallet:
         target.currency = self.currency
 
     def verify(self, report: _Report = lambda done, total: None) -> tuple[int, int]:
-        """Recompute every balance, sequence, hold, refund and transfer; return how many accounts and entries there are.
+        """Recompute every balance, sequence, hold, refund and transfer.
 
-        It writes nothing, and may run while others write. `report` is told now and then how much of how much is
-        done. Raises WrongBooks, which names the first row that is wrong.
+        Return how many accounts and entries there are. This writes nothing, and others may write
+        meanwhile. `report` is told now and then how much of how much is done. Raises WrongBooks,
+        which names the first row that is wrong.
         """
         if fault := self.database.find_fault():
             raise WrongBooks(f"{self.database.location} is damaged: {fault}")
         return _verify_books(partial(self._read, timeout_s=COPY_TIMEOUT_S), report)
 
     def backup(self, path: str, report: _Report = lambda done, total: None) -> tuple[int, int]:
-        """Copy a wallet on SQLite to a new file, as it is at one moment, and return what `verify` does of the copy.
+        """Copy a wallet on SQLite to a new file, as of one moment. Return what `verify` does.
 
-        Others may write meanwhile. The file appears whole, verified and synced, or not at all. Raises
-        ConfigurationError, also where there is a file of that name, and WrongBooks.
+        Others may write meanwhile. The file appears whole, verified and synced, or not at all.
+        Raises WrongBooks, and ConfigurationError, also where there is a file of that name.
         """
         with (self.database.backup(os.path.abspath(path), report) as file,
               Wallet(f"sqlite:///{file}", read_only=True) as copy):
             copy.database.location = self.database.location  # What is wrong there is wrong here.
             return copy.verify(report)
 
-    def _prepare(self, currency: str | None, create: bool, migrations: Mapping[int, Any]) -> str:
-        """Make the tables if there are none, one to a transaction, and return the currency that is kept.
+    def _prepare(self, currency: str | None, create: bool, migrations: Mapping[int, str]) -> str:
+        """Make the tables, or bring those of an older version to this one. Return the currency.
 
-        The row of `wallet` comes last, so that where it is, all is. Where it is, nothing is written, but for
-        bringing the tables of an older version to this one, in one transaction a version.
+        The row of `wallet` comes last: where it is, all is. So where it is, nothing is made.
         """
 
         def read(columns: str, table: str) -> list[_Row] | None:
@@ -1295,69 +1440,131 @@ class Wallet:
                     raise
                 return None  # There is no such table or column.
 
-        def make(sql: str, *parameters: str | int) -> None:
-            self.database.write(lambda tx: tx(sql, *parameters))
-
         rows = read("schema_version, currency", "wallet")
         if not rows:
             self._read("SELECT 1")  # Raises Unavailable where something else is wrong.
             if not create:
                 raise ConfigurationError(f"there is no wallet in {self.database.location}")
-            for table, column in (("wallet", "currency"), ("accounts", "token_hash"), ("transactions", "fingerprint")):
+            for table, column in (("wallet", "currency"), ("accounts", "token_hash"),
+                                  ("transactions", "fingerprint")):
                 if read("1", table) is not None and read(column, table) is None:
-                    raise ConfigurationError(f"the table {table} in {self.database.location} is another program's:"
-                                             " name another database, or another schema as the search_path")
-            for statement in _read_sql("schema.sql"):
-                make(statement)
-            make("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING", SCHEMA_VERSION, currency or "USD")
+                    raise ConfigurationError(
+                        f"the table {table} in {self.database.location} is another program's:"
+                        " name another database, or another schema as the search_path")
+            for statement in _split_sql(_read_file("schema.sql").decode()):
+                self.database.write(partial(_run, statement))
+            self.database.write(lambda tx: tx(
+                "INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING",
+                SCHEMA_VERSION, currency or "USD"))
             rows = self._read("SELECT schema_version, currency FROM wallet")
         ((version, kept),) = rows
         while version in migrations:
             version = self.database.write(_migrate, COPY_TIMEOUT_S)
         if version != SCHEMA_VERSION:
-            raise ConfigurationError(f"the database has schema version {version}, and this wallet has {SCHEMA_VERSION}:"
-                                     f" use {'a newer' if version > SCHEMA_VERSION else 'an older'} wallet")
+            raise ConfigurationError(
+                f"the database has schema version {version}, and this wallet has {SCHEMA_VERSION}:"
+                f" use {'a newer' if version > SCHEMA_VERSION else 'an older'} wallet")
         if currency and currency != kept:
-            raise ConfigurationError(f"the database's currency is {kept}, and cannot be changed to {currency}")
+            raise ConfigurationError(
+                f"the database's currency is {kept}, and cannot be changed to {currency}")
         return str(kept)
 
 
-# They come first in their tables.
-KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"), "holds": ("account_id", "sequence")}
-# What makes the tables of an older version those of the next, before and after these are made anew.
-MIGRATIONS = {1: ((
-    "DROP INDEX transactions_by_type",
-    "ALTER TABLE transactions RENAME TO transactions_1",
-    "ALTER TABLE accounts RENAME TO accounts_1",
-), (
-    """INSERT INTO accounts SELECT id, name, token_hash, balance, 0, last_sequence, 0, created_at, coalesce(
-           (SELECT max(created_at) FROM transactions_1 WHERE account_id = id), created_at) FROM accounts_1""",
-    """INSERT INTO transactions SELECT account_id, sequence, type, amount, balance, description, NULL, NULL,
-           idempotency_key, fingerprint, max(created_at) OVER (PARTITION BY account_id ORDER BY sequence)
-       FROM transactions_1""",
-    "DROP TABLE transactions_1",
-    "DROP TABLE accounts_1",
-))}
+# Each table's key, which its first columns are.
+KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"),
+               "holds": ("account_id", "sequence")}
+# What makes the tables of a version those of the next. A step is frozen: it never changes again,
+# and it never reads schema.sql, which describes the newest version only.
+MIGRATIONS = {1: """
+    DROP INDEX transactions_by_type;
+    ALTER TABLE transactions RENAME TO transactions_1;
+    ALTER TABLE accounts RENAME TO accounts_1;
+    CREATE TABLE accounts (
+        id             TEXT    NOT NULL PRIMARY KEY,
+        name           TEXT    NOT NULL CHECK (length(name) BETWEEN 1 AND 100),
+        token_hash     TEXT    NOT NULL CHECK (length(token_hash) = 64),
+        balance        BIGINT  NOT NULL CHECK (balance BETWEEN 0 AND 9007199254740991),
+        held           BIGINT  NOT NULL CHECK (held BETWEEN 0 AND balance),
+        last_sequence  BIGINT  NOT NULL CHECK (last_sequence >= 0),
+        frozen         INTEGER NOT NULL CHECK (frozen IN (0, 1)),
+        created_at     BIGINT  NOT NULL,
+        updated_at     BIGINT  NOT NULL
+    );
+    CREATE TABLE transactions (
+        account_id      TEXT   NOT NULL REFERENCES accounts (id),
+        sequence        BIGINT NOT NULL CHECK (sequence >= 1),
+        type            TEXT   NOT NULL CHECK (type IN (
+            'topup', 'charge', 'refund', 'transfer_in', 'transfer_out', 'hold', 'release')),
+        amount          BIGINT NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
+        balance         BIGINT NOT NULL CHECK (balance BETWEEN 0 AND 9007199254740991),
+        description     TEXT   CHECK (length(description) <= 500),
+        metadata        TEXT,
+        reference       TEXT,
+        idempotency_key TEXT   NOT NULL CHECK (length(idempotency_key) BETWEEN 1 AND 255),
+        fingerprint     TEXT   NOT NULL CHECK (length(fingerprint) = 64),
+        created_at      BIGINT NOT NULL,
+        PRIMARY KEY (account_id, sequence),
+        UNIQUE (account_id, idempotency_key)
+    );
+    CREATE INDEX transactions_by_type ON transactions (account_id, type, sequence);
+    CREATE INDEX refunds_by_charge ON transactions (account_id, reference) WHERE type = 'refund';
+    CREATE TABLE holds (
+        account_id TEXT   NOT NULL REFERENCES accounts (id),
+        sequence   BIGINT NOT NULL CHECK (sequence >= 1),
+        amount     BIGINT NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
+        expires_at BIGINT NOT NULL,
+        status     TEXT   NOT NULL CHECK (status IN ('active', 'captured', 'released', 'expired')),
+        captured   BIGINT NOT NULL CHECK (captured BETWEEN 0 AND amount),
+        PRIMARY KEY (account_id, sequence),
+        CHECK ((status = 'captured') = (captured > 0))
+    );
+    CREATE INDEX active_holds ON holds (account_id, expires_at) WHERE status = 'active';
+    INSERT INTO accounts SELECT id, name, token_hash, balance, 0, last_sequence, 0, created_at,
+        coalesce((SELECT max(created_at) FROM transactions_1 WHERE account_id = id), created_at)
+        FROM accounts_1;
+    INSERT INTO transactions SELECT account_id, sequence, type, amount, balance, description,
+        NULL, NULL, idempotency_key, fingerprint,
+        max(created_at) OVER (PARTITION BY account_id ORDER BY sequence) FROM transactions_1;
+    DROP TABLE transactions_1;
+    DROP TABLE accounts_1
+"""}
+
+
+def _migrate(tx: _Execute) -> int:
+    """Make the tables those of the next version, unless another process has. Return the version."""
+    ((version,),) = tx(
+        "UPDATE wallet SET schema_version = schema_version RETURNING schema_version")
+    if version not in MIGRATIONS:
+        return int(version)
+    for statement in _split_sql(MIGRATIONS[version]):
+        tx(statement)
+    tx("UPDATE wallet SET schema_version = ?", version + 1)
+    return int(version) + 1
 
 
 def _verify_books(tx: _Execute, report: _Report = lambda done, total: None) -> tuple[int, int]:
     """Return how many accounts and entries there are, all as they should be. Raises WrongBooks."""
-    checks = _read_sql("checks.sql")
+    checks = _split_sql(_read_file("checks.sql").decode())
     ((total, end),) = tx("""
-        SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (SELECT coalesce(max(id), '') FROM (
-            SELECT max(id) AS id FROM accounts UNION ALL SELECT max(account_id) FROM transactions
-            UNION ALL SELECT max(account_id) FROM holds) AS ends) FROM accounts""")
+        SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (
+            SELECT coalesce(max(id), '') FROM (
+                SELECT max(id) AS id FROM accounts UNION ALL
+                SELECT max(account_id) FROM transactions UNION ALL
+                SELECT max(account_id) FROM holds) AS ends) FROM accounts""")
     low, accounts, entries = "", 0, 0
     while low != end:
         page = tx(f"""SELECT id, last_sequence FROM accounts WHERE id > ? AND id <= ?
                       ORDER BY id LIMIT {VERIFY_ACCOUNTS}""", low, end)
-        high = page[-1][0] if len(page) == VERIFY_ACCOUNTS else end  # The last part has what is of no account too.
+        # The last part has what belongs to no account too.
+        high = page[-1][0] if len(page) == VERIFY_ACCOUNTS else end
         for check in checks:
-            pairs = check.count("?") // 2  # One that has none looks at all accounts, once.
+            pairs = check.count("?") // 2  # A check without any looks at all accounts, once.
             found = tx(f"{check} LIMIT 1", *(low, high) * pairs) if pairs or high == end else []
             for table, account_id, sequence, wrong in found:
-                raise WrongBooks(f"{table} ({account_id}{'' if sequence is None else f', {sequence}'}): {wrong}")
-        low, accounts, entries = high, accounts + len(page), entries + sum(row[1] for row in page)
+                row = account_id if sequence is None else f"{account_id}, {sequence}"
+                raise WrongBooks(f"{table} ({row}): {wrong}")
+        low, accounts = high, accounts + len(page)
+        entries += sum(row[1] for row in page)
         report(accounts + entries, total)
     return accounts, entries
 
@@ -1368,21 +1575,9 @@ def _insert_rows(tx: _Execute, into: str, rows: Sequence[_Row]) -> None:
     tx(f"INSERT INTO {into} VALUES {values}", *(value for row in rows for value in row))
 
 
-def _read_sql(name: str) -> list[str]:
-    """Return the statements of a file that lies beside this module. Raises NotFound if it is not installed."""
-    return _read_file(name).decode().rstrip("; \n").split(";")
-
-
-def _migrate(tx: _Execute) -> int:
-    """Make the tables those of the next version, unless another process has; return the version that they are of."""
-    ((version,),) = tx("UPDATE wallet SET schema_version = schema_version RETURNING schema_version")
-    if version not in MIGRATIONS:
-        return int(version)
-    before, after = MIGRATIONS[version]
-    for statement in (*before, *_read_sql("schema.sql"), *after):
-        tx(statement)
-    tx("UPDATE wallet SET schema_version = ?", version + 1)
-    return int(version) + 1
+def _split_sql(script: str) -> list[str]:
+    """Return the statements of a script. No semicolon stands anywhere but at their ends."""
+    return script.rstrip("; \n").split(";")
 
 
 def _read_table(tx: _Execute, table: str) -> Iterator[list[_Row]]:
@@ -1390,7 +1585,8 @@ def _read_table(tx: _Execute, table: str) -> Iterator[list[_Row]]:
     columns = KEY_COLUMNS[table]
     key, marks = ", ".join(columns), ", ".join("?" * len(columns))
     end = tx(f"SELECT {key} FROM {table} ORDER BY {' DESC, '.join(columns)} DESC LIMIT 1")
-    sql = f"SELECT * FROM {table} WHERE ({key}) > ({marks}) AND ({key}) <= ({marks}) ORDER BY {key} LIMIT {COPY_ROWS}"
+    sql = (f"SELECT * FROM {table} WHERE ({key}) > ({marks}) AND ({key}) <= ({marks})"
+           f" ORDER BY {key} LIMIT {COPY_ROWS}")
     last: _Row = ("", 0)[: len(columns)]
     while end and (rows := tx(sql, *last, *end[0])):
         yield rows
@@ -1398,50 +1594,51 @@ def _read_table(tx: _Execute, table: str) -> Iterator[list[_Row]]:
 
 
 def _digest_table(tx: _Execute, table: str) -> int:
-    """Return a number that is the same for the same rows, in whatever order an engine sorts them."""
-    rows = (row for rows in _read_table(tx, table) for row in rows)
-    return sum(int.from_bytes(hashlib.sha256(repr(row).encode()).digest(), "big") for row in rows)
+    """Return a number that is the same for the same rows, whatever order an engine has."""
+    return sum(int.from_bytes(hashlib.sha256(repr(row).encode()).digest(), "big")
+               for rows in _read_table(tx, table) for row in rows)
 
 
-# Databases ############################################################################################
+# Databases ########################################################################################
 
 _Row = tuple[Any, ...]
 _Report = Callable[[int, int], None]  # It is told how much is done of how much.
 
 
 class _Execute(Protocol):
-    """Runs one statement inside a transaction, `?` for each parameter, and returns all its rows."""
+    """Runs one statement of a transaction, `?` for each parameter, and returns all its rows."""
 
     def __call__(self, sql: str, *parameters: str | int | None) -> list[_Row]: ...
 
 
 class Database(Protocol):
-    """What an engine supplies. It knows nothing about money. `location` says in words where it is.
+    """What an engine supplies. It knows nothing about money. `location` says where it is.
 
-    `observe` is told what became of the writes of each commit, None or an error, and of other calls that failed.
+    `observe` is told what became of the writes of each commit, None or an error, and of other
+    calls that failed.
     """
 
     location: str
     observe: Callable[[Sequence[Exception | None]], None] = staticmethod(lambda outcomes: None)
 
     def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
-        """Run `function` in one transaction, and return its result once that is committed.
+        """Run `function` in one transaction. Return its result once that is committed.
 
-        It may be run more than once, and grouped with others, so it touches nothing outside its
-        transaction. An error that it raises undoes what it did, and nothing else. Raises Unavailable
-        where nothing was changed, and OutcomeUnknown where that cannot be told. On Postgres it may
-        take `timeout_s`, by default DATABASE_TIMEOUT_S; on SQLite it may take as long as it does.
+        It may be run more than once and grouped with others, so it touches nothing outside its
+        transaction. An error that it raises undoes what it did, and nothing else. Raises
+        Unavailable where nothing was changed, and OutcomeUnknown where that cannot be told. On
+        Postgres it may take `timeout_s`, by default DATABASE_TIMEOUT_S.
         """
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
-        """Run `function`, each statement of which sees what is committed by then. Raises Unavailable."""
+        """Run `function`. Each statement sees what is committed by then. Raises Unavailable."""
 
     def ping(self) -> None:
         """Read the one row that every wallet has. Raises Unavailable."""
         self.read(lambda tx: tx("SELECT currency FROM wallet"))
 
     def usage(self) -> dict[str, int]:
-        """Return how many connections are `idle` and `in_use`, and how many calls are `waiting` for one."""
+        """Return how many connections are `idle` and `in_use`, and how many calls `waiting`."""
 
     def failed(self, error: Unavailable) -> Unavailable:
         """Tell `observe` of a call that has failed, and return its error."""
@@ -1449,11 +1646,14 @@ class Database(Protocol):
         return error
 
     def find_fault(self) -> str:
-        """Return the first fault that the engine knows of in what it keeps, or nothing. Raises Unavailable."""
+        """Return the first fault that the engine knows of in what it keeps, or nothing."""
         return ""
 
     def backup(self, path: str, report: _Report) -> AbstractContextManager[str]:
-        """Copy all that is committed by now to a file, which becomes `path` at the end. Raises ConfigurationError."""
+        """Copy what is committed to a file, which becomes `path` when the context ends well.
+
+        Raises ConfigurationError.
+        """
 
     def close(self) -> None:
         """Let the write that runs finish, and let go of everything."""
@@ -1463,37 +1663,40 @@ def open_database(dsn: str, connections: int, create: bool, read_only: bool = Fa
     """Return the database that a DSN names. Raises ConfigurationError.
 
     sqlite:///wallet.db is a file in this folder, sqlite:////var/lib/wallet.db one with an absolute
-    path, and sqlite:// is in memory, and gone when it is closed. postgresql:// and postgres:// take
+    path, and sqlite:// is in memory, gone when it is closed. postgresql:// and postgres:// take
     all that libpq does (https://www.postgresql.org/docs/current/libpq-connect.html).
     """
     scheme, separator, path = dsn.partition("://")
     if not separator:
-        raise ConfigurationError("a DSN looks like sqlite:///wallet.db, or with an absolute path sqlite:////srv/wallet.db")
+        raise ConfigurationError("a DSN looks like sqlite:///wallet.db, or with an absolute path"
+                                 " sqlite:////srv/wallet.db")
     if scheme in ("postgresql", "postgres"):
         return PostgresDatabase(dsn, connections)
     if scheme != "sqlite":
         scheme = scheme if scheme.isalnum() else "..."  # It may be anything, such as a password.
-        raise ConfigurationError(f"unknown kind of DSN, {scheme}://; known are sqlite:///FILE, sqlite:// and postgresql://")
+        raise ConfigurationError(f"unknown kind of DSN, {scheme}://; known are sqlite:///FILE,"
+                                 " sqlite:// and postgresql://")
     if path in ("", "/:memory:"):
         return SQLiteDatabase(None, create, read_only)
     if not path.startswith("/") or path == "/" or "?" in path:
-        raise ConfigurationError("a DSN of SQLite has three slashes and a path, without parameters")
+        raise ConfigurationError("a DSN of SQLite has three slashes and a path, and no parameters")
     return SQLiteDatabase(path[1:], create, read_only)
 
 
 class SQLiteDatabase(Database):
     """SQLite, with one connection that writes, and others that read.
 
-    Writes are put in order here and not by SQLite's lock, whose waiters poll and overtake each other.
-    Whoever finds nobody at work commits for all who stand in line, each write under a savepoint of
-    its own, so that many threads share the price of one sync. None returns before that COMMIT has.
+    Writes are put in order here, since those who wait for SQLite's own lock poll and overtake each
+    other. Whoever finds nobody at work leads: it commits for all who stand in line, so that many
+    threads share the price of one sync. None returns before that COMMIT has.
     """
 
     def __init__(self, path: str | None, create: bool, read_only: bool = False) -> None:
         if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
             needed = ".".join(map(str, SQLITE_VERSION_MIN))
-            raise ConfigurationError(f"SQLite {needed} or newer is needed; this Python has {sqlite3.sqlite_version}")
-        self._path = os.path.abspath(path) if path else None  # For good, wherever the process moves.
+            raise ConfigurationError(f"SQLite {needed} or newer is needed; this Python has"
+                                     f" {sqlite3.sqlite_version}")
+        self._path = os.path.abspath(path) if path else None  # Wherever the process moves.
         self.location = self._path or "memory, gone when it stops"
         self._read_only = read_only
         self._process_id = os.getpid()
@@ -1501,16 +1704,16 @@ class SQLiteDatabase(Database):
         self._quiet = threading.Condition(self._lock)  # Told when nobody leads.
         self._queue: list[_Write] = []
         self._batch: list[_Write] = []
-        self._cautious_commits = 0  # How many of the next to run under savepoints, since a write has failed lately.
-        self._leader: _Write | None = None  # The one whose thread commits at the moment, for all in the queue.
+        self._leader: _Write | None = None  # Whose thread commits at the moment.
         self._closed = False
         self._idle_readers: list[sqlite3.Connection] = []
         self._reading = 0  # How many readers are in use.
         try:
             self._writer = self._open_writer(create)
         except (OSError, ValueError, sqlite3.Error) as error:
-            missing = self._path and not os.path.exists(self._path) and "there is no such file"
-            reason = getattr(error, "strerror", None) or missing or error
+            is_missing = self._path and not os.path.exists(self._path)
+            reason = getattr(error, "strerror", None) or (
+                "there is no such file" if is_missing else error)
             raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
 
     def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
@@ -1520,7 +1723,8 @@ class SQLiteDatabase(Database):
             with self._lock:
                 _check_usable(self._process_id, self._closed)
                 if self._leader and self._leader.thread_id == write.thread_id:
-                    raise RuntimeError("a write, or in memory a read, inside a write would wait for itself")
+                    raise RuntimeError(
+                        "a write, or in memory a read, inside a write would wait for itself")
                 self._queue.append(write)
                 if self._leader is None:
                     self._appoint_leader()
@@ -1530,7 +1734,7 @@ class SQLiteDatabase(Database):
                     _check_usable(self._process_id, self._closed)
                     self._batch, self._queue = self._queue, []
                 self._commit(self._batch)
-        except BaseException:  # Closed, or interrupted as by Ctrl-C: what nobody has begun, nobody will.
+        except BaseException:  # Closed, or interrupted: a write that nobody has begun is dropped.
             with self._lock:
                 self._queue = [other for other in self._queue if other is not write]
             raise
@@ -1542,13 +1746,13 @@ class SQLiteDatabase(Database):
                             other.turn.release()
                     self._batch = []
                     self._appoint_leader()
-        if write.error or not write.done:  # Who led may have been interrupted.
+        if write.error or not write.done:  # The leader may have been interrupted.
             raise write.error or OutcomeUnknown()
         result: T = write.result
         return result
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
-        """Run `function` beside the writer. In memory there is one connection, so it takes its turn."""
+        """Run `function` beside the writer. In memory there is one connection: take turns."""
         if self._path is None:
             return self.write(function)
         with self._lock:
@@ -1579,12 +1783,13 @@ class SQLiteDatabase(Database):
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(self._path), self._file):
                     return
-            detail = f"{self.location} was removed or replaced. Stop this wallet before you do that."
-            raise self.failed(Unavailable(detail))
+            raise self.failed(Unavailable(f"{self.location} was removed or replaced. Stop this"
+                                          " wallet before you do that."))
 
     def usage(self) -> dict[str, int]:
-        """Tell it of those that read. What waits is a write, for the commit before it."""
-        return {"idle": len(self._idle_readers), "in_use": self._reading, "waiting": len(self._queue)}
+        """Tell it of the readers. What waits is a write, for the commit before it."""
+        return {"idle": len(self._idle_readers), "in_use": self._reading,
+                "waiting": len(self._queue)}
 
     def find_fault(self) -> str:
         """Look at the whole file, and see that each index has what its table has."""
@@ -1595,28 +1800,32 @@ class SQLiteDatabase(Database):
     def backup(self, path: str, report: _Report) -> Iterator[str]:
         """Copy the file by a connection of its own, which only reads (see Database)."""
         if self._path is None:
-            raise ConfigurationError("a wallet in memory is gone when it stops: there is nothing to back up")
+            raise ConfigurationError(
+                "a wallet in memory is gone when it stops: there is nothing to back up")
         if os.path.lexists(path):
             raise ConfigurationError(f"{path} is there already: name a new file")
         try:
-            with tempfile.TemporaryDirectory(prefix=".wallet-backup-", dir=os.path.dirname(path)) as folder:
+            with tempfile.TemporaryDirectory(
+                    prefix=".wallet-backup-", dir=os.path.dirname(path)) as folder:
                 temporary = os.path.join(folder, "wallet.db")
                 Path(temporary).touch(0o600)
-                with closing(self._connect()) as source, closing(sqlite3.connect(temporary)) as target:
+                with (closing(self._connect()) as source,
+                      closing(sqlite3.connect(temporary)) as target):
                     source.execute("BEGIN")
-                    source.execute("SELECT currency FROM wallet")  # What is committed from here on is not seen.
+                    source.execute("SELECT currency FROM wallet")  # From here on nothing new shows.
                     source.backup(target, pages=BACKUP_PAGES,
                                   progress=lambda _, left, total: report(total - left, total))
-                    target.execute("PRAGMA journal_mode = DELETE")  # It is to be one file, without a log.
+                    target.execute("PRAGMA journal_mode = DELETE")  # One file, without a log.
                 yield temporary
                 _sync(temporary)
-                os.link(temporary, path)  # Unlike a rename, this never takes the place of a file.
+                os.link(temporary, path)  # Unlike a rename, this never replaces a file.
                 _sync(os.path.dirname(path))
         except (OSError, sqlite3.Error) as error:
-            raise ConfigurationError(f"cannot back up to {path}: {getattr(error, 'strerror', error)}") from error
+            reason = getattr(error, "strerror", error)
+            raise ConfigurationError(f"cannot back up to {path}: {reason}") from error
 
     def close(self) -> None:
-        """Wait for the writes that are begun, at most DATABASE_TIMEOUT_S; then close what is not in use."""
+        """Wait DATABASE_TIMEOUT_S for the writes that are begun; then close what is not in use."""
         with self._lock:
             self._closed = True  # From here on no write is begun.
             self._quiet.wait_for(lambda: self._leader is None, timeout=DATABASE_TIMEOUT_S)
@@ -1635,8 +1844,9 @@ class SQLiteDatabase(Database):
     def _commit(self, batch: list[_Write]) -> None:
         """Run every write of `batch` in one transaction, and note what became of each.
 
-        A COMMIT that failed may be on the disk all the same. To run the batch again decides it: for
-        this connection the log still ends where it did, so a COMMIT that succeeds overwrites the first.
+        A COMMIT that failed may be on the disk all the same. Running the batch again decides it:
+        for this connection the log still ends where it did, so a COMMIT that succeeds overwrites
+        the first one.
         """
         failure = self._try_commit(batch)
         if isinstance(failure, OutcomeUnknown):
@@ -1654,16 +1864,11 @@ class SQLiteDatabase(Database):
         execute = self._writer.execute
         try:
             execute("BEGIN IMMEDIATE")
-            # What a failed write did must be undone. Among others, that takes a savepoint.
-            if self._cautious_commits or not all(map(self._run, batch)):
-                if not self._cautious_commits:
-                    execute("ROLLBACK")
-                    if len(batch) == 1:
-                        return None
-                    execute("BEGIN IMMEDIATE")
-                    self._cautious_commits = CAUTIOUS_COMMITS
-                self._cautious_commits -= 1
-                for write in batch:
+            if len(batch) == 1:
+                if not self._run(batch[0]):
+                    return None  # What it did is rolled back below.
+            else:
+                for write in batch:  # What a failed write did is undone, and nothing else.
                     execute("SAVEPOINT one_write")
                     if not self._run(write):
                         execute("ROLLBACK TO one_write")
@@ -1672,28 +1877,31 @@ class SQLiteDatabase(Database):
             execute("COMMIT")
             return None
         except sqlite3.DatabaseError as error:
-            # A full disk shows before the log's last frame is written, so it is a clear no.
-            unknown = committing and "disk is full" not in str(error)
-            return OutcomeUnknown(f"{OutcomeUnknown.advice} ({error})") if unknown else _unavailable(error)
+            # A full disk shows before the log's last frame is written: that is a clear no.
+            if committing and "disk is full" not in str(error):
+                return OutcomeUnknown(f"{OutcomeUnknown.advice} ({error})")
+            return _unavailable(error)
         finally:
             if self._writer.in_transaction:  # Some errors roll back by themselves.
-                with suppress(sqlite3.Error):  # The next BEGIN would fail, and this be tried again.
+                with suppress(sqlite3.Error):  # The next BEGIN would fail too, and be told.
                     execute("ROLLBACK")
 
     def _run(self, write: _Write) -> bool:
-        """Run one write, and say whether it did not fail. A fault of the database is the whole transaction's."""
+        """Run one write. Did it succeed? A fault of the database fails the whole transaction."""
         try:
             write.result, write.error = write.function(_execute_on(self._writer)), None
         except Exception as error:
-            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.IntegrityError):
+            is_fault = isinstance(error, sqlite3.DatabaseError)
+            if is_fault and not isinstance(error, sqlite3.IntegrityError):
                 raise
             write.error = error
         return write.error is None
 
     def _open_writer(self, create: bool) -> sqlite3.Connection:
         if self._path is not None and create:
-            # Its -wal and -shm get this mode too: money is nobody else's to read. A file that is there is not
-            # opened, since to close it would end the locks that another connection of this process holds.
+            # The -wal and -shm get this mode too: money is nobody else's to read. A file that is
+            # there is not opened here: closing it would end the locks that another connection of
+            # this process holds.
             with suppress(FileExistsError):
                 Path(self._path).touch(0o600, exist_ok=False)
         connection = self._connect()
@@ -1702,16 +1910,17 @@ class SQLiteDatabase(Database):
             ((owner,),) = connection.execute("PRAGMA application_id").fetchall()
             ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
             if owner != SQLITE_APPLICATION_ID and (owner or tables):
-                raise ConfigurationError(f"{self._path} is the database of another program: name another file")
+                raise ConfigurationError(
+                    f"{self._path} is the database of another program: name another file")
             if self._read_only:
                 return connection
             self._use_wal(connection)
-            connection.execute("PRAGMA fullfsync = ON")  # On macOS, fsync alone stops short of the disk.
+            connection.execute("PRAGMA synchronous = FULL")  # A power cut loses no COMMIT.
+            connection.execute("PRAGMA fullfsync = ON")  # On macOS, fsync stops short of the disk.
             connection.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KB}")
-            connection.execute("PRAGMA synchronous = FULL")  # Each COMMIT is synced: a power cut loses none.
             connection.execute(f"PRAGMA wal_autocheckpoint = {SQLITE_CHECKPOINT_PAGES}")
-            # Written at every start, since its sync is also that of what a killed process left in the log without one:
-            # it can be read from now on, and be answered to whoever sends its key again.
+            # This write syncs what a killed process left in the log without a sync. From now on
+            # that can be read, and be answered to whoever sends its key again.
             connection.execute(f"PRAGMA application_id = {SQLITE_APPLICATION_ID}")
         except BaseException:
             connection.close()
@@ -1719,7 +1928,7 @@ class SQLiteDatabase(Database):
         return connection
 
     def _use_wal(self, connection: sqlite3.Connection) -> None:
-        """Turn the write-ahead log on. SQLite does not wait here for another process that opens the new file too."""
+        """Turn the write-ahead log on. SQLite does not wait here for another process itself."""
         deadline = time.monotonic() + DATABASE_TIMEOUT_S
         while True:
             try:
@@ -1731,11 +1940,11 @@ class SQLiteDatabase(Database):
             time.sleep(random.uniform(0, RETRY_PAUSE_MAX_S))
 
     def _connect(self) -> sqlite3.Connection:
-        # Only the writer makes the file: a file that was removed must not come back empty.
+        # Only `_open_writer` makes the file: one that was removed must not come back empty.
         mode = "ro" if self._read_only else "rw"
         database = f"{Path(self._path).as_uri()}?mode={mode}" if self._path else ":memory:"
-        connection = sqlite3.connect(database, uri=True, timeout=DATABASE_TIMEOUT_S, isolation_level=None,
-                                     check_same_thread=False)
+        connection = sqlite3.connect(database, uri=True, timeout=DATABASE_TIMEOUT_S,
+                                     isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
         return connection
 
@@ -1749,7 +1958,7 @@ class _Write:
     done: bool = False
     result: Any = None
     error: Exception | None = None
-    turn: threading.Lock = field(default_factory=threading.Lock)  # Let go when this is done, or is to lead.
+    turn: threading.Lock = field(default_factory=threading.Lock)  # Released when done, or to lead.
 
     def __post_init__(self) -> None:
         self.turn.acquire()
@@ -1765,16 +1974,22 @@ def _sync(path: str) -> None:
 
 
 def _check_usable(process_id: int, closed: bool) -> None:
-    """Raise Unavailable for a database that is closed, or was opened by another process than this one."""
+    """Raise Unavailable for a database that is closed, or was opened by another process."""
     if closed:
         raise Unavailable("This wallet is closed.")
     if os.getpid() != process_id:
-        raise Unavailable("This wallet was opened before a fork, which no connection can cross: open it after.")
+        raise Unavailable("This wallet was opened before a fork, which no connection can cross:"
+                          " open it after.")
 
 
 def _execute_on(connection: sqlite3.Connection) -> _Execute:
-    # All rows are fetched at once: a RETURNING that is not read to its end keeps COMMIT from working.
+    # All rows are fetched at once: a RETURNING that is not read to its end blocks COMMIT.
     return lambda sql, *parameters: connection.execute(sql, parameters).fetchall()
+
+
+def _run(sql: str, tx: _Execute) -> list[_Row]:
+    """Run a statement without parameters."""
+    return tx(sql)
 
 
 def _unavailable(error: Exception) -> Unavailable:
@@ -1782,18 +1997,21 @@ def _unavailable(error: Exception) -> Unavailable:
     return Unavailable(f"Nothing was changed, so try again. ({reason})")
 
 
-# SQLSTATEs after which a transaction is run again (https://www.postgresql.org/docs/current/errcodes-appendix.html).
-LOST_A_RACE = "40001", "40P01"  # serialization_failure, deadlock_detected: it was rolled back, at COMMIT too.
+# SQLSTATEs after which a transaction is run again
+# (https://www.postgresql.org/docs/current/errcodes-appendix.html).
+LOST_A_RACE = "40001", "40P01"  # serialization_failure, deadlock_detected: rolled back, always.
 READ_ONLY = "25006"  # read_only_sql_transaction
-CHANGED_MEANWHILE = READ_ONLY, "23505", "42P07", "42710"  # unique_violation, duplicate_table, duplicate_object
+# unique_violation, duplicate_table, duplicate_object
+CHANGED_MEANWHILE = READ_ONLY, "23505", "42P07", "42710"
 
 
 class PostgresDatabase(Database):
-    """Postgres, or an engine that speaks its protocol, through psycopg and its pool of connections.
+    """Postgres, or an engine that speaks its protocol, through psycopg and its pool.
 
-    A transaction that lost a race or its connection is run again, from its beginning. So is one whose
-    COMMIT was not answered: its key tells what became of it, and the locks that it may still hold keep
-    the next run waiting until that is decided. The statements are right at every isolation level.
+    A transaction that lost a race or its connection is run again from its beginning. So is one
+    whose COMMIT was not answered: its key tells what became of it, and the locks that it may still
+    hold make the next run wait until that is decided. The statements are right at every isolation
+    level.
     """
 
     def __init__(self, dsn: str, connections: int) -> None:
@@ -1802,48 +2020,54 @@ class PostgresDatabase(Database):
             from psycopg.conninfo import conninfo_to_dict, make_conninfo
             from psycopg_pool import ConnectionPool
         except ImportError as error:
-            advice = "a DSN of Postgres needs more packages: pip install 'psycopg[binary]' psycopg-pool"
-            raise ConfigurationError(advice) from error
+            raise ConfigurationError("a DSN of Postgres needs more packages:"
+                                     " pip install 'psycopg[binary]' psycopg-pool") from error
         try:
             given = conninfo_to_dict(dsn)
-        except (ProgrammingError, UnicodeError):  # It quotes what may be the password, as one about the port does.
+        except (ProgrammingError, UnicodeError):  # Its message may quote the password.
             given = {"port": "malformed"}
         host, port, database = (str(given.get(name, "")) for name in ("host", "port", "dbname"))
-        if dsn.count("@") > 1 or re.search("[^!-~]", dsn) or "@" in host + database or re.search("[^0-9,]", port):
-            raise ConfigurationError("the DSN is malformed: it looks like postgresql://USER:PASSWORD@HOST:PORT/DATABASE,"
-                                     " with %40 for an @ in the password, and other special characters likewise")
+        if (dsn.count("@") > 1 or re.search("[^!-~]", dsn) or "@" in host + database
+                or re.search("[^0-9,]", port)):
+            raise ConfigurationError(
+                "the DSN is malformed: it looks like postgresql://USER:PASSWORD@HOST:PORT/DATABASE,"
+                " with %40 for an @ in the password, and other special characters likewise")
         self.location = f"postgresql://{host}{port and f':{port}'}/{database}"
-        self._public_dsn = make_conninfo(**{name: str(given[name]) for name in given if "password" not in name})
+        self._public_dsn = make_conninfo(
+            **{name: str(given[name]) for name in given if "password" not in name})
         self._process_id = os.getpid()
         self._away_until = 0.0
         self._connection_class = _timed_connection_class()
-        # A prepared statement belongs to a session, and a pooler such as PgBouncer changes sessions.
-        options = POSTGRES_DEFAULTS | given | {"client_encoding": "UTF8", "prepare_threshold": None, "autocommit": True}
+        # A prepared statement belongs to a session, and a pooler such as PgBouncer changes those.
+        options = POSTGRES_DEFAULTS | given | {
+            "client_encoding": "UTF8", "prepare_threshold": None, "autocommit": True}
         try:
             with self._connection_class.connect(**options) as connection:
                 connection.deadline = time.monotonic() + DATABASE_TIMEOUT_S
                 self._check_server(partial(_execute_on_postgres, connection))
         except (Error, UnicodeError) as error:
-            raise ConfigurationError(f"cannot open {self.location}: {' '.join(str(error).split())}") from error
-        # The pool would wait ever longer between two tries to connect. So it gives up soon, and begins anew.
+            reason = " ".join(str(error).split())
+            raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
+        # The pool would wait ever longer between two tries. So it gives up soon, and begins anew.
         self._pool: ConnectionPool[Any] = ConnectionPool(
-            kwargs=options, connection_class=self._connection_class, min_size=1, max_size=connections, open=True,
-            max_waiting=POSTGRES_WAITING_MAX, reconnect_timeout=POSTGRES_DIAL_S, reconnect_failed=ConnectionPool.check,
-            name="wallet")
+            kwargs=options, connection_class=self._connection_class, min_size=1,
+            max_size=connections, open=True, max_waiting=POSTGRES_WAITING_MAX, name="wallet",
+            reconnect_timeout=POSTGRES_DIAL_S, reconnect_failed=ConnectionPool.check)
 
     def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` in a transaction of its own (see Database)."""
-        return self._run(function, True, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
+        return self._call(function, True, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function`, each statement in a transaction of its own."""
-        return self._run(function, False, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
+        return self._call(function, False, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
 
     def backup(self, path: str, report: _Report) -> NoReturn:
         """Say which commands do it."""
         database, file = shlex.quote(self._public_dsn), shlex.quote(path)
         raise ConfigurationError(
-            f"Postgres is backed up while it serves by\npg_dump --format=custom --file={file} --dbname={database}\n"
+            "Postgres is backed up while it serves by\n"
+            f"pg_dump --format=custom --file={file} --dbname={database}\n"
             "and restored with all wallets stopped, to a database that is empty, by\n"
             f"pg_restore --exit-on-error --single-transaction --dbname={database} {file}")
 
@@ -1851,13 +2075,14 @@ class PostgresDatabase(Database):
         """Tell it of the pool."""
         pool = self._pool.get_stats()
         idle = pool["pool_available"]
-        return {"idle": idle, "in_use": pool["pool_size"] - idle, "waiting": pool["requests_waiting"]}
+        return {"idle": idle, "in_use": pool["pool_size"] - idle,
+                "waiting": pool["requests_waiting"]}
 
     def close(self) -> None:
-        """Close what is not in use; what is in use is closed when its call has ended."""
+        """Close what is not in use. What is in use is closed when its call has ended."""
         self._pool.close()
 
-    def _run(self, function: Callable[[_Execute], T], transaction: bool, deadline: float) -> T:
+    def _call(self, function: Callable[[_Execute], T], transaction: bool, deadline: float) -> T:
         """Run `function` until it succeeds, while running it again may help and there is time."""
         from psycopg import Error, IntegrityError
         from psycopg_pool import PoolTimeout
@@ -1865,18 +2090,20 @@ class PostgresDatabase(Database):
         _check_usable(self._process_id, self._pool.closed)
         started = time.monotonic()
         if started < self._away_until:
-            raise self.failed(Unavailable("Nothing was changed, so try again. (the database has stopped answering)"))
+            raise self.failed(_unavailable(Exception("the database has stopped answering")))
         unknown, mendings, pause_s = False, 0, RETRY_PAUSE_S
         while True:
             connection, committing = None, False
+            patience_s = min(DATABASE_TIMEOUT_S, deadline - time.monotonic())
             try:
-                with self._pool.connection(min(DATABASE_TIMEOUT_S, deadline - time.monotonic())) as connection:
-                    connection.deadline = deadline - POSTGRES_DIAL_S  # Which is for the cancelling.
+                with self._pool.connection(patience_s) as connection:
+                    connection.deadline = deadline - POSTGRES_DIAL_S  # Leaves time to cancel.
                     tx = partial(_execute_on_postgres, connection)
                     if not transaction:
                         return function(tx)
-                    # The server gives up before the client has to cut the connection, and frees the locks of a client
-                    # that has vanished. It is told for this transaction alone, lest a pooler hands the settings on.
+                    # The server gives up before the client has to cut the connection, and frees
+                    # the locks of a client that has vanished. This is set for this transaction
+                    # alone, else a pooler would hand the settings on.
                     timeout_ms = max(1, int((deadline - time.monotonic()) * 800))
                     tx(f"BEGIN; SET LOCAL statement_timeout = {timeout_ms};"
                        f" SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}")
@@ -1887,11 +2114,13 @@ class PostgresDatabase(Database):
                     return result
             except Error as error:
                 unknown |= committing and error.sqlstate not in LOST_A_RACE
-                lost = connection.closed if connection is not None else isinstance(error, PoolTimeout)
+                is_timeout = isinstance(error, PoolTimeout)
+                lost = connection.closed if connection is not None else is_timeout
                 mendable = committing or error.sqlstate in CHANGED_MEANWHILE
                 mendings += mendable
-                again = lost or error.sqlstate in LOST_A_RACE or (mendable and mendings <= MENDINGS_MAX)
-                if error.sqlstate == READ_ONLY:  # The server is a standby now: a new connection may find the primary.
+                again = (lost or error.sqlstate in LOST_A_RACE
+                         or (mendable and mendings <= MENDINGS_MAX))
+                if error.sqlstate == READ_ONLY:  # A standby now: find the primary.
                     self._pool.drain()
                 if isinstance(error, IntegrityError) and not again and not unknown:
                     raise
@@ -1900,26 +2129,29 @@ class PostgresDatabase(Database):
                         logger.error("%s does not answer: %s", self.location, error)
                         self._away_until = time.monotonic() + POSTGRES_AWAY_S
                         self._pool.drain()  # The others may be as dead.
-                    raise self.failed(OutcomeUnknown() if unknown else _unavailable(error)) from error
+                    failure = OutcomeUnknown() if unknown else _unavailable(error)
+                    raise self.failed(failure) from error
             time.sleep(random.uniform(0, pause_s))
             pause_s = min(2 * pause_s, RETRY_PAUSE_MAX_S)
 
     def _check_server(self, tx: _Execute) -> None:
-        """Refuse a server on which no wallet can be kept, and warn of one that may lose what it has committed."""
+        """Refuse a server that can keep no wallet. Warn of one that may lose what it commits."""
         settings: dict[str, str] = dict(tx("SELECT name, setting FROM pg_settings"))
         if settings.get("transaction_read_only") == "on":
             raise ConfigurationError(f"{self.location} is read-only: name the primary server")
         if (encoding := settings.get("server_encoding", "UTF8")) != "UTF8":
-            raise ConfigurationError(f"{self.location} is in {encoding}: make a database with ENCODING 'UTF8'")
+            raise ConfigurationError(
+                f"{self.location} is in {encoding}: make a database with ENCODING 'UTF8'")
         for name in ("fsync", "full_page_writes", "synchronous_commit"):
             if settings.get(name) == "off":
-                logger.warning("%s has %s off: in a crash it may lose what was answered", self.location, name)
+                logger.warning("%s has %s off: in a crash it may lose what was answered",
+                               self.location, name)
 
 
 def _timed_connection_class() -> Any:
-    """Return a class of connections that wait until their `deadline` only, since a server that hangs says nothing.
+    """Return a class of connections that wait until their `deadline` only.
 
-    `answered_at` of the class is when the server last answered on any of them.
+    A server that hangs says nothing. `answered_at` of the class is when it last answered any.
     """
     from psycopg import Connection, Error
 
@@ -1927,11 +2159,12 @@ def _timed_connection_class() -> Any:
         deadline = answered_at = 0.0
 
         def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            left_s = max(POSTGRES_DIAL_S, self.deadline - time.monotonic())
             try:
-                result = super().wait(gen, interval, max(POSTGRES_DIAL_S, self.deadline - time.monotonic()))
+                result = super().wait(gen, interval, left_s)
             except Error as error:
                 if error.sqlstate is None and self.deadline < time.monotonic():
-                    with suppress(Error):  # Lest a statement goes on that nobody waits for.
+                    with suppress(Error):  # Nobody waits for the statement any more.
                         self.cancel_safe(timeout=POSTGRES_DIAL_S)
                     self.close()
                 raise
@@ -1947,12 +2180,16 @@ def _execute_on_postgres(connection: Any, sql: str, *parameters: str | int | Non
     return cursor.fetchall() if cursor.description else []
 
 
-# HTTP #################################################################################################
+# HTTP #############################################################################################
 
-# Of Bottle only the router is used: answers and errors are made in App, in one place. A route needs an account's
-# token unless it is `public`; where there is an issuer, `issuer` says whether its token is needed instead, or
-# does too. Its handler gets the wallet, the account that calls (None for the issuer), and by name what it takes.
+# Of Bottle only the router is used: App makes every answer, in one place. A route needs an
+# account's token unless it is `public`. Where there is an issuer, a route with `issuer="instead"`
+# needs the issuer's token, and one with `issuer="too"` takes either. A handler gets the wallet, the
+# account that calls (None for the issuer), and by name what the route takes.
 _routes = Bottle()
+BATCH_PATH, STATEMENT_PATH = "/api/transactions/batch", "/api/transactions.csv"
+TRANSACTION_PATH = "/api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>"
+HOLD_PATH = "/api/holds/<hold_id:re:hld_[0-9A-Za-z]{16}_[0-9]+>"
 
 
 class _Response(NamedTuple):
@@ -1977,11 +2214,12 @@ def _post_register(wallet: Wallet, caller: None, name: str) -> _Response:
 
 @_routes.get("/api/account", query=("at",))
 def _get_account(wallet: Wallet, caller: Account, at: str | None = None) -> _Response:
-    """Show the account, as authentication has just read it, or what its balance was at a time."""
+    """Show the account, as authentication has just read it, or its balance at a time."""
     if at is None:
         return _Response(200, caller)
-    then = {"balance": wallet.balance_at(caller.id, at), "at": _format_time(_as_time(_parse_time(at)))}
-    return _Response(200, {"id": caller.id, "name": caller.name, "currency": caller.currency, **then})
+    balance, moment = wallet.balance_at(caller.id, at), _format_time(_as_time(_parse_time(at)))
+    return _Response(200, {"id": caller.id, "name": caller.name, "currency": caller.currency,
+                           "balance": balance, "at": moment})
 
 
 @_routes.post("/api/account/token", body=_fields({}), body_optional=True, token=True)
@@ -1991,16 +2229,19 @@ def _post_token(wallet: Wallet, caller: Account, token: str) -> _Response:
 
 
 def _post(path: str, method: str, rules: _Rules, **takes: Any) -> None:
-    """Route a request that has its effect once per key to a method of the wallet. A header tells a replay."""
+    """Route a request that has its effect once per key to a method of the wallet."""
 
-    def handle(wallet: Wallet, caller: str | None, account: str | None = None, **arguments: Any) -> _Response:
+    def handle(wallet: Wallet, caller: str | None, account: str | None = None,
+               **arguments: Any) -> _Response:
         if caller:
             account = caller
-        elif "transaction_id" in arguments:  # Of a charge that the issuer refunds. Elsewhere it names the account.
+        elif "transaction_id" in arguments:  # The issuer refunds the charge of this account.
             account = f"acc_{arguments['transaction_id'][4:20]}"
         made = getattr(wallet, method)(account_id=account, **arguments)
-        first, document = (made[0], {"transactions": made}) if isinstance(made, list) else (made, made)
-        return _Response(201, document, {"Idempotent-Replayed": "true"} if first.replayed else {})
+        is_batch = isinstance(made, list)
+        replayed = (made[0] if is_batch else made).replayed
+        return _Response(201, {"transactions": made} if is_batch else made,
+                         {"Idempotent-Replayed": "true"} if replayed else {})
 
     _routes.post(path, body=_fields(rules), key=True, **takes)(handle)
 
@@ -2019,12 +2260,11 @@ def _get(path: str, method: str, *query: str) -> None:
     _routes.get(path, query=query)(handle)
 
 
-TRANSACTION_PATH = "/api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>"
-HOLD_PATH = "/api/holds/<hold_id:re:hld_[0-9A-Za-z]{16}_[0-9]+>"
-_post("/api/transactions/topup", "topup", MOVEMENT, issuer="instead", issuer_body=_fields(TOPUP_BY_ISSUER))
+_post("/api/transactions/topup", "topup", MOVEMENT, issuer="instead",
+      issuer_body=_fields(TOPUP_BY_ISSUER))
 _post("/api/transactions/charge", "charge", MOVEMENT)
 _post("/api/transactions/transfer", "transfer", TRANSFER)
-_post("/api/transactions/batch", "batch", TRANSACTIONS, issuer="too", body_bytes_max=BATCH_BODY_BYTES_MAX)
+_post(BATCH_PATH, "batch", TRANSACTIONS, issuer="too", body_bytes_max=BATCH_BODY_BYTES_MAX)
 _post(f"{TRANSACTION_PATH}/refund", "refund", PART, body_optional=True, issuer="instead")
 _post("/api/holds", "hold", HOLD)
 _post(f"{HOLD_PATH}/capture", "capture", PART, body_optional=True)
@@ -2035,13 +2275,14 @@ _get("/api/holds", "holds", "limit", "cursor")
 _get(HOLD_PATH, "get_hold")
 
 
-@_routes.get("/api/transactions.csv", query=("type", "since", "until"))
+@_routes.get(STATEMENT_PATH, query=("type", "since", "until"))
 def _get_statement(wallet: Wallet, caller: Account, **filters: Any) -> _Response:
     """Stream the history, oldest first, for a spreadsheet."""
     chunks = _csv_chunks(wallet.statement(caller.id, **filters))
     next(chunks)
-    return _Response(200, chunks, {"Content-Type": "text/csv; charset=utf-8",
-                                  "Content-Disposition": 'attachment; filename="transactions.csv"'})
+    return _Response(200, chunks, {
+        "Content-Type": "text/csv; charset=utf-8",
+        "Content-Disposition": 'attachment; filename="transactions.csv"'})
 
 
 @_routes.get("/livez", public=True)
@@ -2065,12 +2306,15 @@ def _get_openapi(wallet: Wallet, caller: None) -> _Response:
 
 @_routes.get("/", public=True)
 def _get_page(wallet: Wallet, caller: None) -> _Response:
-    """Serve the page. It may run its own script and style, known by their hashes, and ask this wallet."""
-    page, policy = _read_file("wallet.html"), SECURITY_HEADERS["Content-Security-Policy"] + "; connect-src 'self'"
-    for tag in (b"script", b"style"):
-        digest = hashlib.sha256(page.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0]).digest()
-        policy += f"; {tag.decode()}-src 'sha256-{base64.b64encode(digest).decode()}'"
-    return _Response(200, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy})
+    """Serve the page. It may run its own script and style, known by their hashes, and ask us."""
+    page = _read_file("wallet.html")
+    policy = SECURITY_HEADERS["Content-Security-Policy"] + "; connect-src 'self'"
+    for tag in ("script", "style"):
+        source = page.partition(f"<{tag}>".encode())[2].partition(f"</{tag}>".encode())[0]
+        digest = base64.b64encode(hashlib.sha256(source).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    return _Response(200, page, {"Content-Type": "text/html; charset=utf-8",
+                                 "Content-Security-Policy": policy})
 
 
 def _to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
@@ -2090,35 +2334,41 @@ _statements = threading.BoundedSemaphore(STATEMENTS_MAX)
 def _csv_chunks(transactions: Iterator[Transaction]) -> Iterator[bytes]:
     """Yield nothing, and then a statement as CSV (RFC 4180), some lines at a time."""
     if not _statements.acquire(blocking=False):
-        raise Unavailable("Enough statements are being sent already, so try again.")
+        raise Unavailable(TOO_MANY_STATEMENTS)
     try:
         yield b""
-        columns = ["id", "created_at", "type", "amount", "balance", "description", "reference", "metadata"]
+        columns = ["id", "created_at", "type", "amount", "balance", "description", "reference",
+                   "metadata"]
         lines: list[list[Any]] = [columns]
         while lines:
             text = io.StringIO()
             csv.writer(text).writerows([_spreadsheet_cell(cell) for cell in line] for line in lines)
             yield text.getvalue().encode()
-            lines = [list(map(_to_json(one).get, columns)) for one in islice(transactions, STATEMENT_ROWS)]
+            found = islice(transactions, STATEMENT_ROWS)
+            lines = [[_to_json(one)[column] for column in columns] for one in found]
     finally:
         _statements.release()
 
 
 def _spreadsheet_cell(value: object) -> object:
-    """Return a value of which no spreadsheet makes a formula (https://owasp.org/www-community/attacks/CSV_Injection).
+    """Return a value of which no spreadsheet makes a formula.
 
-    An apostrophe goes before what a formula begins with, where a cell begins, and behind a semicolon too, since
-    that separates cells in the countries that have a decimal comma.
+    See https://owasp.org/www-community/attacks/CSV_Injection. An apostrophe goes before what a
+    formula begins with, where a cell begins. It goes there behind a semicolon too, which separates
+    cells in countries that have a decimal comma.
     """
     if isinstance(value, dict):
         value = json.dumps(value, ensure_ascii=False) if value else None
-    return re.sub(r"(^|;)(?=[\s\"]*[-=+@\uff0d\uff1d\uff0b\uff20])", r"\1'", value) if isinstance(value, str) else value
+    formula = r"(^|;)(?=[\s\"]*[-=+@\uff0d\uff1d\uff0b\uff20])"
+    return re.sub(formula, r"\1'", value) if isinstance(value, str) else value
 
 
 def _error_response(error: WalletError) -> _Response:
     """Return a problem document (RFC 9457)."""
-    body = {"title": error.title, "status": error.status, "detail": str(error), "code": error.code, **error.members}
-    return _Response(error.status, body, {"Content-Type": "application/problem+json", **error.headers})
+    body = {"title": error.title, "status": error.status, "detail": str(error), "code": error.code,
+            **error.members}
+    headers = {"Content-Type": "application/problem+json", **error.headers}
+    return _Response(error.status, body, headers)
 
 
 def _read_file(name: str) -> bytes:
@@ -2127,6 +2377,13 @@ def _read_file(name: str) -> bytes:
         return Path(__file__).with_name(name).read_bytes()
     except FileNotFoundError:
         raise NotFound(f"{name} is not installed beside wallet.py.") from None
+
+
+def _check_files(*names: str) -> None:
+    """Warn of files that are not installed beside this module: something will not work."""
+    for name in names:
+        if not Path(__file__).with_name(name).exists():
+            logger.warning("%s is not installed beside wallet.py, and something needs it", name)
 
 
 def _parse_authorization(header: str) -> str:
@@ -2138,39 +2395,45 @@ def _parse_authorization(header: str) -> str:
 
 
 def _parse_query(text: str, names: Sequence[str]) -> dict[str, str]:
-    """Return the parameters. Raises MalformedRequest, also for an unknown one and one sent twice."""
+    """Return the parameters. Raises MalformedRequest, also if one is unknown or comes twice."""
     try:
-        pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict") if text else []
+        pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict")
     except ValueError:
         raise MalformedRequest("The query string is malformed.") from None
     query = dict(pairs)
     if len(query) < len(pairs) or query.keys() - set(names):
         known = f"takes, once each: {', '.join(names)}" if names else "takes no parameters"
-        raise MalformedRequest(f"The query has an unknown parameter, or one twice; this route {known}.")
+        raise MalformedRequest(
+            f"The query has an unknown parameter, or one twice; this route {known}.")
     return query
 
 
 def _parse_body(environ: WSGIEnvironment, takes: Mapping[str, Any]) -> dict[str, object]:
-    """Return the body, a JSON object, or an empty one where it may be left out. Lenient parsers let more pass.
+    """Return the body, a JSON object, or an empty one where it may be left out.
 
     Raises UnsupportedMediaType, BodyTooLarge, MalformedRequest.
     """
     bytes_max = takes.get("body_bytes_max", BODY_BYTES_MAX)
-    missing = environ.get("CONTENT_LENGTH") in (None, "", "0") and "HTTP_TRANSFER_ENCODING" not in environ
-    if missing and takes.get("body_optional"):
+    length = environ.get("CONTENT_LENGTH") or ""
+    is_missing = length in ("", "0") and "HTTP_TRANSFER_ENCODING" not in environ
+    if is_missing and takes.get("body_optional"):
         return {}
-    if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
+    media_type = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
         raise UnsupportedMediaType()
-    # Without a length, only some servers mark where the body ends; elsewhere, to read is to wait for ever.
+    # Without a length, only some servers mark where the body ends. From others, to read is to wait
+    # for ever.
     unknown_length = bytes_max + 1 if environ.get("wsgi.input_terminated") else 0
     try:
-        length = int(environ.get("CONTENT_LENGTH") or unknown_length)
-        body = environ["wsgi.input"].read(max(0, min(length, bytes_max + 1)))
+        wanted = min(int(length or unknown_length), bytes_max + 1)
+        body = environ["wsgi.input"].read(max(0, wanted))
         if len(body) > bytes_max:
             raise BodyTooLarge()
         text = body.decode()
-        if text.count("[") + text.count("{") > JSON_DEPTH_MAX and _json_depth(text) > JSON_DEPTH_MAX:
-            raise MalformedRequest(f"The body is nested too deeply: more than {JSON_DEPTH_MAX} arrays and objects.")
+        brackets = text.count("[") + text.count("{")
+        if brackets > JSON_DEPTH_MAX and _json_depth(text) > JSON_DEPTH_MAX:
+            raise MalformedRequest(f"The body is nested too deeply: more than {JSON_DEPTH_MAX}"
+                                   " arrays and objects.")
         document = _JSON.decode(text)
     except ValueError as error:
         raise MalformedRequest(f"The body is not valid JSON: {error}.") from None
@@ -2181,8 +2444,10 @@ def _parse_body(environ: WSGIEnvironment, takes: Mapping[str, Any]) -> dict[str,
 
 def _json_depth(text: str) -> int:
     """Return how deep arrays and objects are nested in JSON, up to where it is none."""
-    brackets = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[^]["{}]+', "", text, flags=re.DOTALL)
-    return max(accumulate(map({"[": 1, "{": 1, "]": -1, "}": -1}.__getitem__, brackets)), default=0)
+    strings = r'"[^"\\]*(?:\\.[^"\\]*)*"?'
+    brackets = re.sub(strings + r'|[^]["{}]+', "", text, flags=re.DOTALL)
+    steps = map({"[": 1, "{": 1, "]": -1, "}": -1}.__getitem__, brackets)
+    return max(accumulate(steps), default=0)
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -2195,16 +2460,17 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-# An integer of more than 20 digits is out of every rule, and stays so when it is cut. To read all of it
-# is slow, and from 4,300 digits on an error.
+# An integer of more than 20 digits is out of every rule, and stays so when it is cut. To read all
+# of it is slow, and from 4,300 digits on an error.
 _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constant=_refuse_constant,
                          parse_int=lambda digits: int(digits[:20]))
 
 
 class _Metrics:
-    """What an App and its database do, for Prometheus (https://prometheus.io/docs/practices/naming/).
+    """What an App and its database do, for Prometheus (https://prometheus.io/docs/practices).
 
-    No label has a value that a client can make up, lest their number grows, or tells of an account.
+    No label has a value that a client can make up: there would be ever more, and one could tell of
+    an account.
     """
 
     def __init__(self, database: Database) -> None:
@@ -2215,22 +2481,32 @@ class _Metrics:
         ProcessCollector(registry=registry)
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
         histogram = partial(Histogram, registry=registry)
-        self.requests = counter("wallet_requests", "answers; other is what no route takes, or what was refused before",
-                                ["route", "method", "status"])
-        self.durations = histogram("wallet_request_duration_seconds", "seconds until an answer was made", ["route"],
-                                   buckets=DURATION_BUCKETS_S)
-        self.movements = counter("wallet_movements", "transactions that were made, by requests", ["type"])
-        self.amounts = counter("wallet_movement_amount", "their amounts, in minor units", ["type"])
-        self.refused = counter("wallet_charges_refused", "charges and captures that got a 4xx", ["code"])
-        self.commits = histogram("wallet_commit_writes", "writes to a commit, of which SQLite's have several",
-                                 buckets=WRITES_BUCKETS)
-        self.errors = counter("wallet_database_errors", "reads and writes that failed in the database", ["code"])
-        connections = gauge("wallet_pool_connections", "connections to Postgres, or those that read SQLite", ["state"])
+        self.requests = counter(
+            "wallet_requests", "answers; other is what no route takes, or what was refused before",
+            ["route", "method", "status"])
+        self.durations = histogram(
+            "wallet_request_duration_seconds", "seconds until an answer was made", ["route"],
+            buckets=DURATION_BUCKETS_S)
+        self.movements = counter(
+            "wallet_movements", "transactions that were made, by requests", ["type"])
+        self.amounts = counter(
+            "wallet_movement_amount", "their amounts, in minor units", ["type"])
+        self.refused = counter(
+            "wallet_charges_refused", "charges and captures that got a 4xx", ["code"])
+        self.commits = histogram(
+            "wallet_commit_writes", "writes to a commit, of which SQLite's have several",
+            buckets=WRITES_BUCKETS)
+        self.errors = counter("wallet_database_errors",
+                              "reads and writes that failed in the database", ["code"])
+        connections = gauge("wallet_pool_connections",
+                            "connections to Postgres, or those that read SQLite", ["state"])
         for state in ("idle", "in_use"):
-            connections.labels(state).set_function(partial(lambda one: database.usage()[one], state))
-        waiting = gauge("wallet_pool_waiting", "calls that wait for a connection to Postgres, or to write to SQLite")
+            connections.labels(state).set_function(
+                partial(lambda one: database.usage()[one], state))
+        waiting = gauge("wallet_pool_waiting",
+                        "calls that wait for a connection to Postgres, or to write to SQLite")
         waiting.set_function(lambda: database.usage()["waiting"])
-        for type in SIGN_BY_TYPE:  # Who watches these sees their first one too, if they begin at 0.
+        for type in SIGN_BY_TYPE:  # A series that begins at 0 shows its first one too.
             self.movements.labels(type), self.amounts.labels(type)
         for error in (Unavailable, OutcomeUnknown):
             self.errors.labels(error.code)
@@ -2240,7 +2516,8 @@ class _Metrics:
         """Show it all, but for when each series began, which would be as many again."""
         from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-        lines = re.sub(rb"(?m)^(# \w+ )?\w+_created\b.*\n", b"", generate_latest(self.registry))
+        created = rb"(?m)^(# \w+ )?\w+_created\b.*\n"
+        lines = re.sub(created, b"", generate_latest(self.registry))
         return _Response(200, lines, {"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     def observe(self, outcomes: Sequence[Exception | None]) -> None:
@@ -2261,25 +2538,27 @@ class _Metrics:
         if answer.status == 201:
             for made in body.get("transactions", ()):
                 if isinstance(made, Transaction) and not made.replayed:
-                    for type in {made.type, made.type.replace("_out", "_in")}:  # A transfer has both.
+                    # A transfer has both.
+                    for type in {made.type, made.type.replace("_out", "_in")}:
                         self.movements.labels(type).inc()
                         self.amounts.labels(type).inc(made.amount)
         elif route.endswith(("/charge", "/capture")) and answer.status < 500:
             self.refused.labels(body["code"]).inc()
 
 
-REFUSAL = "wallet.refusal"  # In the environ: the error with which the server asks to refuse the request at once.
+# In the environ: the error with which the server asks to refuse the request, and what App notes
+# there for the log and the metrics.
+REFUSAL, ROUTE, CALLER = "wallet.refusal", "wallet.route", "wallet.caller"
 TOO_MANY = "Too many requests wait, and nothing was changed."
 TOO_MANY_STATEMENTS = "Enough statements are being sent already, so try again."
-BATCH_PATH, STATEMENT_PATH = "/api/transactions/batch", "/api/transactions.csv"
-ROUTE, CALLER = "wallet.route", "wallet.caller"  # And what App notes there for the log and the metrics.
 
 
 class App:
-    """The WSGI application. Every answer is made here, whatever happens: there is no other way out."""
+    """The WSGI application. Every answer is made here, whatever happens."""
 
     def __init__(self, wallet: Wallet, issuer_token: str | None = None, metrics: bool = False,
                  trusted_proxy: str = "") -> None:
+        _check_files("openapi.yaml", "wallet.html")
         _check_issuer_token(issuer_token)
         self.wallet, self.routes = wallet, _routes
         self.has_issuer = bool(issuer_token)
@@ -2292,8 +2571,10 @@ class App:
             self.routes.get("/metrics", public=True)(self._metrics.get)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        started, method, path = time.perf_counter(), environ["REQUEST_METHOD"], environ.setdefault("PATH_INFO", "")
-        request_id = _make_request_id(environ.get("HTTP_X_REQUEST_ID", ""), self._issuer_token_hash)
+        started, method = time.perf_counter(), environ["REQUEST_METHOD"]
+        path = environ.setdefault("PATH_INFO", "")
+        sent_id = environ.get("HTTP_X_REQUEST_ID", "")
+        request_id = _make_request_id(sent_id, self._issuer_token_hash)
         try:
             answer = self._dispatch(environ)
         except WalletError as error:
@@ -2306,16 +2587,17 @@ class App:
         status, headers, body = _render(answer, request_id)
         duration_s, caller = time.perf_counter() - started, environ.get(CALLER)
         if not isinstance(caller, Account) and answer.status in (401, 500, 503):
-            caller = None  # It is only what the token says, which nobody may have looked at.
+            caller = None  # It is only what the token says, and maybe nobody has looked it up.
         account_id = getattr(caller, "id", caller)
-        _log_access(method, path, answer.status, duration_s, request_id, account_id, self._client(environ))
+        _log_access(method, path, answer.status, duration_s, request_id, account_id,
+                    self._client(environ))
         if self._metrics:
             self._metrics.count(environ.get(ROUTE, OTHER), method, answer, duration_s)
         start_response(status, headers)
         return [] if method == "HEAD" else body
 
     def _client(self, environ: WSGIEnvironment) -> str:
-        """Return the peer's address, or if that is the trusted proxy, the one that it has added to X-Forwarded-For."""
+        """Return the client's address: the peer's, or what the trusted proxy says it is."""
         peer: str = environ.get("REMOTE_ADDR", "")
         with suppress(ValueError):
             if self._trusted_proxy and _parse_address(peer) == self._trusted_proxy:
@@ -2335,30 +2617,40 @@ class App:
             allow = error.headers["Allow"].replace("GET", "GET, HEAD")
             raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
         takes, environ[ROUTE] = route.config, route.rule
-        arguments["caller"] = caller = environ[CALLER] = self._authenticate(environ, takes, arguments)
+        caller = environ[CALLER] = self._authenticate(environ, takes, arguments)
+        arguments["caller"] = caller
         try:
-            arguments |= _parse_query(environ.get("QUERY_STRING", ""), takes.get("query", ()))
-            if takes.get("key") and "HTTP_IDEMPOTENCY_KEY" in environ:
-                key = _parse_key(environ["HTTP_IDEMPOTENCY_KEY"].replace("§", "\0"))
-                # The issuer's keys are its own: no account can take them before it.
-                arguments["key"] = key if caller else _reserve_key(f"issuer {key}")
-            if "body" in takes:
-                parse = takes["body"] if caller else takes.get("issuer_body", takes["body"])
-                arguments |= parse(_parse_body(environ, takes))
-                if takes.get("issuer") == "too" and caller and self.has_issuer:
-                    _refuse_topups(arguments["transactions"])
+            arguments |= self._parse(environ, takes, caller)
             response: _Response = route.callback(self.wallet, **arguments)
         except WalletError as error:
             if caller and takes.get("key") and error.status < 500:
-                self.wallet.authenticate(arguments["token"])  # Who has no valid one is told this, and nothing else.
+                # Who has no valid token is told this, and nothing else.
+                self.wallet.authenticate(arguments["token"])
             raise
         return response
 
+    def _parse(self, environ: WSGIEnvironment, takes: Mapping[str, Any],
+               caller: Account | str | None) -> dict[str, Any]:
+        """Return what the route takes from the query, the key's header and the body."""
+        query = environ.get("QUERY_STRING", "")
+        arguments = _parse_query(query, takes.get("query", ())) if query else {}
+        if takes.get("key") and "HTTP_IDEMPOTENCY_KEY" in environ:
+            key = _parse_key(environ["HTTP_IDEMPOTENCY_KEY"].replace("§", "\0"))
+            # The issuer's keys are its own: no account can take them before it.
+            arguments["key"] = key if caller else _reserve_key(f"issuer {key}")
+        if "body" in takes:
+            parse = takes["body"] if caller else takes.get("issuer_body", takes["body"])
+            arguments |= parse(_parse_body(environ, takes))
+            if takes.get("issuer") == "too" and caller and self.has_issuer:
+                _refuse_topups(arguments["transactions"])
+        return arguments
+
     def _authenticate(self, environ: WSGIEnvironment, takes: Mapping[str, Any],
                       arguments: dict[str, Any]) -> Account | str | None:
-        """Return whose token was sent, None if the issuer's or none is needed.
+        """Return whose token was sent: None if it is the issuer's, or none is needed.
 
-        That is the account; but where money is moved, only its id, since the token is checked as a part of that.
+        Else that is an account. Where money moves it is only its id, and the token goes into the
+        arguments: it is checked in the transaction that moves the money.
         """
         issuer_may = takes.get("issuer")
         if takes.get("public") and not (issuer_may and self.has_issuer):
@@ -2367,7 +2659,7 @@ class App:
         if self.has_issuer:
             by_issuer = secrets.compare_digest(_hash_token(token), self._issuer_token_hash)
             if by_issuer and not issuer_may:
-                raise Forbidden("This route needs the token of an account, and this is the issuer's.")
+                raise Forbidden("This route needs an account's token, and this is the issuer's.")
             if by_issuer:
                 return None
             if issuer_may == "instead":
@@ -2386,19 +2678,24 @@ def _refuse_topups(transactions: object) -> None:
 
 
 def _make_request_id(sent: str, issuer_token_hash: str = "") -> str:
-    """Return the client's request id if it is fit for a header and a log line, and is no token, else a new one."""
-    fit = re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent and _hash_token(sent) != issuer_token_hash
-    return sent if fit else f"{random.getrandbits(64):016x}"
+    """Return the client's request id if it is fit for a header and a log, and is no token."""
+    is_fit = re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent
+    if is_fit and _hash_token(sent) != issuer_token_hash:
+        return sent
+    return f"{random.getrandbits(64):016x}"
 
 
-def _render(answer: _Response, request_id: str) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
+def _render(answer: _Response, request_id: str,
+            ) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
     """Return the status line, the headers and the body, with all that every answer carries."""
-    headers = {"Content-Type": "application/json", "X-Request-Id": request_id, **SECURITY_HEADERS, **answer.headers}
+    headers = {"Content-Type": "application/json", "X-Request-Id": request_id, **SECURITY_HEADERS,
+               **answer.headers}
     body: Iterable[bytes]
     if isinstance(answer.body, Iterator):
         body = answer.body
     else:
-        document = answer.body if isinstance(answer.body, bytes) else _encode(answer.body).encode() + b"\n"
+        made = answer.body
+        document = made if isinstance(made, bytes) else _encode(made).encode() + b"\n"
         headers["Content-Length"], body = str(len(document)), [document]
     return f"{answer.status} {REASONS[answer.status]}", list(headers.items()), body
 
@@ -2406,17 +2703,19 @@ def _render(answer: _Response, request_id: str) -> tuple[str, list[tuple[str, st
 _encode = json.JSONEncoder(ensure_ascii=False, default=_to_json).encode
 
 
-# What a line about a request has as attributes of its record too, for formatters of your own.
-REQUEST_FIELDS = "method", "path", "status", "duration_ms", "request_id", "account_id", "client"
+# A record of a request has these as attributes, for formatters of your own.
+REQUEST_FIELDS = (
+    "method", "path", "status", "duration_ms", "request_id", "account_id", "client")
 
 
-def _log_access(method: str, path: str, status: int, duration_s: float, request_id: str, account_id: str | None,
-               client: str) -> None:
-    """Log one request: never its query or body, nor a token that someone put into what is logged."""
+def _log_access(method: str, path: str, status: int, duration_s: float, request_id: str,
+                account_id: str | None, client: str) -> None:
+    """Log one request: never its query or body, nor a token that somebody put into its path."""
     if access_logger.isEnabledFor(logging.INFO):
-        known = (_loggable(method)[:20], _loggable(path)[:200], status, round(duration_s * 1000, 1), request_id,
-                 account_id, client)
-        access_logger.info("%s %s %s %s ms %s %s %s", *("-" if value in (None, "") else value for value in known),
+        known = (_loggable(method)[:20], _loggable(path)[:200], status,
+                 round(duration_s * 1000, 1), request_id, account_id, client)
+        shown = ("-" if value in (None, "") else value for value in known)
+        access_logger.info("%s %s %s %s ms %s %s %s", *shown,
                            extra=dict(zip(REQUEST_FIELDS, known, strict=True)))
 
 
@@ -2430,34 +2729,21 @@ def _hide_tokens(text: str) -> str:
     return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", text)
 
 
-def create_app(wallet: Wallet | None = None, issuer_token: str | None = None, metrics: bool = False,
-               trusted_proxy: str = "") -> App:
-    """Return the WSGI application of a wallet, or of what the environment's WALLET_DSN and the other settings name.
+def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
+               metrics: bool = False, trusted_proxy: str = "") -> App:
+    """Return the WSGI application of a wallet, or of what the environment's WALLET_... name.
 
-    With `issuer_token`, only who sends that makes and fills accounts. With `metrics`, it answers GET /metrics.
-    `trusted_proxy` is the IP address whose X-Forwarded-For tells the log where requests come from. Raises
-    ConfigurationError.
+    With `issuer_token`, only who sends that makes and fills accounts. With `metrics`, it answers
+    GET /metrics. `trusted_proxy` is the IP address whose X-Forwarded-For tells the log where
+    requests come from. Raises ConfigurationError.
     """
     if wallet is None:
         settings = _load_settings()
         wallet, issuer_token = _open_wallet(settings), issuer_token or settings["issuer-token"]
-        metrics, trusted_proxy = metrics or settings["metrics"], trusted_proxy or settings["trusted-proxy"]
+        metrics = metrics or settings["metrics"]
+        trusted_proxy = trusted_proxy or settings["trusted-proxy"]
         _warn_of_wal_reset_bug(settings["dsn"])
     return App(wallet, issuer_token, metrics, trusted_proxy)
-
-
-def _open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
-    """Return the wallet that the settings name. Raises ConfigurationError."""
-    return Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"], **options)
-
-
-def _warn_of_wal_reset_bug(dsn: str) -> None:
-    """Log that this SQLite may damage a file to which several processes write, if it may."""
-    _, minor, patch = sqlite3.sqlite_version_info
-    fixed = minor > max(SQLITE_WAL_RESET_FIXES) or patch >= SQLITE_WAL_RESET_FIXES.get(minor, sys.maxsize)
-    if dsn.startswith("sqlite:///") and not fixed:
-        logger.warning("SQLite %s has a rare bug: let no second process write to the file, or install SQLite 3.51.3"
-                       " (sqlite.org/wal.html#walresetbug)", sqlite3.sqlite_version)
 
 
 # Serving ##########################################################################################
@@ -2467,10 +2753,11 @@ def _warn_of_wal_reset_bug(dsn: str) -> None:
 MALFORMED = {
     rb"\A(?![!-~]+ [^\x00-\x20\x7f]+ HTTP/1\.[01](?:\r\n|\Z))": "the request line is malformed",
     rb"\n[ \t]|[ \t]{64}": "a header is folded, or has too much white space",
-    rb"\n(?:content-length|transfer-encoding)[ \t]*:(?![ \t]*[^\s,]+[ \t\r]*(?:\n|\Z))"
-    rb"|\n(?:content-length|transfer-encoding)[ \t]*:[^\0]*"
-    rb"\n(?:content-length|transfer-encoding)[ \t]*:": "the length of the body must be told once",
-    rb"\nidempotency-key[ \t]*:[^\0]*\nidempotency-key[ \t]*:": "Idempotency-Key came more than once",
+    rb"\n(?:content-length|transfer-encoding)[ \t]*:(?![ \t]*[^\s,]+[ \t\r]*(?:\n|\Z))":
+        "the length of the body must be told once",
+    rb"(?s)(?:\n(?:content-length|transfer-encoding)[ \t]*:.*){2}":
+        "the length of the body must be told once",
+    rb"(?s)(?:\nidempotency-key[ \t]*:.*){2}": "Idempotency-Key came more than once",
 }
 
 
@@ -2532,7 +2819,8 @@ class _Channel(HTTPChannel):
     """A connection. `step` is what its client has to do next, since `step_at`."""
 
     parser_class, task_class, error_task_class = _Parser, _Task, _Task
-    lingering, answered, queued_at, step, step_at = False, 0, 0.0, (0, 0), 0.0
+    will_close = lingering = False
+    answered, queued_at, step, step_at = 0, 0.0, (0, 0), 0.0
 
     def received(self, data: bytes) -> bool:
         return self.lingering or bool(super().received(data))
@@ -2566,7 +2854,7 @@ class _Server(TcpWSGIServer):
         settings = Adjustments(
             ident="", backlog=CONNECTIONS_MAX, connection_limit=CONNECTIONS_MAX, threads=threads,
             max_request_header_size=HEADER_BYTES_MAX + 1, max_request_body_size=BODY_BYTES_MAX + 1,
-            outbuf_high_watermark=sys.maxsize,  # A slow reader keeps no thread: the rest is spooled.
+            outbuf_high_watermark=sys.maxsize,  # What is not read yet is spooled, not waited for.
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
         settings.socket_options = SOCKET_OPTIONS
         super().__init__(app, map=self.sockets, _sock=bound, bind_socket=False, adj=settings,
@@ -2609,6 +2897,23 @@ class _Server(TcpWSGIServer):
         """Make `run` return. Any thread may call it, and a signal handler."""
         self.stopping = True
         self.pull_trigger()
+
+
+def _serve_waitress(app: App, bound: socket.socket, threads: int, banner: str) -> None:
+    """Serve with waitress until SIGTERM or Ctrl-C. A second signal ends it at once."""
+    _pin_process()
+    server = _Server(app, bound, threads)
+
+    def stop(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+        server.stop()
+
+    signals = signal.SIGTERM, signal.SIGINT
+    for number in signals:
+        signal.signal(number, stop)
+    print(banner, flush=True)
+    server.run()
 
 
 # Granian is faster. It calls this front on its RSGI interface, which calls the application.
@@ -2733,7 +3038,7 @@ def _pin_process() -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Return a socket that has an address, and does not listen yet. Raises ConfigurationError."""
+    """Return a socket with this address that does not listen yet. Raises ConfigurationError."""
     try:
         bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -2742,13 +3047,20 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
         return bound
     except OSError as error:
-        reason = str(error.strerror).partition(" (while")[0]
-        raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}") from error
+        bound.close()
+        raise ConfigurationError(
+            f"cannot listen on {host} port {port}: {error.strerror}") from error
+
+
+def _url_of(bound: socket.socket) -> str:
+    """Return the URL of a socket's address."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @contextmanager
 def running(wallet: Wallet | None = None, issuer_token: str | None = None) -> Iterator[str]:
-    """Serve a wallet, a new one in memory if none is given, on a free port; yield its URL."""
+    """Serve a wallet, a new one in memory if none is given, on a free port. Yield its URL."""
     with ExitStack() as opened:
         wallet = wallet or opened.enter_context(Wallet())
         server = _Server(create_app(wallet, issuer_token), _bind("127.0.0.1", 0), threads=4)
@@ -2759,46 +3071,111 @@ def running(wallet: Wallet | None = None, issuer_token: str | None = None) -> It
         yield server.url
 
 
+# Command line #####################################################################################
+
 TRY = """\
 Open the address in a browser, or try it from another terminal:
 
 TOKEN=$(curl -s {url}/api/register -H Content-Type:application/json -d '{{"name": "Ada"}}' \
 | tee /dev/stderr | grep -o 'wlt_[0-9A-Za-z]*')
-curl -s {url}/api/transactions/topup -H "Authorization: Bearer $TOKEN" -H Content-Type:application/json \
--d '{{"amount": 1250}}'
-curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" -H Content-Type:application/json \
--d '{{"amount": 2000}}'
+curl -s {url}/api/transactions/topup -H "Authorization: Bearer $TOKEN" \
+-H Content-Type:application/json -d '{{"amount": 1250}}'
+curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" \
+-H Content-Type:application/json -d '{{"amount": 2000}}'
 """
 
 
-def _url_of(bound: socket.socket) -> str:
-    """Return the URL of a socket's address."""
-    host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        message = message.replace("argument COMMAND: invalid choice:",
+                                  "no command, or the value of an unknown option:")
+        message = re.sub("^argument (--[a-z-]+):", r"\1", message)
+        raise ConfigurationError(f"{message}; see --help")
 
 
-def _make_banner(app: App, address: str) -> str:
-    """Return what is printed at the start."""
-    url = address.replace("//0.0.0.0", "//127.0.0.1").replace("[::]", "[::1]")
-    more = "Only the issuer's token makes and fills accounts." if app.has_issuer else TRY.format(url=url)
-    return f"wallet {__version__} listens on {address}, with its data in {app.wallet.database.location}. {more}"
+def _load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Return every setting: from the command line, else the environment, else its default.
+
+    `command` is the command that is given, None for none. Raises ConfigurationError for an unknown
+    option or a bad value.
+    """
+    parser = _ArgumentParser(
+        "wallet.py", description="Keep money balances, and answer about them over HTTP.",
+        epilog="Example: python wallet.py --port 8080 --dsn sqlite:////var/lib/wallet/wallet.db",
+        allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"wallet {__version__}")
+    for setting in SETTINGS:
+        parser.add_argument(
+            f"--{setting.name}", dest=setting.name, metavar="VALUE", type=setting.parse,
+            default=os.environ.get(setting.variable) or setting.default,
+            help=f"{setting.meaning} [{setting.variable}={setting.default}]")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands, instead of serving")
+    for command in COMMANDS:
+        taken = commands.add_parser(
+            command.name, help=command.meaning, description=command.meaning, allow_abbrev=False,
+            epilog="The options of `python wallet.py --help`, such as --dsn, may come here too."
+                   f" Example: python wallet.py {command.example}")
+        for name, options in command.arguments.items():
+            taken.add_argument(name, **options)
+        for setting in SETTINGS:
+            taken.add_argument(f"--{setting.name}", dest=setting.name, type=setting.parse,
+                               default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    settings = vars(parser.parse_args(arguments))
+    _check_issuer_token(settings["issuer-token"])
+    _parse_proxy(settings["trusted-proxy"])
+    return settings
 
 
-def _serve_waitress(app: App, bound: socket.socket, threads: int, banner: str) -> None:
-    """Serve with waitress until SIGTERM or Ctrl-C. A second signal ends it at once."""
+def _check_issuer_token(token: str | None) -> None:
+    """Raise ConfigurationError, without showing it, for a token that is too short or unsendable."""
+    if token and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", token):
+        raise ConfigurationError(
+            f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
+            " printable ASCII without spaces, as from: openssl rand -hex 32")
+
+
+def _parse_proxy(text: str) -> str:
+    """Return the address of the trusted proxy, "" for none. Raises ConfigurationError."""
+    try:
+        return text and _parse_address(text)
+    except ValueError:
+        raise ConfigurationError(
+            "WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted, as by"
+            " *, whoever reaches the wallet could forge an address") from None
+
+
+def _parse_address(text: str) -> str:
+    """Return an IP address in its one form, so that equal ones compare equal. Raises ValueError."""
+    address = ip_address(text.strip().partition("%")[0])  # What follows is a network interface.
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def _open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
+    """Return the wallet that the settings name. Raises ConfigurationError."""
+    return Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"],
+                  **options)
+
+
+@contextmanager
+def _load_app(settings: Mapping[str, Any]) -> Iterator[App]:
+    """Open the application in a process of Granian's."""
+    _configure_logging(settings["log-level"])
     _pin_process()
-    server = _Server(app, bound, threads)
+    with _open_wallet(settings) as wallet:
+        yield create_app(wallet, settings["issuer-token"], settings["metrics"],
+                         settings["trusted-proxy"])
 
-    def stop(*_: object) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-        server.stop()
 
-    signals = signal.SIGTERM, signal.SIGINT
-    for number in signals:
-        signal.signal(number, stop)
-    print(banner, flush=True)
-    server.run()
+def _warn_of_wal_reset_bug(dsn: str) -> None:
+    """Log that this SQLite may damage a file to which several processes write, if it may."""
+    _, minor, patch = sqlite3.sqlite_version_info
+    is_fixed = (minor > max(SQLITE_WAL_RESET_FIXES)
+                or patch >= SQLITE_WAL_RESET_FIXES.get(minor, sys.maxsize))
+    if dsn.startswith("sqlite:///") and not is_fixed:
+        logger.warning("SQLite %s has a rare bug: let no second process write to the file, or"
+                       " install SQLite 3.51.3 (sqlite.org/wal.html#walresetbug)",
+                       sqlite3.sqlite_version)
 
 
 def _check_server(settings: Mapping[str, Any]) -> None:
@@ -2806,15 +3183,16 @@ def _check_server(settings: Mapping[str, Any]) -> None:
     if settings["workers"] > 1 and settings["server"] == "waitress":
         raise ConfigurationError("more than one worker needs Granian: add --server granian")
     if settings["workers"] > 1 and settings["dsn"].startswith("sqlite:"):
-        raise ConfigurationError("more than one worker needs Postgres: over SQLite one process is faster, so leave"
-                                 " --workers at 1")
+        raise ConfigurationError("more than one worker needs Postgres: over SQLite one process is"
+                                 " faster, so leave --workers at 1")
     if settings["server"] == "granian":
         _check_installed("granian", "--server granian")
     if settings["metrics"]:
         _check_installed("prometheus-client", "--metrics")
         if settings["workers"] > 1:
-            raise ConfigurationError("--metrics 1 shows one process, and never which of several: leave --workers at 1,"
-                                     " and start as many wallets with a port each")
+            raise ConfigurationError(
+                "--metrics 1 shows one process, and never which of several: leave --workers at 1,"
+                " and start as many wallets with a port each")
 
 
 def _check_installed(package: str, whose: str) -> None:
@@ -2824,19 +3202,23 @@ def _check_installed(package: str, whose: str) -> None:
 
 
 class _LineFormatter(logging.Formatter):
-    """A line for people."""
+    """A line for people. Whatever logs, no line shows a token, or looks like another line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = _loggable(record.message)
+        return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:
         return _hide_tokens(super().formatException(ei))
 
 
 class _JSONFormatter(_LineFormatter):
-    """A JSON object in a line, for programs. It has what `log_access` knows of a request."""
+    """A JSON object in a line, for programs. It has what `_log_access` knows of a request."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, timezone.utc)
         document = {"time": _format_time(moment), "level": record.levelname, "logger": record.name,
-                    "message": record.getMessage()}
+                    "message": _loggable(record.getMessage())}
         if record.name == access_logger.name:
             document |= {name: vars(record)[name] for name in REQUEST_FIELDS}
         if record.exc_info:
@@ -2845,7 +3227,7 @@ class _JSONFormatter(_LineFormatter):
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
-    """Say whether somebody looks at it. Where it was closed before the start, Python has None for it."""
+    """Is this a terminal? (It is None when it was closed before the start.)"""
     return stream is not None and stream.isatty()
 
 
@@ -2858,37 +3240,31 @@ def _configure_logging(level: str) -> None:
     logging.getLogger("psycopg").setLevel(logging.ERROR)  # Else, in an outage, many lines a second.
 
 
-@contextmanager
-def _load_app(settings: Mapping[str, Any]) -> Iterator[App]:
-    """Open the application in a process of Granian's."""
-    _configure_logging(settings["log-level"])
-    _pin_process()
-    with _open_wallet(settings) as wallet:
-        yield create_app(wallet, settings["issuer-token"], settings["metrics"], settings["trusted-proxy"])
-
-
 def _show_progress(done: int, total: int) -> None:
     """Draw a bar on stderr, if that is a terminal. What is printed next takes its place."""
     if _is_terminal(sys.stderr):
-        print(f"[{'#' * (20 * done // max(done, total, 1)):20}]", end="\r", file=sys.stderr, flush=True)
+        bar = "#" * (20 * done // max(done, total, 1))
+        print(f"[{bar:20}]", end="\r", file=sys.stderr, flush=True)
 
 
 def _run_verify(settings: Mapping[str, Any]) -> None:
     with _open_wallet(settings, read_only=True) as wallet:
         accounts, entries = wallet.verify(_show_progress)
-        print(f"verified: {wallet.database.location} has {accounts:,} accounts and {entries:,} entries that agree")
+        print(f"verified: {wallet.database.location} has {accounts:,} accounts and {entries:,}"
+              " entries that agree")
 
 
 def _run_backup(settings: Mapping[str, Any]) -> None:
+    file = settings["file"]
     with _open_wallet(settings, read_only=True) as wallet:
-        accounts, entries = wallet.backup(settings["file"], _show_progress)
-    size = os.path.getsize(settings["file"])
-    print(f"verified: {settings['file']} has {size:,} bytes, {accounts:,} accounts and {entries:,} entries")
+        accounts, entries = wallet.backup(file, _show_progress)
+    print(f"verified: {file} has {os.path.getsize(file):,} bytes, {accounts:,} accounts and"
+          f" {entries:,} entries")
 
 
 def _run_accounts(settings: Mapping[str, Any]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    line = "{id:20} {balance:>16} {available:>16} {frozen:6} {created_at:27} {name}".format_map
+    line = ("{id:20} {balance:>16} {available:>16} {frozen:6} {created_at:27} {name}").format_map
     with _open_wallet(settings, create=False, read_only=True) as wallet:
         if not settings["json"]:
             print(line({name: name for name in Account.__annotations__}))
@@ -2897,14 +3273,17 @@ def _run_accounts(settings: Mapping[str, Any]) -> None:
             if settings["json"]:
                 print(json.dumps(shown))
             else:  # The name comes last: nobody knows how wide a terminal shows it.
-                shown["name"] = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in account.name)
-                print(line(shown | {"frozen": "frozen" if account.frozen else ""}))
+                name = "".join(
+                    one if one.isprintable() else ascii(one)[1:-1] for one in account.name)
+                frozen = "frozen" if account.frozen else ""
+                print(line(shown | {"name": name, "frozen": frozen}))
 
 
 def _run_token(settings: Mapping[str, Any]) -> None:
     with _open_wallet(settings, create=False) as wallet:
         print(wallet.replace_token(settings["account"]), flush=True)
-    print(f"wallet: this is the token of {settings['account']} from now on, and the old one is dead", file=sys.stderr)
+    print(f"wallet: this is the token of {settings['account']} from now on, and the old one is"
+          " dead", file=sys.stderr)
 
 
 def _run_freeze(settings: Mapping[str, Any]) -> None:
@@ -2921,24 +3300,34 @@ def _run_copy(settings: Mapping[str, Any]) -> None:
 
     if settings["target"] in ("sqlite://", "sqlite:///:memory:"):
         raise ConfigurationError("a copy in memory would be gone at once: name a file")
-    with Wallet(settings["source"], create=False) as source, Wallet(settings["target"]) as target:
+    with (Wallet(settings["source"], create=False) as source,
+          Wallet(settings["target"]) as target):
         source.copy_to(target, report)
-        print(f"\nverified: {target.database.location} has every row of {source.database.location}, but for what is"
-              " written there from now on", file=sys.stderr)
+        print(f"\nverified: {target.database.location} has every row of {source.database.location},"
+              " but for what is written there from now on", file=sys.stderr)
 
 
 def _run_server(settings: Mapping[str, Any]) -> None:
     """Serve until it is told to stop."""
     _check_server(settings)
-    with _bind(settings["host"], settings["port"]) as bound, _open_wallet(settings) as wallet:
+    with (_bind(settings["host"], settings["port"]) as bound,
+          _open_wallet(settings) as wallet):
         _warn_of_wal_reset_bug(settings["dsn"])
         app = create_app(wallet, settings["issuer-token"], settings["metrics"],
                          settings["trusted-proxy"])
         banner, address = _make_banner(app, _url_of(bound)), bound.getsockname()[:2]
         if settings["server"] == "waitress":
             _serve_waitress(app, bound, settings["threads"], banner)
-    if settings["server"] == "granian":  # Its processes open the wallet: no connection crosses a fork.
+    if settings["server"] == "granian":  # It opens the wallet anew: none crosses a fork.
         _serve_granian(partial(_load_app, settings), address, settings["workers"], banner)
+
+
+def _make_banner(app: App, address: str) -> str:
+    """Return what is printed at the start."""
+    url = address.replace("//0.0.0.0", "//127.0.0.1").replace("[::]", "[::1]")
+    issued = "Only the issuer's token makes and fills accounts."
+    return (f"wallet {__version__} listens on {address}, with its data in"
+            f" {app.wallet.database.location}. {issued if app.has_issuer else TRY.format(url=url)}")
 
 
 class _Command(NamedTuple):
@@ -2953,28 +3342,30 @@ class _Command(NamedTuple):
 
 ACCOUNT_ID = {"account": {"metavar": "ACCOUNT", "help": "the id of the account"}}
 COMMANDS = (
-    _Command("verify", "recompute every balance, sequence, hold, refund and transfer, and name the first wrong row",
-            "verify", _run_verify, {}),
+    _Command("verify", "recompute every balance, sequence, hold, refund and transfer, and name the"
+             " first wrong row", "verify", _run_verify, {}),
     _Command("backup", "copy a wallet on SQLite to a new file while it serves, and verify the copy",
-            "backup backup.db", _run_backup, {"file": {"metavar": "FILE", "help": "the file, which must not be there"}}),
-    _Command("accounts", "list all accounts, with amounts in minor units", "accounts --json", _run_accounts,
-            {"--json": {"action": "store_true", "help": "print one JSON object a line"}}),
+             "backup backup.db", _run_backup,
+             {"file": {"metavar": "FILE", "help": "the file, which must not be there"}}),
+    _Command("accounts", "list all accounts, with amounts in minor units", "accounts --json",
+             _run_accounts,
+             {"--json": {"action": "store_true", "help": "print one JSON object a line"}}),
     _Command("token", "print a new token of an account, whose old one is dead from then on",
-            "token acc_4fKq0ZbT9xWm2Lr7", _run_token, ACCOUNT_ID),
+             "token acc_4fKq0ZbT9xWm2Lr7", _run_token, ACCOUNT_ID),
     _Command("freeze", "let an account receive nothing and spend nothing",
-            "freeze acc_4fKq0ZbT9xWm2Lr7", _run_freeze, ACCOUNT_ID),
+             "freeze acc_4fKq0ZbT9xWm2Lr7", _run_freeze, ACCOUNT_ID),
     _Command("unfreeze", "undo freeze", "unfreeze acc_4fKq0ZbT9xWm2Lr7", _run_freeze, ACCOUNT_ID),
     _Command("copy", "copy a stopped wallet to another database, and verify the copy",
-            "copy --from sqlite:///wallet.db --to postgresql://db/wallet", _run_copy, {
-                "--from": {"dest": "source", "metavar": "DSN", "required": True,
-                           "help": "the wallet, which must be stopped"},
-                "--to": {"dest": "target", "metavar": "DSN", "required": True,
-                         "help": "the database, which must be empty"}}),
+             "copy --from sqlite:///wallet.db --to postgresql://db/wallet", _run_copy,
+             {"--from": {"dest": "source", "metavar": "DSN", "required": True,
+                         "help": "the wallet, which must be stopped"},
+              "--to": {"dest": "target", "metavar": "DSN", "required": True,
+                       "help": "the database, which must be empty"}}),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, and return its exit code: see README."""
+    """Run the command line, and return its exit code: see docs/operating.md."""
     settings: dict[str, Any] = {}
     try:
         settings = _load_settings(sys.argv[1:] if arguments is None else arguments)
@@ -2982,25 +3373,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = {command.name: command.run for command in COMMANDS}
         if settings["command"]:
             if sys.stdout is None:
-                raise ConfigurationError("stdout is closed, and what a command has to say is for it")
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that a backup leaves nothing then either.
+                raise ConfigurationError("stdout is closed, and a command writes to it")
+            # So that a backup leaves nothing behind then either.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         runs.get(settings["command"], _run_server)(settings)
         print(end="", flush=True)
         return 0
     except WalletError as error:
         print(f"wallet: {error}", file=sys.stderr)
-        wrong = isinstance(error, WrongBooks) or re.search("image is malformed|malformed database", str(error))
-        return 1 if wrong and settings["command"] == "verify" else 2
+        damage = re.search("image is malformed|malformed database", str(error))
+        is_wrong = isinstance(error, WrongBooks) or damage
+        return 1 if is_wrong and settings["command"] == "verify" else 2
     except KeyboardInterrupt:
         print("wallet: interrupted", file=sys.stderr)
         return 130  # As a shell has it: 128 and the number of SIGINT.
     except OSError as error:  # Of the output, which Python would try to write again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # Who reads has had enough, as `head` has.
+        if isinstance(error, BrokenPipeError):  # The reader has had enough, as `head` has.
             return 141  # 128 and the number of SIGPIPE.
         print(f"wallet: {error}", file=sys.stderr)
         return 2
-    except Exception:  # Which Python would end with 1, as if the books were wrong.
+    except Exception:  # Python would exit with 1, as if the books were wrong.
         logger.exception("a fault of the wallet")
         return 2
 
