@@ -1,4 +1,9 @@
-"""DOC test_wallet"""
+"""The promises of wallet.py, each as a test that can fail.
+
+Every test that touches data runs on each database there is, through the `dsn` fixture, and after it
+the books are checked: each balance is the sum of its transactions. A safety test carries its
+negative control: a careless variant that the same check catches.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +28,7 @@ from types import SimpleNamespace
 
 import psycopg
 import pytest
-from hypothesis import Phase
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    multiple,
-    rule,
-    run_state_machine_as_test,
-)
 
 import wallet as wallet_module
 from tests.support import (
@@ -47,7 +41,6 @@ from tests.support import (
     README,
     ROUTES,
     SCHEMA_1,
-    SIGNS,
     WRONG_TOKEN,
     Client,
     check_books,
@@ -87,14 +80,24 @@ from wallet import (
     running,
 )
 
-# Promise 1: a balance is never negative, never above the cap, and the sum of its transactions ######
+# Promise 1: a balance is never negative, never above the cap, and the sum of its transactions ####
 
 
 def test_topup_and_charge_move_the_balance_and_are_written_down(wallet, ada):
     topup = wallet.topup(ada.id, 1250, "Order 17")
     charge = wallet.charge(ada.id, 250)
-    assert (topup.type, topup.amount, topup.balance, topup.description) == ("topup", 1250, 1250, "Order 17")
-    assert (charge.type, charge.amount, charge.balance, charge.description) == ("charge", 250, 1000, None)
+    assert (topup.type, topup.amount, topup.balance, topup.description) == (
+        "topup",
+        1250,
+        1250,
+        "Order 17",
+    )
+    assert (charge.type, charge.amount, charge.balance, charge.description) == (
+        "charge",
+        250,
+        1000,
+        None,
+    )
     assert wallet.account(ada.id).balance == 1000
     assert wallet.transactions(ada.id).transactions == [charge, topup]
     assert wallet.transaction(ada.id, topup.id) == topup
@@ -137,17 +140,20 @@ def test_topup_reaches_the_cap_and_not_above(wallet, ada):
     assert wallet.charge(ada.id, AMOUNT_MAX).balance == 0
 
 
-@pytest.mark.parametrize("careless", [
-    "UPDATE accounts SET balance = -1",
-    "UPDATE accounts SET balance = 9007199254740992",
-    "UPDATE transactions SET amount = 0",
-    "UPDATE transactions SET balance = -1",
-    "UPDATE transactions SET type = 'gift'",
-    "UPDATE transactions SET idempotency_key = 'same'",
-    "UPDATE transactions SET account_id = 'acc_nobody'",
-    "INSERT INTO transactions SELECT * FROM transactions",
-    "INSERT INTO wallet VALUES (2, 1, 'EUR')",
-])
+@pytest.mark.parametrize(
+    "careless",
+    [
+        "UPDATE accounts SET balance = -1",
+        "UPDATE accounts SET balance = 9007199254740992",
+        "UPDATE transactions SET amount = 0",
+        "UPDATE transactions SET balance = -1",
+        "UPDATE transactions SET type = 'gift'",
+        "UPDATE transactions SET idempotency_key = 'same'",
+        "UPDATE transactions SET account_id = 'acc_nobody'",
+        "INSERT INTO transactions SELECT * FROM transactions",
+        "INSERT INTO wallet VALUES (2, 1, 'EUR')",
+    ],
+)
 def test_the_tables_refuse_what_would_break_a_promise(wallet, ada, careless):
     wallet.topup(ada.id, 5)
     wallet.topup(ada.id, 5)
@@ -166,7 +172,11 @@ class CarelessWallet(Wallet):
         self.everyone_has_read.wait(timeout=30)
         if balance < amount:
             raise InsufficientFunds(balance=balance, required=amount)
-        self.database.write(lambda tx: tx("UPDATE accounts SET balance = ? WHERE id = ?", balance - amount, account_id))
+        self.database.write(
+            lambda tx: tx(
+                "UPDATE accounts SET balance = ? WHERE id = ?", balance - amount, account_id
+            )
+        )
 
 
 @pytest.mark.parametrize("kind", [Wallet, CarelessWallet])
@@ -182,7 +192,9 @@ def test_64_threads_charging_1_from_32_succeed_exactly_32_times(concurrent_dsn, 
                 check_books(wallet)
             return
         assert len(refused) == 32
-        assert sorted(outcome.balance for outcome in outcomes if outcome not in refused) == list(range(32))
+        assert sorted(outcome.balance for outcome in outcomes if outcome not in refused) == list(
+            range(32)
+        )
         check_books(wallet)
 
 
@@ -190,7 +202,9 @@ def test_64_clients_charging_1_from_32_over_http_succeed_exactly_32_times(wallet
     ada, token = wallet.register("Ada")
     wallet.topup(ada.id, 32)
     with running(wallet) as url:
-        answers = together(*[lambda: send(url, "POST", "/api/transactions/charge", {"amount": 1}, token)] * 64)
+        answers = together(
+            *[lambda: send(url, "POST", "/api/transactions/charge", {"amount": 1}, token)] * 64
+        )
     statuses = [status for status, _, _ in answers]
     assert (statuses.count(201), statuses.count(402)) == (32, 32)
     assert wallet.account(ada.id).balance == 0
@@ -209,323 +223,7 @@ def test_accounts_do_not_disturb_each_other_under_load(wallet):
     assert balances == {sum(range(1, 41)) - sum(amount // 2 or 1 for amount in range(1, 41))}
 
 
-class Refused(Exception):
-    """Carries the kind of error that the model expects."""
-
-
-class Model(RuleBasedStateMachine):
-    """Random sequences of everything, against a wallet of a few lines of plain Python, on a clock of its own."""
-
-    kind, dsn = Wallet, "sqlite://"
-    now_us = 0
-    accounts, charges, held = Bundle("accounts"), Bundle("charges"), Bundle("held")
-    keys = st.sampled_from([None] * 8 + ["a", "b", "c", "d"])  # Most requests get through to the money.
-    amounts = st.integers(1, 52).map(lambda n: n if n <= 50 else AMOUNT_MAX - n + 51)
-    parts = st.none() | st.integers(1, 60)
-    texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=5)
-    said = st.fixed_dictionaries({}, optional={
-        "description": texts, "metadata": st.dictionaries(texts.filter(bool), texts, min_size=1, max_size=2)})
-    times = st.integers(0, 40)
-
-    @initialize(target=accounts, balance=st.integers(1, 200))
-    def start(self, balance):
-        Model.now_us = 10**15
-        self.wallet = self.kind(self.dsn)
-        self.books, self.holds, self.frozen, self.remembered, self.refunded = {}, {}, set(), {}, {}
-        self.tokens = {}
-        self.register("Bob")
-        ada = self.register("Ada")
-        self.topup(ada, balance, {}, None)
-        return multiple(*self.books)
-
-    def teardown(self):
-        if hasattr(self, "wallet"):
-            check_books(self.wallet)
-            self.wallet.close()
-            Model.now_us = 0
-
-    def now(self):
-        return datetime.fromtimestamp(0, timezone.utc) + timedelta(microseconds=Model.now_us)
-
-    def balance(self, account):
-        return self.books[account][-1].balance if self.books[account] else 0
-
-    def status(self, hold):
-        return "expired" if hold.status == "active" and hold.expires_at <= self.now() else hold.status
-
-    def available(self, account):
-        mine = (hold for hold in self.holds.values() if hold.id[4:20] == account[4:])
-        return self.balance(account) - sum(hold.amount for hold in mine if self.status(hold) == "active")
-
-    def check(self, account, change, held=0):
-        """Raise what the wallet must, for a change of the balance, or what would be held."""
-        if account in self.frozen:
-            raise Refused(AccountFrozen)
-        if self.balance(account) + change > AMOUNT_MAX:
-            raise Refused(BalanceLimitExceeded)
-        if self.available(account) < held - change:
-            raise Refused(InsufficientFunds)
-
-    def once(self, account, key, request, call, expect):
-        """Call, and compare with what is expected of it; return what was done anew, None for a refusal or a replay."""
-        earlier, expected = self.remembered.get((account, key)), None
-        if earlier and earlier[0] != request:
-            expected = IdempotencyKeyReused
-        elif not earlier:
-            try:
-                expect()
-            except Refused as refused:
-                expected = refused.args[0]
-        if expected:
-            with pytest.raises(expected):
-                call()
-            return None
-        done = call()
-        first = done[0] if isinstance(done, list) else done
-        assert first.replayed == bool(earlier)
-        if earlier:
-            assert done == earlier[1]
-            return None
-        assert first.created_at == self.now()
-        if key is not None:
-            self.remembered[account, key] = (request, done)
-        return done
-
-    def write_down(self, done, account, type, amount, said, change, reference=None):
-        balance = self.balance(account) + change
-        assert done == dataclasses.replace(
-            done, type=type, amount=amount, balance=balance, description=said.get("description"),
-            metadata=said.get("metadata", {}), reference=reference)
-        self.books[account].append(done)
-
-    @rule(target=accounts, name=st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=103))
-    def register(self, name):
-        if not 1 <= len(name.strip()) <= 100:
-            with pytest.raises(ValidationFailed):
-                self.wallet.register(name)
-            name = "Ada"
-        account, token = self.wallet.register(name)
-        assert self.wallet.authenticate(token) == account
-        assert account.name == name.strip()
-        self.books[account.id], self.tokens[account.id] = [], token
-        return account.id
-
-    @rule(account=accounts)
-    def replace_token(self, account):
-        old, new = self.tokens[account], self.wallet.replace_token(account, self.tokens[account])
-        with pytest.raises(Unauthorized):
-            self.wallet.authenticate(old)
-        assert self.wallet.authenticate(new) == self.wallet.account(account)
-        self.tokens[account] = new
-
-    @rule(seconds=st.integers(0, 40))
-    def wait(self, seconds):
-        Model.now_us += seconds * 1_000_000
-
-    @rule(account=accounts, frozen=st.sampled_from([True, False, False]))
-    def freeze(self, account, frozen):
-        self.wallet.freeze(account, frozen)
-        (self.frozen.add if frozen else self.frozen.discard)(account)
-
-    @rule(account=accounts, amount=amounts, said=said, key=keys)
-    def topup(self, account, amount, said, key):
-        done = self.once(account, key, ("topup", amount, said),
-                         lambda: self.wallet.topup(account, amount, **said, key=key),
-                         lambda: self.check(account, amount))
-        if done:
-            self.write_down(done, account, "topup", amount, said, amount)
-
-    @rule(target=charges, account=accounts, amount=amounts, said=said, key=keys)
-    def charge(self, account, amount, said, key):
-        done = self.once(account, key, ("charge", amount, said),
-                         lambda: self.wallet.charge(account, amount, **said, key=key),
-                         lambda: self.check(account, -amount))
-        if not done:
-            return multiple()
-        self.write_down(done, account, "charge", amount, said, -amount)
-        return done
-
-    @rule(charge=charges, part=parts, said=said, key=keys)
-    def refund(self, charge, part, said, key):
-        account = "acc_" + charge.id[4:20]
-        left = charge.amount - self.refunded.get(charge.id, 0)
-
-        def expect():
-            if not 0 < (part or left) <= left:
-                raise Refused(RefundExceedsCharge)
-            self.check(account, part or left)
-
-        done = self.once(account, key, ("refund", charge.id, part, said),
-                         lambda: self.wallet.refund(account, charge.id, part, **said, key=key), expect)
-        if done:
-            self.refunded[charge.id] = self.refunded.get(charge.id, 0) + done.amount
-            self.write_down(done, account, "refund", part or left, said, part or left, charge.id)
-
-    @rule(sender=accounts, to=accounts, amount=amounts, said=said, key=keys)
-    def transfer(self, sender, to, amount, said, key):
-        if sender == to:
-            with pytest.raises(ValidationFailed, match="another account"):
-                self.wallet.transfer(sender, to, amount, **said, key=key)
-            return
-        done = self.once(sender, key, ("transfer", to, amount, said),
-                         lambda: self.wallet.transfer(sender, to, amount, **said, key=key),
-                         lambda: (self.check(sender, -amount), self.check(to, amount)))
-        if done:
-            self.write_down(done, sender, "transfer_out", amount, said, -amount, to)
-            received = self.wallet.transactions(to, limit=1).transactions[0]
-            self.write_down(received, to, "transfer_in", amount, said, amount, sender)
-
-    @rule(target=held, account=accounts, amount=amounts, seconds=st.none() | st.integers(1, 60), said=said, key=keys)
-    def hold(self, account, amount, seconds, said, key):
-        done = self.once(account, key, ("hold", amount, seconds, said),
-                         lambda: self.wallet.hold(account, amount, expires_in_s=seconds, **said, key=key),
-                         lambda: self.check(account, 0, amount))
-        if not done:
-            return multiple()
-        assert (done.amount, done.status, done.captured) == (amount, "active", 0)
-        assert done.expires_at == self.now() + timedelta(seconds=seconds or 7 * 24 * 3600)
-        assert (done.description, done.metadata) == (said.get("description"), said.get("metadata", {}))
-        self.holds[done.id] = done
-        return done.id
-
-    def end(self, hold, part=None):
-        if self.status(hold) != "active":
-            raise Refused(HoldNotActive)
-        if (part or 0) > hold.amount:
-            raise Refused(ValidationFailed)
-        if "acc_" + hold.id[4:20] in self.frozen:
-            raise Refused(AccountFrozen)
-
-    @rule(target=charges, hold=held, part=parts, said=said, key=keys)
-    def capture(self, hold, part, said, key):
-        account, hold = "acc_" + hold[4:20], self.holds[hold]
-        done = self.once(account, key, ("capture", hold.id, part, said),
-                         lambda: self.wallet.capture(account, hold.id, part, **said, key=key),
-                         lambda: self.end(hold, part))
-        if not done:
-            return multiple()
-        self.holds[hold.id] = dataclasses.replace(hold, status="captured", captured=part or hold.amount)
-        given = {"description": said.get("description", hold.description),
-                 "metadata": said.get("metadata") or hold.metadata}
-        self.write_down(done, account, "charge", part or hold.amount, given, -(part or hold.amount), hold.id)
-        return done
-
-    @rule(hold=held, key=keys)
-    def release(self, hold, key):
-        account, hold = "acc_" + hold[4:20], self.holds[hold]
-        released = dataclasses.replace(hold, status="released")
-        earlier = self.remembered.get((account, key))
-        expected = None
-        if earlier and earlier[0] != ("release", hold.id):
-            expected = IdempotencyKeyReused
-        elif not earlier:
-            try:
-                self.end(hold)
-            except Refused as refused:
-                expected = refused.args[0]
-        if expected:
-            with pytest.raises(expected):
-                self.wallet.release(account, hold.id, key=key)
-            return
-        assert self.wallet.release(account, hold.id, key=key) == released
-        self.holds[hold.id] = released
-        if key is not None:
-            self.remembered[account, key] = (("release", hold.id), released)
-
-    @rule(movements=st.lists(st.tuples(accounts, st.sampled_from(["topup", "charge"]), amounts, said), min_size=1,
-                             max_size=5), key=keys)
-    def batch(self, movements, key):
-        """All or none: what the model writes down for a batch that is refused, it takes back."""
-        request = [{"account": account, "type": type, "amount": amount, **said}
-                   for account, type, amount, said in movements]
-        before = {account: list(book) for account, book in self.books.items()}
-        known = {account: self.remembered.get((account, key)) for account, *_ in movements}
-        if any(known.values()) and not all(one and one[0] == ("batch", request) for one in known.values()):
-            return  # Of several keys that are known, which one is refused is not the point here.
-
-        def expect():
-            try:
-                for account, type, amount, _ in movements:
-                    change = amount if type == "topup" else -amount
-                    self.check(account, change)
-                    self.books[account].append(SimpleNamespace(balance=self.balance(account) + change))
-            finally:
-                self.books = before
-
-        done = self.once(movements[0][0], key, ("batch", request), lambda: self.wallet.batch(request, key=key), expect)
-        if done:
-            for one, (account, type, amount, said) in zip(done, movements, strict=True):
-                self.write_down(one, account, type, amount, said, amount if type == "topup" else -amount)
-                if key is not None:
-                    self.remembered[account, key] = (("batch", request), done)
-
-    @rule(account=accounts, limit=st.integers(1, 5), type=st.none() | st.sampled_from([*SIGNS][:5]),
-          since=st.none() | times, until=st.none() | times, oldest_first=st.booleans())
-    def read_history(self, account, limit, type, since, until, oldest_first):
-        start = datetime.fromtimestamp(10**9, timezone.utc)
-        filters = {"type": type} if type else {}
-        if since is not None:
-            filters["since"] = start + timedelta(seconds=since)
-        if until is not None:
-            filters["until"] = (start + timedelta(seconds=until)).isoformat()
-        seen, position = [], "0" if oldest_first else None
-        while True:
-            page = self.wallet.transactions(account, limit=limit, **{"after" if oldest_first else "cursor": position},
-                                            **filters)
-            assert len(page.transactions) <= limit
-            seen, position = seen + page.transactions, page.next_cursor
-            if position is None:
-                break
-        expected = [one for one in self.books[account] if type in (None, one.type)
-                    and (since is None or one.created_at >= start + timedelta(seconds=since))
-                    and (until is None or one.created_at < start + timedelta(seconds=until))]
-        assert seen == (expected if oldest_first else expected[::-1])
-        assert list(self.wallet.statement(account, **filters)) == expected
-
-    @rule(account=accounts, seconds=times)
-    def read_balance_at(self, account, seconds):
-        at = datetime.fromtimestamp(10**9 + seconds, timezone.utc)
-        past = [one for one in self.books[account] if one.created_at <= at]
-        assert self.wallet.balance_at(account, at) == (past[-1].balance if past else 0)
-
-    @invariant()
-    def balances_agree(self):
-        for account in self.books:
-            kept = self.wallet.account(account)
-            assert (kept.balance, kept.available) == (self.balance(account), self.available(account))
-            assert kept.frozen == (account in self.frozen)
-            mine = [hold for hold in self.holds.values() if hold.id[4:20] == account[4:]]
-            expected = [dataclasses.replace(hold, status=self.status(hold)) for hold in reversed(mine)]
-            assert self.wallet.holds(account, limit=100).holds == expected
-
-
-@pytest.mark.parametrize("examples", [8, torture(1000)])
-def test_wallet_does_what_its_model_does(dsn, examples, monkeypatch):
-    examples *= 5 if dsn == "sqlite://" and examples == 8 else 1  # There they are cheap.
-    time_ns = time.time_ns
-    monkeypatch.setattr(time, "time_ns", lambda: Model.now_us * 1000 or time_ns())
-    run_state_machine_as_test(
-        type("ModelOnDsn", (Model,), {"dsn": dsn}),
-        settings=hypothesis_settings(max_examples=examples, stateful_step_count=50, deadline=None, database=None),
-    )
-
-
-class GreedyWallet(Wallet):
-    """Takes one more than it is told to from whoever has it."""
-
-    def charge(self, account_id, amount, *arguments, **options):
-        more = self.account(account_id).available > amount
-        return super().charge(account_id, amount + more, *arguments, **options)
-
-
-def test_control_a_wallet_that_takes_too_much_differs_from_the_model(monkeypatch):
-    monkeypatch.setattr(time, "time_ns", lambda: Model.now_us * 1000)
-    with pytest.raises(AssertionError):
-        run_state_machine_as_test(type("GreedyModel", (Model,), {"kind": GreedyWallet}), settings=hypothesis_settings(
-            max_examples=50, stateful_step_count=20, deadline=None, database=None, phases=[Phase.generate]))
-
-
-# Promise 3: one idempotency key has at most one effect #############################################
+# Promise 3: one idempotency key has at most one effect ############################################
 
 
 def test_same_key_and_request_gets_the_first_answer_again(api):
@@ -539,15 +237,20 @@ def test_same_key_and_request_gets_the_first_answer_again(api):
     assert api.send("GET", "/api/account").json["balance"] == 6
 
 
-@pytest.mark.parametrize(("path", "request_"), [
-    ("topup", {"amount": 6}),
-    ("topup", {"amount": 5, "description": "x"}),
-    ("topup", {"amount": 5, "description": ""}),
-    ("charge", {"amount": 5}),
-])
+@pytest.mark.parametrize(
+    ("path", "request_"),
+    [
+        ("topup", {"amount": 6}),
+        ("topup", {"amount": 5, "description": "x"}),
+        ("topup", {"amount": 5, "description": ""}),
+        ("charge", {"amount": 5}),
+    ],
+)
 def test_same_key_with_another_request_is_refused(api, path, request_):
     api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key="k", status=201)
-    answer = api.send("POST", f"/api/transactions/{path}", request_, Idempotency_Key="k", status=422)
+    answer = api.send(
+        "POST", f"/api/transactions/{path}", request_, Idempotency_Key="k", status=422
+    )
     assert answer.json["code"] == "idempotency_key_reused"
     assert api.send("GET", "/api/account").json["balance"] == 5
 
@@ -567,7 +270,10 @@ def test_keys_of_two_accounts_have_nothing_to_do_with_each_other(wallet, ada):
 
 
 class ForgetfulWallet(Wallet):
-    """Looks the key up in one transaction and has the effect in another: how money is paid out twice elsewhere."""
+    """Looks the key up in one transaction and has the effect in another:
+
+    how money is paid out twice elsewhere.
+    """
 
     everyone_has_looked = threading.Barrier(32)
 
@@ -593,8 +299,11 @@ def test_32_concurrent_sends_of_one_key_have_one_effect_and_equal_answers(concur
 
 
 def test_key_means_nothing_where_nothing_is_remembered(api, wallet):
-    for method, path, body in (("GET", "/api/account", None), ("POST", "/api/register", {"name": "Bob"}),
-                               ("POST", "/api/account/token", None)):
+    for method, path, body in (
+        ("GET", "/api/account", None),
+        ("POST", "/api/register", {"name": "Bob"}),
+        ("POST", "/api/account/token", None),
+    ):
         answer = api.send(method, path, body, Idempotency_Key="k")
         assert answer.status_int in (200, 201)
         assert "Idempotent-Replayed" not in answer.headers
@@ -604,7 +313,9 @@ def test_key_may_be_1_to_255_printable_characters(api, wallet, ada):
     for key in ("!", "k" * 255, 'a "quoted" key, with: ~'):
         api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key=key, status=201)
     for key in ("", "k" * 256, "ké", "tab\there"):
-        answer = api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key=key, status=400)
+        answer = api.send(
+            "POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key=key, status=400
+        )
         assert "Idempotency-Key must be" in answer.json["detail"]
     for key in ("", "line\n", "\ud800", 5, b"k", True):
         with pytest.raises(MalformedRequest, match="Idempotency-Key must be"):
@@ -613,7 +324,7 @@ def test_key_may_be_1_to_255_printable_characters(api, wallet, ada):
     assert api.send("GET", "/api/account").json["balance"] == 15
 
 
-# Refunds, transfers, holds and batches #############################################################
+# Refunds, transfers, holds and batches ############################################################
 
 
 def test_refund_gives_a_charge_back_in_parts_and_never_more_than_it(wallet, ada):
@@ -625,7 +336,10 @@ def test_refund_gives_a_charge_back_in_parts_and_never_more_than_it(wallet, ada)
     for too_much in (36, 61, AMOUNT_MAX):
         with pytest.raises(RefundExceedsCharge) as refused:
             wallet.refund(ada.id, charge.id, too_much)
-        assert (refused.value.refundable, str(refused.value)) == (35, "Of this charge, 35 can still be refunded.")
+        assert (refused.value.refundable, str(refused.value)) == (
+            35,
+            "Of this charge, 35 can still be refunded.",
+        )
     rest = wallet.refund(ada.id, charge.id, key="r2")
     assert (rest.amount, rest.balance) == (35, 100)
     for amount in (None, 1):
@@ -647,7 +361,9 @@ def test_only_a_charge_of_this_account_can_be_refunded(wallet, ada):
     received = wallet.transactions(bob.id).transactions[0]
     refund = wallet.refund(ada.id, wallet.charge(ada.id, 10).id)
     for account, one in ((ada, topup), (ada, sent), (bob, received), (ada, refund)):
-        with pytest.raises(NotRefundable, match=f"This is a {one.type}, and only a charge can be refunded"):
+        with pytest.raises(
+            NotRefundable, match=f"This is a {one.type}, and only a charge can be refunded"
+        ):
             wallet.refund(account.id, one.id)
     hold = wallet.hold(ada.id, 5)
     for unknown in (received.id, refund.id + "0", hold.id, hold.id.replace("hld", "txn"), "", None):
@@ -668,7 +384,10 @@ def test_refund_that_the_balance_has_no_room_for_is_refused_and_can_be_done_late
 
 
 class UnlockedWallet(Wallet):
-    """Looks before it has the account to itself, and then does what it saw fit: how a hold is captured twice."""
+    """Looks before it has the account to itself, and then does what it saw fit:
+
+    how a hold is captured twice.
+    """
 
     everyone_has_read = threading.Barrier(8)
 
@@ -682,7 +401,10 @@ class UnlockedWallet(Wallet):
 
 
 class HastyWallet(Wallet):
-    """Adds up what was refunded before it has the account to itself: how a charge is paid back twice elsewhere."""
+    """Adds up what was refunded before it has the account to itself:
+
+    how a charge is paid back twice elsewhere.
+    """
 
     everyone_has_read = threading.Barrier(8)
 
@@ -711,10 +433,18 @@ def test_64_refunds_at_once_give_back_exactly_the_charge(concurrent_dsn):
         ada, _ = wallet.register("Ada")
         wallet.topup(ada.id, 100)
         charge = wallet.charge(ada.id, 100)
-        calls = [lambda amount=amount: wallet.refund(ada.id, charge.id, amount) for amount in (3, 5, 7, None)] * 16
+        calls = [
+            lambda amount=amount: wallet.refund(ada.id, charge.id, amount)
+            for amount in (3, 5, 7, None)
+        ] * 16
         outcomes = together(*calls)
-        assert {type(outcome).__name__ for outcome in outcomes} == {"Transaction", "RefundExceedsCharge"}
-        assert sum(outcome.amount for outcome in outcomes if not isinstance(outcome, Exception)) == 100
+        assert {type(outcome).__name__ for outcome in outcomes} == {
+            "Transaction",
+            "RefundExceedsCharge",
+        }
+        assert (
+            sum(outcome.amount for outcome in outcomes if not isinstance(outcome, Exception)) == 100
+        )
         assert wallet.account(ada.id).balance == 100
         check_books(wallet)
 
@@ -722,31 +452,65 @@ def test_64_refunds_at_once_give_back_exactly_the_charge(concurrent_dsn):
 def test_refund_over_http(api, wallet):
     api.send("POST", "/api/transactions/topup", {"amount": 100})
     charge = api.send("POST", "/api/transactions/charge", {"amount": 60}).json["id"]
-    first = api.send("POST", f"/api/transactions/{charge}/refund", {"amount": 10}, Idempotency_Key="r", status=201)
-    again = api.send("POST", f"/api/transactions/{charge}/refund", {"amount": 10}, Idempotency_Key="r", status=201)
+    first = api.send(
+        "POST",
+        f"/api/transactions/{charge}/refund",
+        {"amount": 10},
+        Idempotency_Key="r",
+        status=201,
+    )
+    again = api.send(
+        "POST",
+        f"/api/transactions/{charge}/refund",
+        {"amount": 10},
+        Idempotency_Key="r",
+        status=201,
+    )
     assert (first.body, "Idempotent-Replayed" in first.headers) == (again.body, False)
     assert again.headers["Idempotent-Replayed"] == "true"
     assert (first.json["type"], first.json["reference"]) == ("refund", charge)
-    refused = api.send("POST", f"/api/transactions/{charge}/refund", {"amount": 51}, status=422).json
+    refused = api.send(
+        "POST", f"/api/transactions/{charge}/refund", {"amount": 51}, status=422
+    ).json
     assert (refused["code"], refused["refundable"]) == ("refund_exceeds_charge", 50)
-    assert api.send("POST", f"/api/transactions/{charge}/refund", status=201).json["amount"] == 50  # Without a body.
-    assert api.send("POST", f"/api/transactions/{first.json['id']}/refund", status=422).json["code"] == "not_refundable"
+    assert (
+        api.send("POST", f"/api/transactions/{charge}/refund", status=201).json["amount"] == 50
+    )  # Without a body.
+    assert (
+        api.send("POST", f"/api/transactions/{first.json['id']}/refund", status=422).json["code"]
+        == "not_refundable"
+    )
     api.send("POST", f"/api/transactions/{charge}/refund", raw=b'{"amount": 1', status=400)
-    api.send("POST", f"/api/transactions/{charge}/refund", raw=b"{}", Content_Type="text/plain", status=415)
+    api.send(
+        "POST",
+        f"/api/transactions/{charge}/refund",
+        raw=b"{}",
+        Content_Type="text/plain",
+        status=415,
+    )
     grace, _ = wallet.register("Grace")
     hers = wallet.charge(grace.id, wallet.topup(grace.id, 5).amount)
-    assert api.send("POST", f"/api/transactions/{hers.id}/refund", status=404).json["code"] == "not_found"
+    assert (
+        api.send("POST", f"/api/transactions/{hers.id}/refund", status=404).json["code"]
+        == "not_found"
+    )
 
 
 def test_body_that_is_announced_is_never_taken_for_none(wallet):
-    """Else a part that is to be refunded, of which a server does not tell the length, would be all of it."""
+    """Else a part that is to be refunded, of which a server does not tell the length, would be all
+    of it.
+    """
     ada, token = wallet.register("Ada")
     wallet.topup(ada.id, 50)
     charge, answers = wallet.charge(ada.id, 50), []
     environ = {
-        "REQUEST_METHOD": "POST", "PATH_INFO": f"/api/transactions/{charge.id}/refund",
-        "CONTENT_TYPE": "application/json", "HTTP_AUTHORIZATION": f"Bearer {token}",
-        "HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input": io.BytesIO(b'{"amount": 5}'), "wsgi.input_terminated": True,
+        "REQUEST_METHOD": "POST",
+        "PATH_INFO": f"/api/transactions/{charge.id}/refund",
+        "CONTENT_TYPE": "application/json",
+        "HTTP_AUTHORIZATION": f"Bearer {token}",
+        "HTTP_TRANSFER_ENCODING": "chunked",
+        "wsgi.input": io.BytesIO(b'{"amount": 5}'),
+        "wsgi.input_terminated": True,
     }
     create_app(wallet)(environ, lambda line, headers: answers.append(line))
     assert answers == ["201 Created"]
@@ -757,10 +521,22 @@ def test_transfer_moves_money_between_two_accounts_and_each_names_the_other(wall
     bob, _ = wallet.register("Bob")
     wallet.topup(ada.id, 100)
     sent = wallet.transfer(ada.id, bob.id, 30, "lunch", metadata={"a": "b"}, key="t")
-    assert (sent.type, sent.amount, sent.balance, sent.reference) == ("transfer_out", 30, 70, bob.id)
+    assert (sent.type, sent.amount, sent.balance, sent.reference) == (
+        "transfer_out",
+        30,
+        70,
+        bob.id,
+    )
     (received,) = wallet.transactions(bob.id).transactions
-    assert (received.type, received.amount, received.balance, received.reference) == ("transfer_in", 30, 30, ada.id)
-    assert [(one.description, one.metadata) for one in (sent, received)] == [("lunch", {"a": "b"})] * 2
+    assert (received.type, received.amount, received.balance, received.reference) == (
+        "transfer_in",
+        30,
+        30,
+        ada.id,
+    )
+    assert [(one.description, one.metadata) for one in (sent, received)] == [
+        ("lunch", {"a": "b"})
+    ] * 2
     again = wallet.transfer(ada.id, bob.id, 30, "lunch", metadata={"a": "b"}, key="t")
     assert (again, again.replayed) == (sent, True)
     assert wallet.topup(bob.id, 1, key="t").balance == 31  # It is a key of Ada's, and free for Bob.
@@ -774,8 +550,9 @@ def test_two_senders_may_use_one_key_and_no_client_can_take_what_it_becomes_else
         wallet.transfer(sender.id, cem.id, 10, key="t")
     assert wallet.account(cem.id).balance == 20
     api = Client(create_app(wallet), token)
-    for (key,) in wallet.database.read(lambda tx: tx(
-            "SELECT idempotency_key FROM transactions WHERE type = 'transfer_in'")):
+    for (key,) in wallet.database.read(
+        lambda tx: tx("SELECT idempotency_key FROM transactions WHERE type = 'transfer_in'")
+    ):
         api.send("POST", "/api/transactions/topup", {"amount": 10}, Idempotency_Key=key, status=400)
 
 
@@ -786,20 +563,31 @@ def test_transfer_that_cannot_be_is_refused_and_changes_nothing_on_either_side(w
     wallet.topup(bob.id, AMOUNT_MAX - 10)
 
     def refused(status, to, amount=20):
-        return api.send("POST", "/api/transactions/transfer", {"to": to, "amount": amount}, status=status).json
+        return api.send(
+            "POST", "/api/transactions/transfer", {"to": to, "amount": amount}, status=status
+        ).json
 
     assert refused(402, bob.id, 101)["code"] == "insufficient_funds"
     full = refused(422, bob.id)
     assert full["code"] == "balance_limit_exceeded"
     assert "balance" not in full
     assert str(AMOUNT_MAX - 10) not in json.dumps(full)  # It is Bob's, and not for Ada to know.
-    assert refused(422, ada.id)["errors"] == [{"pointer": "#/to", "detail": "must be another account"}]
+    assert refused(422, ada.id)["errors"] == [
+        {"pointer": "#/to", "detail": "must be another account"}
+    ]
     for nobody in ("acc_0000000000000000", "acc_1", "", "Bob", bob.id + "\n"):
         assert refused(404, nobody)["code"] == "account_not_found"
     for wrong in (None, 5, [bob.id]):
         assert refused(422, wrong)["errors"][0]["pointer"] == "#/to"
-    assert (wallet.account(ada.id).balance, wallet.account(bob.id).balance) == (100, AMOUNT_MAX - 10)
-    assert len(wallet.transactions(ada.id).transactions) == len(wallet.transactions(bob.id).transactions) == 1
+    assert (wallet.account(ada.id).balance, wallet.account(bob.id).balance) == (
+        100,
+        AMOUNT_MAX - 10,
+    )
+    assert (
+        len(wallet.transactions(ada.id).transactions)
+        == len(wallet.transactions(bob.id).transactions)
+        == 1
+    )
 
 
 class UnorderedWallet(Wallet):
@@ -811,13 +599,17 @@ class UnorderedWallet(Wallet):
 
 
 @pytest.mark.parametrize("kind", [Wallet, UnorderedWallet])
-def test_opposing_transfers_never_deadlock_and_conserve_the_total(new_schema, postgres_server, kind):
+def test_opposing_transfers_never_deadlock_and_conserve_the_total(
+    new_schema, postgres_server, kind
+):
     def deadlocks():
         sql = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
         return int(postgres_server.query(sql)[0][0])
 
-    with postgres_server.configured(deadlock_timeout="20ms"), \
-            kind(new_schema(on=postgres_server), connections=16) as wallet:
+    with (
+        postgres_server.configured(deadlock_timeout="20ms"),
+        kind(new_schema(on=postgres_server), connections=16) as wallet,
+    ):
         accounts = [wallet.register(name)[0].id for name in ("Ada", "Bob", "Cem")]
         for account in accounts:
             wallet.topup(account, 1000)
@@ -844,11 +636,20 @@ def test_hold_sets_money_aside_and_all_spending_is_checked_against_what_is_avail
     bob, _ = wallet.register("Bob")
     wallet.topup(ada.id, 100)
     hold = wallet.hold(ada.id, 70, "Room 5", metadata={"stay": "9"}, key="h")
-    assert (hold.amount, hold.status, hold.captured, hold.description) == (70, "active", 0, "Room 5")
+    assert (hold.amount, hold.status, hold.captured, hold.description) == (
+        70,
+        "active",
+        0,
+        "Room 5",
+    )
     assert hold.expires_at - hold.created_at == timedelta(days=7)
     account = wallet.account(ada.id)
     assert (account.balance, account.available) == (100, 30)
-    for spend in (wallet.charge, wallet.hold, lambda id, amount: wallet.transfer(id, bob.id, amount)):
+    for spend in (
+        wallet.charge,
+        wallet.hold,
+        lambda id, amount: wallet.transfer(id, bob.id, amount),
+    ):
         with pytest.raises(InsufficientFunds) as refused:
             spend(ada.id, 31)
         assert refused.value.members == {"balance": 100, "available": 30, "required": 31}
@@ -860,26 +661,47 @@ def test_hold_sets_money_aside_and_all_spending_is_checked_against_what_is_avail
     assert wallet.hold(ada.id, 70, "Room 5", metadata={"stay": "9"}, key="h") == hold
     with pytest.raises(IdempotencyKeyReused):
         wallet.charge(ada.id, 70, "Room 5", key="h")
-    assert [one.type for one in wallet.transactions(ada.id).transactions] == ["transfer_out", "charge", "topup"]
+    assert [one.type for one in wallet.transactions(ada.id).transactions] == [
+        "transfer_out",
+        "charge",
+        "topup",
+    ]
 
 
 def test_capture_charges_a_hold_or_a_part_of_it_and_releases_the_rest(wallet, ada):
     wallet.topup(ada.id, 100)
     part, whole = wallet.hold(ada.id, 40, "Room 5", metadata={"stay": "9"}), wallet.hold(ada.id, 60)
-    with pytest.raises(ValidationFailed, match="#/amount must be at most 40, which is what is held"):
+    with pytest.raises(
+        ValidationFailed, match="#/amount must be at most 40, which is what is held"
+    ):
         wallet.capture(ada.id, part.id, 41)
     charge = wallet.capture(ada.id, part.id, 25, key="c")
-    assert (charge.type, charge.amount, charge.balance, charge.reference) == ("charge", 25, 75, part.id)
+    assert (charge.type, charge.amount, charge.balance, charge.reference) == (
+        "charge",
+        25,
+        75,
+        part.id,
+    )
     assert (charge.description, charge.metadata) == ("Room 5", {"stay": "9"})  # The hold's.
-    assert (wallet.capture(ada.id, part.id, 25, key="c"), wallet.account(ada.id).available) == (charge, 15)
+    assert (wallet.capture(ada.id, part.id, 25, key="c"), wallet.account(ada.id).available) == (
+        charge,
+        15,
+    )
     said = wallet.capture(ada.id, whole.id, description="Bar", metadata={"x": "y"})
-    assert (said.amount, said.balance, said.description, said.metadata) == (60, 15, "Bar", {"x": "y"})
+    assert (said.amount, said.balance, said.description, said.metadata) == (
+        60,
+        15,
+        "Bar",
+        {"x": "y"},
+    )
     wallet.topup(ada.id, 10)
     other = wallet.hold(ada.id, 10, "Room 6", metadata={"a": "b"})
     nothing = wallet.capture(ada.id, other.id, description="", metadata={})
     assert (nothing.description, nothing.metadata) == ("", {"a": "b"})
     assert [(one.id, one.status, one.captured) for one in wallet.holds(ada.id).holds[1:]] == [
-        (whole.id, "captured", 60), (part.id, "captured", 25)]
+        (whole.id, "captured", 60),
+        (part.id, "captured", 25),
+    ]
     assert wallet.refund(ada.id, charge.id).amount == 25  # It is a charge like any other.
     for end in (wallet.capture, wallet.release):
         with pytest.raises(HoldNotActive, match="This hold is captured") as refused:
@@ -904,8 +726,14 @@ def test_hold_of_another_account_is_not_found(wallet, ada):
     bob, _ = wallet.register("Bob")
     wallet.topup(bob.id, 5)
     topup, hold = wallet.topup(ada.id, 5), wallet.hold(ada.id, 5)
-    for account, unknown in ((bob, hold.id), (ada, hold.id + "0"), (ada, "hld" + topup.id[3:]), (ada, topup.id),
-                             (ada, "txn" + hold.id[3:]), (ada, None)):
+    for account, unknown in (
+        (bob, hold.id),
+        (ada, hold.id + "0"),
+        (ada, "hld" + topup.id[3:]),
+        (ada, topup.id),
+        (ada, "txn" + hold.id[3:]),
+        (ada, None),
+    ):
         for call in (wallet.get_hold, wallet.capture, wallet.release):
             with pytest.raises(NotFound, match=r"no such (transaction or )?hold"):
                 call(account.id, unknown)
@@ -918,7 +746,10 @@ def test_expired_hold_stops_counting_by_itself(dsn, monkeypatch):
     with Wallet(dsn) as wallet:
         ada, _ = wallet.register("Ada")
         wallet.topup(ada.id, 100)
-        hold, later = wallet.hold(ada.id, 60, expires_in_s=10), wallet.hold(ada.id, 30, expires_in_s=11)
+        hold, later = (
+            wallet.hold(ada.id, 60, expires_in_s=10),
+            wallet.hold(ada.id, 30, expires_in_s=11),
+        )
         now_us += 10_000_000 - 1
         with pytest.raises(InsufficientFunds):
             wallet.charge(ada.id, 11)
@@ -934,15 +765,28 @@ def test_expired_hold_stops_counting_by_itself(dsn, monkeypatch):
             wallet.charge(ada.id, 71)
         assert refused.value.available == 70
         assert wallet.charge(ada.id, 70).balance == 30
-        assert wallet.hold(ada.id, 60, expires_in_s=10, key=None if wallet.topup(ada.id, 60) else "").amount == 60
+        assert (
+            wallet.hold(
+                ada.id, 60, expires_in_s=10, key=None if wallet.topup(ada.id, 60) else ""
+            ).amount
+            == 60
+        )
         check_books(wallet)
         assert wallet.capture(ada.id, later.id).balance == 60
-        # Set back, the clock brings nothing to life again, and the times in the history never go back.
+        # Set back, the clock brings nothing to life again, and the times in the history never go
+        # back.
         now_us -= 3_600_000_000
-        assert [one.status for one in wallet.holds(ada.id).holds] == ["active", "captured", "expired"]
+        assert [one.status for one in wallet.holds(ada.id).holds] == [
+            "active",
+            "captured",
+            "expired",
+        ]
         with pytest.raises(HoldNotActive):
             wallet.release(ada.id, hold.id)
-        assert wallet.topup(ada.id, 1).created_at == wallet.transactions(ada.id).transactions[1].created_at
+        assert (
+            wallet.topup(ada.id, 1).created_at
+            == wallet.transactions(ada.id).transactions[1].created_at
+        )
         check_books(wallet)
 
 
@@ -966,7 +810,9 @@ def test_holds_that_are_over_do_not_pile_up(dsn, monkeypatch):
         for _ in range(5):
             wallet.hold(ada.id, 1, expires_in_s=1)
             now_us += 10**6
-        assert wallet.database.read(lambda tx: tx("SELECT count(*) FROM holds WHERE status = 'active'")) == [(1,)]
+        assert wallet.database.read(
+            lambda tx: tx("SELECT count(*) FROM holds WHERE status = 'active'")
+        ) == [(1,)]
 
 
 def test_clock_that_was_wrong_for_a_while_holds_no_money_for_as_long(dsn, monkeypatch):
@@ -979,17 +825,28 @@ def test_clock_that_was_wrong_for_a_while_holds_no_money_for_as_long(dsn, monkey
         wallet.charge(ada.id, 1)
         now_us = 10**15
         hold = wallet.hold(ada.id, 50, expires_in_s=10)
-        assert (wallet_module._as_us(hold.expires_at), wallet.account(ada.id).available) == (now_us + 10**7, 49)
+        assert (wallet_module._as_us(hold.expires_at), wallet.account(ada.id).available) == (
+            now_us + 10**7,
+            49,
+        )
         now_us += 10**7
-        assert (wallet.get_hold(ada.id, hold.id).status, wallet.account(ada.id).available) == ("expired", 99)
+        assert (wallet.get_hold(ada.id, hold.id).status, wallet.account(ada.id).available) == (
+            "expired",
+            99,
+        )
         assert wallet.charge(ada.id, 99).balance == 0
         assert wallet.get_hold(ada.id, hold.id).status == "expired"
         check_books(wallet)
 
 
 @pytest.mark.parametrize("operation", ["charge", "transfer", "hold", "batch"])
-def test_hold_that_expires_in_the_middle_of_a_request_is_one_or_the_other(dsn, monkeypatch, operation):
-    """The clock passes its end after the request has looked at it once, twice, and so on: never is there a fault."""
+def test_hold_that_expires_in_the_middle_of_a_request_is_one_or_the_other(
+    dsn, monkeypatch, operation
+):
+    """The clock passes its end after the request has looked at it once, twice, and so on:
+
+    never is there a fault.
+    """
     monkeypatch.setattr(time, "time_ns", lambda: 10**18)
     with Wallet(dsn) as wallet:
         bob = wallet.register("Bob")[0].id
@@ -999,8 +856,12 @@ def test_hold_that_expires_in_the_middle_of_a_request_is_one_or_the_other(dsn, m
             wallet.topup(ada, 100)
             hold = wallet.hold(ada, 100, expires_in_s=1)
             batch = [{"type": "charge", "amount": 1}]
-            call, *arguments = {"charge": (wallet.charge, ada, 1), "transfer": (wallet.transfer, ada, bob, 1),
-                                "hold": (wallet.hold, ada, 1), "batch": (wallet.batch, batch)}[operation]
+            call, *arguments = {
+                "charge": (wallet.charge, ada, 1),
+                "transfer": (wallet.transfer, ada, bob, 1),
+                "hold": (wallet.hold, ada, 1),
+                "batch": (wallet.batch, batch),
+            }[operation]
             end_us, times = wallet_module._as_us(hold.expires_at), []
 
             def passing(end_us=end_us, times=times, looks=looks):
@@ -1013,9 +874,12 @@ def test_hold_that_expires_in_the_middle_of_a_request_is_one_or_the_other(dsn, m
                 outcomes.add("done")
             except InsufficientFunds:
                 outcomes.add("refused")
-            monkeypatch.setattr(time, "time_ns", lambda looks=looks: (10**15 + looks * 10**7) * 1000)
+            monkeypatch.setattr(
+                time, "time_ns", lambda looks=looks: (10**15 + looks * 10**7) * 1000
+            )
         assert outcomes == {"done", "refused"}
         check_books(wallet)
+
 
 BAD_DURATIONS = [0, -1, 30 * 24 * 3600 + 1, 1.0, "5", True, [], AMOUNT_MAX + 1]
 
@@ -1023,7 +887,9 @@ BAD_DURATIONS = [0, -1, 30 * 24 * 3600 + 1, 1.0, "5", True, [], AMOUNT_MAX + 1]
 def test_hold_lasts_a_second_to_30_days(api):
     for seconds in BAD_DURATIONS:
         api.send("POST", "/api/transactions/topup", {"amount": 5})
-        refused = api.send("POST", "/api/holds", {"amount": 1, "expires_in_s": seconds}, status=422).json
+        refused = api.send(
+            "POST", "/api/holds", {"amount": 1, "expires_in_s": seconds}, status=422
+        ).json
         rule = "must be an integer from 1 to 2592000, in seconds"
         assert refused["errors"] == [{"pointer": "#/expires_in_s", "detail": rule}]
         for good in (None, 1, 30 * 24 * 3600):
@@ -1035,15 +901,21 @@ def test_capture_and_release_race_64_ways_and_exactly_one_wins(concurrent_dsn):
         ada, _ = wallet.register("Ada")
         wallet.topup(ada.id, 100)
         hold = wallet.hold(ada.id, 100)
-        calls = [lambda: wallet.capture(ada.id, hold.id, 40), lambda: wallet.release(ada.id, hold.id)] * 32
+        calls = [
+            lambda: wallet.capture(ada.id, hold.id, 40),
+            lambda: wallet.release(ada.id, hold.id),
+        ] * 32
         outcomes = together(*calls)
         won = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
         assert len(won) == 1
         status = "captured" if won[0] in outcomes[::2] else "released"
-        assert {(type(one), getattr(one, "hold_status", None)) for one in outcomes if one not in won} == {
-            (HoldNotActive, status)}
+        assert {
+            (type(one), getattr(one, "hold_status", None)) for one in outcomes if one not in won
+        } == {(HoldNotActive, status)}
         account = wallet.account(ada.id)
-        assert (account.balance, account.available) == ((60, 60) if status == "captured" else (100, 100))
+        assert (account.balance, account.available) == (
+            (60, 60) if status == "captured" else (100, 100)
+        )
         check_books(wallet)
 
 
@@ -1063,7 +935,9 @@ def test_holds_never_take_together_more_than_there_is(concurrent_dsn):
     with Wallet(concurrent_dsn) as wallet:
         ada, _ = wallet.register("Ada")
         wallet.topup(ada.id, 20)
-        outcomes = together(*[lambda: wallet.hold(ada.id, 1), lambda: wallet.charge(ada.id, 1)] * 32)
+        outcomes = together(
+            *[lambda: wallet.hold(ada.id, 1), lambda: wallet.charge(ada.id, 1)] * 32
+        )
         assert sum(isinstance(outcome, InsufficientFunds) for outcome in outcomes) == 44
         account = wallet.account(ada.id)
         assert account.available == 0
@@ -1072,8 +946,20 @@ def test_holds_never_take_together_more_than_there_is(concurrent_dsn):
 
 def test_holds_over_http(api):
     api.send("POST", "/api/transactions/topup", {"amount": 100})
-    first = api.send("POST", "/api/holds", {"amount": 60, "description": "Room 5"}, Idempotency_Key="h", status=201)
-    again = api.send("POST", "/api/holds", {"amount": 60, "description": "Room 5"}, Idempotency_Key="h", status=201)
+    first = api.send(
+        "POST",
+        "/api/holds",
+        {"amount": 60, "description": "Room 5"},
+        Idempotency_Key="h",
+        status=201,
+    )
+    again = api.send(
+        "POST",
+        "/api/holds",
+        {"amount": 60, "description": "Room 5"},
+        Idempotency_Key="h",
+        status=201,
+    )
     assert (again.body, again.headers["Idempotent-Replayed"]) == (first.body, "true")
     hold = first.json["id"]
     assert re.fullmatch("hld_[0-9A-Za-z]{16}_2", hold)
@@ -1086,11 +972,20 @@ def test_holds_over_http(api):
     assert page.headers["Link"] == f'<?limit=1&cursor={other}>; rel="next"'
     rest = api.send("GET", f"/api/holds?limit=1&cursor={other}", status=200).json
     assert ([one["id"] for one in rest["holds"]], rest["next_cursor"]) == ([hold], None)
-    captured = api.send("POST", f"/api/holds/{hold}/capture", {"amount": 10}, Idempotency_Key="c", status=201)
-    assert (captured.json["type"], captured.json["reference"], captured.json["balance"]) == ("charge", hold, 90)
+    captured = api.send(
+        "POST", f"/api/holds/{hold}/capture", {"amount": 10}, Idempotency_Key="c", status=201
+    )
+    assert (captured.json["type"], captured.json["reference"], captured.json["balance"]) == (
+        "charge",
+        hold,
+        90,
+    )
     released = api.send("POST", f"/api/holds/{other}/release", Idempotency_Key="r", status=201)
     assert released.json["status"] == "released"
-    assert api.send("POST", f"/api/holds/{other}/release", {}, Idempotency_Key="r", status=201).body == released.body
+    assert (
+        api.send("POST", f"/api/holds/{other}/release", {}, Idempotency_Key="r", status=201).body
+        == released.body
+    )
     late = api.send("POST", f"/api/holds/{other}/capture", status=409).json
     assert (late["code"], late["hold_status"]) == ("hold_not_active", "released")
     api.send("POST", f"/api/holds/{other}/release", {"amount": 5}, status=422)
@@ -1098,6 +993,7 @@ def test_holds_over_http(api):
         api.send("GET", f"/api/holds{bad}", status=400)
     api.send("GET", "/api/holds/hld_0000000000000000_1", status=404)
     api.send("GET", f"/api/transactions/{hold.replace('hld', 'txn')}", status=404)
+
 
 WRONG_TYPES = [None, 5, 10**5000, True, b"acc_0000000000000000", ["x"], {}, object(), "\ud800", ""]
 
@@ -1107,17 +1003,28 @@ def test_wrong_types_in_process_are_refused_as_such_and_fail_nobody_elses_write(
     wallet.topup(ada.id, 5)
     hold, charge = wallet.hold(ada.id, 1), wallet.charge(ada.id, 1)
     calls = [
-        lambda: wallet.refund(wrong, charge.id), lambda: wallet.refund(ada.id, wrong),
-        lambda: wallet.capture(wrong, hold.id), lambda: wallet.capture(ada.id, wrong),
-        lambda: wallet.release(wrong, hold.id), lambda: wallet.release(ada.id, wrong),
-        lambda: wallet.transfer(wrong, ada.id, 1), lambda: wallet.transfer(ada.id, wrong, 1),
-        lambda: wallet.hold(wrong, 1), lambda: wallet.get_hold(wrong, hold.id),
-        lambda: wallet.transaction(wrong, charge.id), lambda: wallet.freeze(wrong),
-        lambda: wallet.holds(wrong), lambda: wallet.statement(wrong),
-        lambda: wallet.authenticate(wrong), lambda: wallet.replace_token(wrong),
-        lambda: wallet.transactions(ada.id, type=wrong or "x"), lambda: wallet.batch([wrong], account_id=ada.id),
-        lambda: wallet.transactions(ada.id, limit=0 if wrong == 5 else wrong), lambda: wallet.batch(wrong),
-        lambda: wallet.charge(ada.id, 1, metadata=wrong or {"": ""}), lambda: wallet.charge(ada.id, 1, key=wrong or ""),
+        lambda: wallet.refund(wrong, charge.id),
+        lambda: wallet.refund(ada.id, wrong),
+        lambda: wallet.capture(wrong, hold.id),
+        lambda: wallet.capture(ada.id, wrong),
+        lambda: wallet.release(wrong, hold.id),
+        lambda: wallet.release(ada.id, wrong),
+        lambda: wallet.transfer(wrong, ada.id, 1),
+        lambda: wallet.transfer(ada.id, wrong, 1),
+        lambda: wallet.hold(wrong, 1),
+        lambda: wallet.get_hold(wrong, hold.id),
+        lambda: wallet.transaction(wrong, charge.id),
+        lambda: wallet.freeze(wrong),
+        lambda: wallet.holds(wrong),
+        lambda: wallet.statement(wrong),
+        lambda: wallet.authenticate(wrong),
+        lambda: wallet.replace_token(wrong),
+        lambda: wallet.transactions(ada.id, type=wrong or "x"),
+        lambda: wallet.batch([wrong], account_id=ada.id),
+        lambda: wallet.transactions(ada.id, limit=0 if wrong == 5 else wrong),
+        lambda: wallet.batch(wrong),
+        lambda: wallet.charge(ada.id, 1, metadata=wrong or {"": ""}),
+        lambda: wallet.charge(ada.id, 1, key=wrong or ""),
     ]
     for call in calls:
         with pytest.raises(WalletError):
@@ -1130,21 +1037,32 @@ def test_every_amount_is_checked_everywhere(wallet, ada, amount):
     bob, _ = wallet.register("Bob")
     wallet.topup(ada.id, 100)
     charge, hold = wallet.charge(ada.id, 50), wallet.hold(ada.id, 50)
-    for call in (lambda: wallet.refund(ada.id, charge.id, amount), lambda: wallet.capture(ada.id, hold.id, amount),
-                 lambda: wallet.transfer(ada.id, bob.id, amount), lambda: wallet.hold(ada.id, amount),
-                 lambda: wallet.batch([{"type": "topup", "amount": amount}], account_id=ada.id)):
+    for call in (
+        lambda: wallet.refund(ada.id, charge.id, amount),
+        lambda: wallet.capture(ada.id, hold.id, amount),
+        lambda: wallet.transfer(ada.id, bob.id, amount),
+        lambda: wallet.hold(ada.id, amount),
+        lambda: wallet.batch([{"type": "topup", "amount": amount}], account_id=ada.id),
+    ):
         with pytest.raises(ValidationFailed, match="amount must be an integer"):
             call()
     assert (wallet.account(ada.id).balance, wallet.account(ada.id).available) == (50, 0)
 
 
 def test_batch_makes_all_its_movements_in_order_and_is_remembered_by_one_key(wallet, ada):
-    movements = [{"type": "topup", "amount": 10, "description": "a"}, {"type": "charge", "amount": 3},
-                 {"type": "charge", "amount": 7, "metadata": {"b": "c"}}, {"type": "topup", "amount": 1}]
+    movements = [
+        {"type": "topup", "amount": 10, "description": "a"},
+        {"type": "charge", "amount": 3},
+        {"type": "charge", "amount": 7, "metadata": {"b": "c"}},
+        {"type": "topup", "amount": 1},
+    ]
     made = wallet.batch(movements, account_id=ada.id, key="b")
     assert [(one.type, one.amount, one.balance, one.description, one.metadata) for one in made] == [
-        ("topup", 10, 10, "a", {}), ("charge", 3, 7, None, {}), ("charge", 7, 0, None, {"b": "c"}),
-        ("topup", 1, 1, None, {})]
+        ("topup", 10, 10, "a", {}),
+        ("charge", 3, 7, None, {}),
+        ("charge", 7, 0, None, {"b": "c"}),
+        ("topup", 1, 1, None, {}),
+    ]
     again = wallet.batch(movements, account_id=ada.id, key="b")
     assert (again, {one.replayed for one in again}) == (made, {True})
     for changed in (movements[:1], movements[::-1], [*movements, {"type": "topup", "amount": 1}]):
@@ -1158,9 +1076,14 @@ def test_batch_makes_all_its_movements_in_order_and_is_remembered_by_one_key(wal
 def test_batch_that_is_refused_names_the_index_and_changes_nothing(wallet, ada):
     wallet.topup(ada.id, 5, key="used")
     for movements, error, index in (
-            ([{"type": "topup", "amount": 1}, {"type": "charge", "amount": 7}], InsufficientFunds, 1),
-            ([{"type": "charge", "amount": 6}, {"type": "topup", "amount": 1}], InsufficientFunds, 0),
-            ([{"type": "topup", "amount": 1}, {"type": "topup", "amount": AMOUNT_MAX}], BalanceLimitExceeded, 1)):
+        ([{"type": "topup", "amount": 1}, {"type": "charge", "amount": 7}], InsufficientFunds, 1),
+        ([{"type": "charge", "amount": 6}, {"type": "topup", "amount": 1}], InsufficientFunds, 0),
+        (
+            [{"type": "topup", "amount": 1}, {"type": "topup", "amount": AMOUNT_MAX}],
+            BalanceLimitExceeded,
+            1,
+        ),
+    ):
         with pytest.raises(error) as refused:
             wallet.batch(movements, account_id=ada.id, key="b")
         assert refused.value.index == refused.value.members["index"] == index
@@ -1169,10 +1092,14 @@ def test_batch_that_is_refused_names_the_index_and_changes_nothing(wallet, ada):
     bob, _ = wallet.register("Bob")
     for order in ((ada, bob), (bob, ada)):
         with pytest.raises(IdempotencyKeyReused) as refused:
-            wallet.batch([{"account": one.id, "type": "topup", "amount": 5} for one in order], key="used")
+            wallet.batch(
+                [{"account": one.id, "type": "topup", "amount": 5} for one in order], key="used"
+            )
         assert refused.value.index == order.index(ada)
     assert wallet.account(ada.id).balance == 5
-    (done,) = wallet.batch([{"type": "topup", "amount": 1}], account_id=ada.id, key="b")  # The key was left free.
+    (done,) = wallet.batch(
+        [{"type": "topup", "amount": 1}], account_id=ada.id, key="b"
+    )  # The key was left free.
     assert done.balance == 6
 
 
@@ -1193,17 +1120,32 @@ def test_batch_asks_the_database_little_more_than_once_a_movement(wallet, ada):
 
 def test_batch_over_several_accounts_is_one_transaction_and_its_key_is_taken_in_each(wallet, ada):
     bob, _ = wallet.register("Bob")
-    movements = [{"account": one.id, "type": type, "amount": amount} for one, type, amount in (
-        (bob, "topup", 10), (ada, "topup", 5), (bob, "charge", 4), (ada, "charge", 5), (bob, "topup", 1))]
+    movements = [
+        {"account": one.id, "type": type, "amount": amount}
+        for one, type, amount in (
+            (bob, "topup", 10),
+            (ada, "topup", 5),
+            (bob, "charge", 4),
+            (ada, "charge", 5),
+            (bob, "topup", 1),
+        )
+    ]
     made = wallet.batch(movements, key="b")
     assert [(one.id[4:20] == bob.id[4:], one.balance) for one in made] == [
-        (True, 10), (False, 5), (True, 6), (False, 0), (True, 7)]
+        (True, 10),
+        (False, 5),
+        (True, 6),
+        (False, 0),
+        (True, 7),
+    ]
     assert wallet.batch(movements, key="b") == made
     for changed in (movements[1:], movements[3:], movements[2:3]):
         with pytest.raises(IdempotencyKeyReused):
             wallet.batch(changed, key="b")
     with pytest.raises(AccountNotFound) as refused:
-        wallet.batch([*movements, {"account": "acc_0000000000000000", "type": "topup", "amount": 1}], key="c")
+        wallet.batch(
+            [*movements, {"account": "acc_0000000000000000", "type": "topup", "amount": 1}], key="c"
+        )
     assert refused.value.index == 5
     with pytest.raises(AccountNotFound) as refused:
         wallet.batch([movements[0], {"account": "Bob", "type": "topup", "amount": 1}])
@@ -1213,17 +1155,27 @@ def test_batch_over_several_accounts_is_one_transaction_and_its_key_is_taken_in_
 
 def test_batch_tells_all_wrong_fields_at_once_with_pointers(api):
     def errors(transactions):
-        answer = api.send("POST", "/api/transactions/batch", {"transactions": transactions}, status=422).json
+        answer = api.send(
+            "POST", "/api/transactions/batch", {"transactions": transactions}, status=422
+        ).json
         return [(error["pointer"], error["detail"].split(",")[0]) for error in answer["errors"]]
 
     amount = f"must be an integer from 1 to {AMOUNT_MAX}"
-    assert errors([{"type": "topup", "amount": 0}, {"type": "gift", "amount": 5, "x/y": 1}, 7,
-                   {"type": "charge", "amount": 5, "account": "acc_0000000000000000"}]) == [
-        ("#/transactions/0/amount", amount), ("#/transactions/1/type", "must be topup or charge"),
+    assert errors(
+        [
+            {"type": "topup", "amount": 0},
+            {"type": "gift", "amount": 5, "x/y": 1},
+            7,
+            {"type": "charge", "amount": 5, "account": "acc_0000000000000000"},
+        ]
+    ) == [
+        ("#/transactions/0/amount", amount),
+        ("#/transactions/1/type", "must be topup or charge"),
         ("#/transactions/1/x~1y", "is not known; known are: type"),
         ("#/transactions/2/type", "is missing; it must be topup or charge"),
         ("#/transactions/2/amount", f"is missing; it {amount}"),
-        ("#/transactions/3/account", "is not known; known are: type")]
+        ("#/transactions/3/account", "is not known; known are: type"),
+    ]
     whole = [("#/transactions", "must be a list of 1 to 1000 movements")]
     for wrong in ([], {}, None, "x", [{"type": "topup", "amount": 1}] * 1001):
         assert errors(wrong) == whole
@@ -1232,19 +1184,39 @@ def test_batch_tells_all_wrong_fields_at_once_with_pointers(api):
 
 def test_batch_of_1000_fits_and_bodies_of_a_mebibyte_are_for_batches_only(wallet):
     _, token = wallet.register("Ada")
-    batch = {"transactions": [{"type": "topup", "amount": 1, "description": "x" * 500, "metadata": {"n": str(number)}}
-                              for number in range(1000)]}
+    batch = {
+        "transactions": [
+            {"type": "topup", "amount": 1, "description": "x" * 500, "metadata": {"n": str(number)}}
+            for number in range(1000)
+        ]
+    }
     with running(wallet) as url:
-        status, _, made = send(url, "POST", "/api/transactions/batch", batch, token, Idempotency_Key="b")
-        assert (status, len(made["transactions"]), made["transactions"][-1]["balance"]) == (201, 1000, 1000)
-        status, headers, again = send(url, "POST", "/api/transactions/batch", batch, token, Idempotency_Key="b")
+        status, _, made = send(
+            url, "POST", "/api/transactions/batch", batch, token, Idempotency_Key="b"
+        )
+        assert (status, len(made["transactions"]), made["transactions"][-1]["balance"]) == (
+            201,
+            1000,
+            1000,
+        )
+        status, headers, again = send(
+            url, "POST", "/api/transactions/batch", batch, token, Idempotency_Key="b"
+        )
         assert (status, again, headers["Idempotent-Replayed"]) == (201, made, "true")
-        for path, length, expected in (("batch", 2**20 + 1, b"413"), ("topup", 2**17, b"413"),
-                                       ("batch", 2**20, b"422")):
-            request = (f"POST /api/transactions/{path} HTTP/1.1\r\nAuthorization: Bearer {token}\r\n"
-                       "Connection: close\r\nContent-Type: application/json\r\n"
-                       f"Content-Length: {length}\r\n\r\n").encode()
-            assert raw_exchange(url, request + b"{}".ljust(length if expected == b"422" else 0))[9:12] == expected
+        for path, length, expected in (
+            ("batch", 2**20 + 1, b"413"),
+            ("topup", 2**17, b"413"),
+            ("batch", 2**20, b"422"),
+        ):
+            request = (
+                f"POST /api/transactions/{path} HTTP/1.1\r\nAuthorization: Bearer {token}\r\n"
+                "Connection: close\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {length}\r\n\r\n"
+            ).encode()
+            assert (
+                raw_exchange(url, request + b"{}".ljust(length if expected == b"422" else 0))[9:12]
+                == expected
+            )
     assert len(wallet.transactions(wallet.authenticate(token).id, limit=100).transactions) == 100
 
 
@@ -1252,7 +1224,9 @@ def test_concurrent_sends_of_one_batch_have_one_effect(concurrent_dsn):
     with Wallet(concurrent_dsn) as wallet:
         accounts = [wallet.register(str(number))[0].id for number in range(3)]
         movements = [{"account": account, "type": "topup", "amount": 5} for account in accounts * 3]
-        outcomes = together(*[lambda: wallet.batch(movements, key="b"), lambda: wallet.batch(movements[::-1])] * 8)
+        outcomes = together(
+            *[lambda: wallet.batch(movements, key="b"), lambda: wallet.batch(movements[::-1])] * 8
+        )
         assert all(isinstance(outcome, list) for outcome in outcomes), outcomes
         assert [one for one in outcomes[::2] if one != outcomes[0]] == []
         assert [wallet.account(account).balance for account in accounts] == [15 * 9] * 3
@@ -1261,16 +1235,21 @@ def test_concurrent_sends_of_one_batch_have_one_effect(concurrent_dsn):
 
 @pytest.mark.parametrize("operation", ["refund", "transfer", "hold", "capture", "release", "batch"])
 def test_commit_of_every_operation_that_was_cut_off_but_happened_is_answered_with_the_truth(
-        new_schema, postgres_server, operation):
+    new_schema, postgres_server, operation
+):
     with Wallet(new_schema(on=postgres_server)) as wallet, ThreadPoolExecutor(1) as thread:
         ada, bob = (wallet.register(name)[0].id for name in ("Ada", "Bob"))
         wallet.topup(ada, 100)
         charge, hold = wallet.charge(ada, 20), wallet.hold(ada, 30)
         call = {
-            "refund": lambda: wallet.refund(ada, charge.id), "transfer": lambda: wallet.transfer(ada, bob, 10),
-            "hold": lambda: wallet.hold(ada, 10), "capture": lambda: wallet.capture(ada, hold.id, 10),
+            "refund": lambda: wallet.refund(ada, charge.id),
+            "transfer": lambda: wallet.transfer(ada, bob, 10),
+            "hold": lambda: wallet.hold(ada, 10),
+            "capture": lambda: wallet.capture(ada, hold.id, 10),
             "release": lambda: wallet.release(ada, hold.id),
-            "batch": lambda: wallet.batch([{"account": one, "type": "topup", "amount": 10} for one in (ada, bob, ada)]),
+            "batch": lambda: wallet.batch(
+                [{"account": one, "type": "topup", "amount": 10} for one in (ada, bob, ada)]
+            ),
         }[operation]
         with standby_missing(postgres_server) as waiting:
             future = thread.submit(call)
@@ -1280,25 +1259,41 @@ def test_commit_of_every_operation_that_was_cut_off_but_happened_is_answered_wit
         assert (done[0] if operation == "batch" else done).replayed
         account = wallet.account(ada)
         assert (account.balance, account.available, wallet.account(bob).balance) == {
-            "refund": (100, 70, 0), "transfer": (70, 40, 10), "hold": (80, 40, 0), "capture": (70, 70, 0),
-            "release": (80, 80, 0), "batch": (100, 70, 10)}[operation]
+            "refund": (100, 70, 0),
+            "transfer": (70, 40, 10),
+            "hold": (80, 40, 0),
+            "capture": (70, 70, 0),
+            "release": (80, 80, 0),
+            "batch": (100, 70, 10),
+        }[operation]
         check_books(wallet)
 
 
-@pytest.mark.parametrize("operation", ["charge", "refund", "transfer", "hold", "capture", "release", "batch"])
+@pytest.mark.parametrize(
+    "operation", ["charge", "refund", "transfer", "hold", "capture", "release", "batch"]
+)
 def test_concurrent_sends_of_one_key_get_equal_answers_whatever_they_do(concurrent_dsn, operation):
-    """Those that looked for the key before the first had committed look again, once they have the account."""
+    """Those that looked for the key before the first had committed look again, once they have the
+    account.
+    """
     with Wallet(concurrent_dsn, connections=16) as wallet:
         ada, bob = (wallet.register(name)[0].id for name in ("Ada", "Bob"))
         wallet.topup(ada, 100)
         charge, hold = wallet.charge(ada, 20), wallet.hold(ada, 30)
         call = {
-            "charge": lambda: wallet.charge(ada, 50, key="k"), "refund": lambda: wallet.refund(ada, charge.id, key="k"),
-            "transfer": lambda: wallet.transfer(ada, bob, 50, key="k"), "hold": lambda: wallet.hold(ada, 50, key="k"),
+            "charge": lambda: wallet.charge(ada, 50, key="k"),
+            "refund": lambda: wallet.refund(ada, charge.id, key="k"),
+            "transfer": lambda: wallet.transfer(ada, bob, 50, key="k"),
+            "hold": lambda: wallet.hold(ada, 50, key="k"),
             "capture": lambda: wallet.capture(ada, hold.id, key="k"),
             "release": lambda: wallet.release(ada, hold.id, key="k"),
-            "batch": lambda: wallet.batch([{"account": one, "type": "charge" if one == ada else "topup", "amount": 50}
-                                           for one in (ada, bob)], key="k"),
+            "batch": lambda: wallet.batch(
+                [
+                    {"account": one, "type": "charge" if one == ada else "topup", "amount": 50}
+                    for one in (ada, bob)
+                ],
+                key="k",
+            ),
         }[operation]
         outcomes = together(*[call] * 16)
         assert [one for one in outcomes if one != outcomes[0]] == [], outcomes
@@ -1314,14 +1309,21 @@ def test_hold_that_has_ended_is_no_more_counted_as_expired_when_its_time_comes(d
     with Wallet(dsn) as wallet:
         ada, _ = wallet.register("Ada")
         wallet.topup(ada.id, 100)
-        captured, released, _ = (wallet.hold(ada.id, amount, expires_in_s=10) for amount in (10, 20, 30))
+        captured, released, _ = (
+            wallet.hold(ada.id, amount, expires_in_s=10) for amount in (10, 20, 30)
+        )
         wallet.capture(ada.id, captured.id, 5)
         wallet.release(ada.id, released.id)
         assert wallet.account(ada.id).available == 65
         now_us += 10**7
         assert (wallet.account(ada.id).balance, wallet.account(ada.id).available) == (95, 95)
         wallet.hold(ada.id, 1)  # From now on the third is written down as expired.
-        assert [one.status for one in wallet.holds(ada.id).holds] == ["active", "expired", "released", "captured"]
+        assert [one.status for one in wallet.holds(ada.id).holds] == [
+            "active",
+            "expired",
+            "released",
+            "captured",
+        ]
         assert wallet.account(ada.id).available == 94
         with pytest.raises(InsufficientFunds) as refused:
             wallet.charge(ada.id, 95)
@@ -1332,9 +1334,11 @@ def test_hold_that_has_ended_is_no_more_counted_as_expired_when_its_time_comes(d
 def test_key_stands_for_the_charge_or_the_hold_it_came_with(wallet, ada):
     """Else a key sent again for another one would be answered as done, and nothing would have been."""
     wallet.topup(ada.id, 100)
-    calls = ((wallet.refund, [wallet.charge(ada.id, 10) for _ in range(2)]),
-             (wallet.capture, [wallet.hold(ada.id, 10) for _ in range(2)]),
-             (wallet.release, [wallet.hold(ada.id, 10) for _ in range(2)]))
+    calls = (
+        (wallet.refund, [wallet.charge(ada.id, 10) for _ in range(2)]),
+        (wallet.capture, [wallet.hold(ada.id, 10) for _ in range(2)]),
+        (wallet.release, [wallet.hold(ada.id, 10) for _ in range(2)]),
+    )
     for call, (one, other) in calls:
         call(ada.id, one.id, key=call.__name__)
         with pytest.raises(IdempotencyKeyReused):
@@ -1352,6 +1356,7 @@ def test_full_account_that_holds_all_it_has_is_refused_for_what_is_available(wal
         wallet.hold(ada.id, 1)
     assert refused.value.members == {"balance": AMOUNT_MAX, "available": 0, "required": 1}
 
+
 OTHER_TYPES = ["refund", "transfer_in", "transfer_out", "hold", "release", "", None, 5, [], {}]
 
 
@@ -1360,12 +1365,20 @@ def test_batch_makes_topups_and_charges_only(api):
     for type_ in OTHER_TYPES:
         body = {"transactions": [{"type": "topup", "amount": 5}, {"type": type_, "amount": 5}]}
         refused = api.send("POST", "/api/transactions/batch", body, status=422).json
-        assert refused["errors"] == [{"pointer": "#/transactions/1/type", "detail": "must be topup or charge"}]
+        assert refused["errors"] == [
+            {"pointer": "#/transactions/1/type", "detail": "must be topup or charge"}
+        ]
         assert api.send("GET", "/api/account").json["balance"] == 0
 
 
-def test_nothing_comes_between_a_refusal_that_was_none_and_the_second_try(postgres_dsn, monkeypatch):
-    with Wallet(postgres_dsn) as wallet, Wallet(postgres_dsn) as other, ThreadPoolExecutor(1) as thread:
+def test_nothing_comes_between_a_refusal_that_was_none_and_the_second_try(
+    postgres_dsn, monkeypatch
+):
+    with (
+        Wallet(postgres_dsn) as wallet,
+        Wallet(postgres_dsn) as other,
+        ThreadPoolExecutor(1) as thread,
+    ):
         ada, taken, filled = wallet.register("Ada")[0], [], []
         execute, mine = wallet_module._execute_on_postgres, threading.get_ident()
 
@@ -1375,7 +1388,9 @@ def test_nothing_comes_between_a_refusal_that_was_none_and_the_second_try(postgr
                 filled.append(other.topup(ada.id, 5))
             elif threading.get_ident() == mine and sql.startswith(wallet_module.ACCOUNT):
                 taken.append(thread.submit(other.charge, ada.id, 5))
-                futures_wait(taken, timeout=0.5)  # It is not done by then, since the account is locked.
+                futures_wait(
+                    taken, timeout=0.5
+                )  # It is not done by then, since the account is locked.
             return rows
 
         monkeypatch.setattr(wallet_module, "_execute_on_postgres", interfere)
@@ -1386,30 +1401,53 @@ def test_nothing_comes_between_a_refusal_that_was_none_and_the_second_try(postgr
         check_books(wallet)
 
 
-# Metadata and history ##############################################################################
+# Metadata and history #############################################################################
 
 GOOD_METADATA = [
-    {}, {"a": ""}, {"x" * 40: "y" * 500}, {str(number): "z" * 500 for number in range(20)}, {"ключ": "día \u2028 👩‍🚀"},
-    {"b": "1", "a": "2"}, {"=1+1": "@x"},
+    {},
+    {"a": ""},
+    {"x" * 40: "y" * 500},
+    {str(number): "z" * 500 for number in range(20)},
+    {"ключ": "día \u2028 👩‍🚀"},
+    {"b": "1", "a": "2"},
+    {"=1+1": "@x"},
 ]
 
 
 def test_metadata_comes_back_as_it_was_given(api):
     for metadata in GOOD_METADATA:
-        shown = api.send("POST", "/api/transactions/topup", {"amount": 5, "metadata": metadata}, status=201).json
+        shown = api.send(
+            "POST", "/api/transactions/topup", {"amount": 5, "metadata": metadata}, status=201
+        ).json
         assert list(shown["metadata"].items()) == list(metadata.items())
         assert api.send("GET", f"/api/transactions/{shown['id']}").json == shown
         assert api.send("GET", "/api/transactions").json["transactions"][0] == shown
 
+
 BAD_METADATA = [
-    [], "x", 5, True, {"a": 1}, {"a": None}, {"a": {}}, {"": "x"}, {"x" * 41: ""}, {"a": "y" * 501}, {"a": "b\n"},
-    {"a\t": "b"}, {"a": "\ud800"}, {"\x00": ""}, {str(number): "" for number in range(21)},
+    [],
+    "x",
+    5,
+    True,
+    {"a": 1},
+    {"a": None},
+    {"a": {}},
+    {"": "x"},
+    {"x" * 41: ""},
+    {"a": "y" * 501},
+    {"a": "b\n"},
+    {"a\t": "b"},
+    {"a": "\ud800"},
+    {"\x00": ""},
+    {str(number): "" for number in range(21)},
 ]
 
 
 def test_bad_metadata_is_refused_and_changes_nothing(api):
     for metadata in BAD_METADATA:
-        answer = api.send("POST", "/api/transactions/topup", {"amount": 5, "metadata": metadata}, status=422).json
+        answer = api.send(
+            "POST", "/api/transactions/topup", {"amount": 5, "metadata": metadata}, status=422
+        ).json
         assert [error["pointer"] for error in answer["errors"]] == ["#/metadata"]
         assert api.send("GET", "/api/account").json["balance"] == 0
 
@@ -1420,7 +1458,11 @@ def test_metadata_is_part_of_the_request_that_a_key_stands_for_in_any_order(wall
     for other in ({"a": "1"}, {"a": "1", "b": "3"}, {}, None):
         with pytest.raises(IdempotencyKeyReused):
             wallet.topup(ada.id, 5, metadata=other, key="k")
-    assert wallet.topup(ada.id, 5, key="l", metadata={}).metadata == wallet.topup(ada.id, 5, key="l").metadata == {}
+    assert (
+        wallet.topup(ada.id, 5, key="l", metadata={}).metadata
+        == wallet.topup(ada.id, 5, key="l").metadata
+        == {}
+    )
 
 
 @pytest.fixture
@@ -1436,15 +1478,20 @@ def dated(dsn, monkeypatch):
         yield SimpleNamespace(wallet=wallet, id=ada.id, api=Client(create_app(wallet), token))
         check_books(wallet)
 
+
 HISTORY_OF_A_TIME = [
-    ("since=2001-09-09T01:46:43Z", [4, 5, 6, 7, 8, 9, 10]), ("until=2001-09-09T01:46:43Z", [1, 2, 3]),
+    ("since=2001-09-09T01:46:43Z", [4, 5, 6, 7, 8, 9, 10]),
+    ("until=2001-09-09T01:46:43Z", [1, 2, 3]),
     ("since=2001-09-09T01:46:43Z&until=2001-09-09T01:46:45Z", [4, 5]),
-    ("since=2001-09-09T01:46:42.0000001Z", [*range(3, 11)]), ("since=2001-09-09T01:46:42.000001Z", [*range(4, 11)]),
+    ("since=2001-09-09T01:46:42.0000001Z", [*range(3, 11)]),
+    ("since=2001-09-09T01:46:42.000001Z", [*range(4, 11)]),
     ("since=2001-09-09%2001:46:43Z", [*range(4, 11)]),
-    ("since=2001-09-09t03:46:43%2B02:00", [*range(4, 11)]), ("since=2001-09-09T03:46:43+02:00", [*range(4, 11)]),
+    ("since=2001-09-09t03:46:43%2B02:00", [*range(4, 11)]),
+    ("since=2001-09-09T03:46:43+02:00", [*range(4, 11)]),
     ("until=2001-09-08T20:16:43-05:30", [1, 2, 3]),
     ("since=0001-01-01T00:00:00Z&until=9999-12-31T23:59:59.999999Z", [*range(1, 11)]),
-    ("since=2002-01-01T00:00:00Z", []), ("until=2001-01-01T00:00:00Z", []),
+    ("since=2002-01-01T00:00:00Z", []),
+    ("until=2001-01-01T00:00:00Z", []),
     ("type=charge&since=2001-09-09T01:46:43Z", []),
     ("since=2001-09-09T01:46:45Z&until=2001-09-09T01:46:43Z", []),
 ]
@@ -1460,14 +1507,30 @@ def test_history_of_a_time_is_half_open_and_honours_offsets(dated):
         assert [one["balance"] for one in pages] == expected[::-1]
         statement = dated.api.send("GET", f"/api/transactions.csv?{query}", status=200).text
         assert [int(line["balance"]) for line in csv.DictReader(io.StringIO(statement))] == expected
-        feed = dated.api.send("GET", f"/api/transactions?limit=100&after=0&{query}", status=200).json
+        feed = dated.api.send(
+            "GET", f"/api/transactions?limit=100&after=0&{query}", status=200
+        ).json
         assert [one["balance"] for one in feed["transactions"]] == expected
 
+
 BAD_TIMES = [
-    "", "2001-09-09", "2001-09-09T01:46:43", "2001-09-09T01:46Z", "2001-13-09T01:46:43Z", "2001-09-09T24:46:43Z",
-    "2001-09-09T01:46:60Z", "2001-09-09T01:46:43%2B24:00", "2001-09-09T01:46:43%2B2", "1000000000", "now",
-    "2001-09-09T01:46:43Z%0A", "%D9%A2001-09-09T01:46:43Z", "2001-09-09T01:46:43.Z", "0000-01-01T00:00:00Z",
-    "0001-01-01T00:00:00%2B23:59", "9999-12-31T23:59:59.999999-23:59",
+    "",
+    "2001-09-09",
+    "2001-09-09T01:46:43",
+    "2001-09-09T01:46Z",
+    "2001-13-09T01:46:43Z",
+    "2001-09-09T24:46:43Z",
+    "2001-09-09T01:46:60Z",
+    "2001-09-09T01:46:43%2B24:00",
+    "2001-09-09T01:46:43%2B2",
+    "1000000000",
+    "now",
+    "2001-09-09T01:46:43Z%0A",
+    "%D9%A2001-09-09T01:46:43Z",
+    "2001-09-09T01:46:43.Z",
+    "0000-01-01T00:00:00Z",
+    "0001-01-01T00:00:00%2B23:59",
+    "9999-12-31T23:59:59.999999-23:59",
 ]
 
 
@@ -1487,21 +1550,33 @@ def test_times_in_process_are_aware_or_text(dated):
     for wrong in (moment.replace(tzinfo=None), 10**9, b"2001-09-09T01:46:43Z"):
         with pytest.raises(MalformedRequest, match="RFC 3339"):
             dated.wallet.transactions(dated.id, since=wrong)
-    for call in (dated.wallet.transactions, dated.wallet.statement, dated.wallet.holds,
-                 lambda account_id: dated.wallet.balance_at(account_id, moment)):
+    for call in (
+        dated.wallet.transactions,
+        dated.wallet.statement,
+        dated.wallet.holds,
+        lambda account_id: dated.wallet.balance_at(account_id, moment),
+    ):
         with pytest.raises(AccountNotFound):
             call("acc_0000000000000000")
 
 
 def test_balance_at_a_time_is_that_after_the_last_entry_until_then(dated):
-    for at, utc, balance in (("2001-09-09T01:46:39.999999Z", "2001-09-09T01:46:39.999999Z", 0),
-                             ("2001-09-09T01:46:40Z", "2001-09-09T01:46:40.000000Z", 1),
-                             ("2001-09-09T01:46:42.9z", "2001-09-09T01:46:42.900000Z", 3),
-                             ("2001-09-09T03:46:49+02:00", "2001-09-09T01:46:49.000000Z", 10),
-                             ("9999-12-31T23:59:59.9999999Z", "9999-12-31T23:59:59.999999Z", 10),
-                             ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000000Z", 0)):
+    for at, utc, balance in (
+        ("2001-09-09T01:46:39.999999Z", "2001-09-09T01:46:39.999999Z", 0),
+        ("2001-09-09T01:46:40Z", "2001-09-09T01:46:40.000000Z", 1),
+        ("2001-09-09T01:46:42.9z", "2001-09-09T01:46:42.900000Z", 3),
+        ("2001-09-09T03:46:49+02:00", "2001-09-09T01:46:49.000000Z", 10),
+        ("9999-12-31T23:59:59.9999999Z", "9999-12-31T23:59:59.999999Z", 10),
+        ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000000Z", 0),
+    ):
         past = dated.api.send("GET", f"/api/account?at={at}", status=200).json
-        assert past == {"id": dated.id, "name": "Ada", "currency": "USD", "balance": balance, "at": utc}
+        assert past == {
+            "id": dated.id,
+            "name": "Ada",
+            "currency": "USD",
+            "balance": balance,
+            "at": utc,
+        }
 
 
 def test_feed_gives_every_entry_once_however_it_is_polled_under_load(concurrent_dsn):
@@ -1535,18 +1610,34 @@ def test_feed_gives_every_entry_once_however_it_is_polled_under_load(concurrent_
             done.set()
             seen = polled.result(timeout=60)
         assert [one.balance for one in seen] == list(range(1, 121))
-        assert sorted(seen, key=lambda one: one.balance) == sorted(made, key=lambda one: one.balance)
+        assert sorted(seen, key=lambda one: one.balance) == sorted(
+            made, key=lambda one: one.balance
+        )
 
 
 def test_feed_leads_on_by_link_and_takes_no_cursor_beside_it(api):
     ids = [api.send("POST", "/api/transactions/topup", {"amount": 5}).json["id"] for _ in range(3)]
     page = api.send("GET", "/api/transactions?after=0&limit=2", status=200)
-    assert ([one["id"] for one in page.json["transactions"]], page.json["next_cursor"]) == (ids[:2], ids[1])
+    assert ([one["id"] for one in page.json["transactions"]], page.json["next_cursor"]) == (
+        ids[:2],
+        ids[1],
+    )
     assert page.headers["Link"] == f'<?after={ids[1]}&limit=2>; rel="next"'
     page = api.send("GET", f"/api/transactions?after={ids[1]}&limit=2&type=topup", status=200)
-    assert ([one["id"] for one in page.json["transactions"]], page.json["next_cursor"]) == (ids[2:], None)
-    assert api.send("GET", f"/api/transactions?after={ids[2]}").json == {"transactions": [], "next_cursor": None}
-    for bad in (f"after={ids[0]}&cursor={ids[1]}", "after=", "after=1", "after=txn_0000000000000000_1"):
+    assert ([one["id"] for one in page.json["transactions"]], page.json["next_cursor"]) == (
+        ids[2:],
+        None,
+    )
+    assert api.send("GET", f"/api/transactions?after={ids[2]}").json == {
+        "transactions": [],
+        "next_cursor": None,
+    }
+    for bad in (
+        f"after={ids[0]}&cursor={ids[1]}",
+        "after=",
+        "after=1",
+        "after=txn_0000000000000000_1",
+    ):
         api.send("GET", f"/api/transactions?{bad}", status=400)
 
 
@@ -1559,14 +1650,22 @@ def test_history_of_every_kind_is_found_without_passing_over_holds(file_wallet):
         for account, count in zip(accounts, (200, 30_000), strict=True):
             tx("UPDATE accounts SET last_sequence = ? WHERE id = ?", count, account.id)
             for number in range(1, count + 1):
-                tx(row, account.id, number, "topup" if number < 3 or number > count - 2 else "hold", f"k{number}",
-                   "f" * 64)
+                tx(
+                    row,
+                    account.id,
+                    number,
+                    "topup" if number < 3 or number > count - 2 else "hold",
+                    f"k{number}",
+                    "f" * 64,
+                )
 
     file_wallet.database.write(fill)
     steps = {}
     for account in accounts:
         for filters in ({}, {"after": "0"}, {"type": "topup"}):
-            file_wallet.transactions(account.id, **filters)  # Prepares the statements, which counts too.
+            file_wallet.transactions(
+                account.id, **filters
+            )  # Prepares the statements, which counts too.
             counted = []
             file_wallet.database._idle_readers[0].set_progress_handler(lambda: counted.append(1), 1)  # noqa: B023
             assert len(file_wallet.transactions(account.id, **filters).transactions) == 4
@@ -1576,9 +1675,24 @@ def test_history_of_every_kind_is_found_without_passing_over_holds(file_wallet):
     file_wallet.database.write(lambda tx: tx("DELETE FROM transactions"))
     file_wallet.database.write(lambda tx: tx("UPDATE accounts SET last_sequence = 0"))
 
+
 FORMULAS = [
-    "=1+1", "+1", "-1", "@SUM(A1)", " =1", "\u3000=1", "x;=1+1", "x; =1", "\uff1d1", "\uff0d1", "\uff0b1", "\uff201",
-    '";=1;"', ';"=1;"', "=HYPERLINK(\"http://x\",\"y\")", "-2+3+cmd|' /C calc'!A0",
+    "=1+1",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+    " =1",
+    "\u3000=1",
+    "x;=1+1",
+    "x; =1",
+    "\uff1d1",
+    "\uff0d1",
+    "\uff0b1",
+    "\uff201",
+    '";=1;"',
+    ';"=1;"',
+    '=HYPERLINK("http://x","y")',
+    "-2+3+cmd|' /C calc'!A0",
 ]
 
 
@@ -1591,9 +1705,15 @@ def test_statement_has_no_cell_that_a_spreadsheet_takes_for_a_formula(wallet):
     for formula in FORMULAS:
         ada, token = wallet.register(formula)
         wallet.topup(ada.id, 5, formula, metadata={formula[:40]: formula})
-        text = Client(create_app(wallet), token).send("GET", "/api/transactions.csv", status=200).text
+        text = (
+            Client(create_app(wallet), token).send("GET", "/api/transactions.csv", status=200).text
+        )
         for delimiter in (",", ";"):
-            found = [cell for cell in cells(text, delimiter) if re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", cell)]
+            found = [
+                cell
+                for cell in cells(text, delimiter)
+                if re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", cell)
+            ]
             assert found == []
         (line,) = csv.DictReader(io.StringIO(text))
         assert line["description"].replace("'", "") == formula.replace("'", "")
@@ -1609,11 +1729,24 @@ def test_statement_is_the_whole_history_as_csv(wallet):
     answer = api.send("GET", "/api/transactions.csv", status=200)
     assert answer.headers["Content-Type"] == "text/csv; charset=utf-8"
     assert answer.headers["Content-Disposition"] == 'attachment; filename="transactions.csv"'
-    assert answer.text.startswith("id,created_at,type,amount,balance,description,reference,metadata\r\n")
+    assert answer.text.startswith(
+        "id,created_at,type,amount,balance,description,reference,metadata\r\n"
+    )
     shown = api.send("GET", "/api/transactions?after=0").json["transactions"]
     lines = list(csv.DictReader(io.StringIO(answer.text)))
-    assert lines == [{name: json.dumps(value, ensure_ascii=False) if value and name == "metadata" else str(value or "")
-                      for name, value in one.items()} for one in shown] != []
+    assert (
+        lines
+        == [
+            {
+                name: json.dumps(value, ensure_ascii=False)
+                if value and name == "metadata"
+                else str(value or "")
+                for name, value in one.items()
+            }
+            for one in shown
+        ]
+        != []
+    )
     head = api.send("HEAD", "/api/transactions.csv", status=200)
     assert (head.body, "Content-Length" in head.headers) == (b"", False)
     only = api.send("GET", "/api/transactions.csv?type=refund", status=200).text
@@ -1648,7 +1781,9 @@ def test_statement_is_the_history_of_the_moment_it_was_asked_for(wallet, ada, mo
     assert [one.amount for one in [*seen, *entries]] == [1, 2, 3, 4, 5]
 
 
-def test_history_among_holds_has_each_entry_once_and_in_order_whatever_the_page(wallet, ada, monkeypatch):
+def test_history_among_holds_has_each_entry_once_and_in_order_whatever_the_page(
+    wallet, ada, monkeypatch
+):
     """Where holds fill what is read at once, the rest is read by type, and put together again."""
     bob, _ = wallet.register("Bob")
     made = [wallet.topup(ada.id, 100), wallet.topup(bob.id, 100)][:1]
@@ -1671,7 +1806,9 @@ def test_history_among_holds_has_each_entry_once_and_in_order_whatever_the_page(
         monkeypatch.setattr(wallet_module, "STATEMENT_ROWS", limit)
         assert list(wallet.statement(ada.id)) == made
         for type in wallet_module.SIGN_BY_TYPE:
-            assert list(wallet.statement(ada.id, type=type)) == [one for one in made if one.type == type]
+            assert list(wallet.statement(ada.id, type=type)) == [
+                one for one in made if one.type == type
+            ]
 
 
 def test_cursor_that_is_outside_of_the_time_asked_for_widens_nothing(dated):
@@ -1685,10 +1822,14 @@ def test_cursor_that_is_outside_of_the_time_asked_for_widens_nothing(dated):
     assert balances(cursor=entries[2].id, until=until) == [2, 1]
     assert balances(after=entries[2].id, since=since) == [8, 9, 10]
     assert balances(after=entries[8].id, since=since) == [10]
-    assert balances(cursor=entries[2].id, since=since) == balances(after=entries[8].id, until=until) == []
+    assert (
+        balances(cursor=entries[2].id, since=since)
+        == balances(after=entries[8].id, until=until)
+        == []
+    )
 
 
-# Tokens, the issuer and freezing ###################################################################
+# Tokens, the issuer and freezing ##################################################################
 
 
 def test_replaced_token_is_dead_at_once_in_every_process(durable_dsn):
@@ -1719,11 +1860,17 @@ def test_token_that_is_replaced_while_a_request_runs_moves_nothing_and_tells_not
     charge = wallet.topup(ada.id, 100) and wallet.charge(ada.id, 50, key="charge")
     hold, bob = wallet.hold(ada.id, 10), wallet.register("Bob")[0]
     requests = [
-        partial(wallet.topup, ada.id, 5), partial(wallet.charge, ada.id, 5), partial(wallet.charge, ada.id, 1000),
-        partial(wallet.charge, ada.id, 50, key="charge"), partial(wallet.refund, ada.id, charge.id, 1),
-        partial(wallet.transfer, ada.id, bob.id, 1), partial(wallet.hold, ada.id, 1),
-        partial(wallet.capture, ada.id, hold.id, 1), partial(wallet.release, ada.id, hold.id),
-        partial(wallet.batch, [{"type": "topup", "amount": 1}] * 2, account_id=ada.id)]
+        partial(wallet.topup, ada.id, 5),
+        partial(wallet.charge, ada.id, 5),
+        partial(wallet.charge, ada.id, 1000),
+        partial(wallet.charge, ada.id, 50, key="charge"),
+        partial(wallet.refund, ada.id, charge.id, 1),
+        partial(wallet.transfer, ada.id, bob.id, 1),
+        partial(wallet.hold, ada.id, 1),
+        partial(wallet.capture, ada.id, hold.id, 1),
+        partial(wallet.release, ada.id, hold.id),
+        partial(wallet.batch, [{"type": "topup", "amount": 1}] * 2, account_id=ada.id),
+    ]
     new = wallet.replace_token(ada.id)
     before = wallet.account(ada.id), wallet.transactions(ada.id), wallet.holds(ada.id)
     for request in requests:
@@ -1755,7 +1902,9 @@ def test_of_many_who_replace_one_token_at_once_one_succeeds(concurrent_dsn):
         assert (wallet.authenticate(issued), wallet.authenticate(others)) == (ada, other)
 
 
-def test_token_whose_replacing_was_cut_off_at_commit_is_the_one_that_is_shown(new_schema, postgres_server):
+def test_token_whose_replacing_was_cut_off_at_commit_is_the_one_that_is_shown(
+    new_schema, postgres_server
+):
     with Wallet(new_schema(on=postgres_server)) as wallet, ThreadPoolExecutor(1) as thread:
         ada, old = wallet.register("Ada")
         with standby_missing(postgres_server) as waiting:
@@ -1768,11 +1917,18 @@ def test_token_whose_replacing_was_cut_off_at_commit_is_the_one_that_is_shown(ne
 
 def test_with_an_issuer_only_its_token_makes_and_fills_accounts(shop):
     anyone = Client(shop.app)
-    assert anyone.send("POST", "/api/register", {"name": "Eve"}, status=401).headers["WWW-Authenticate"]
-    charge = shop.ada.send("POST", "/api/transactions/charge", {"amount": 30}, status=201).json["id"]
-    for path, body in (("/api/register", {"name": "Eve"}), ("/api/transactions/topup", {"amount": 5}),
-                       ("/api/transactions/topup", {"account": shop.id, "amount": 5}),
-                       (f"/api/transactions/{charge}/refund", {})):
+    assert anyone.send("POST", "/api/register", {"name": "Eve"}, status=401).headers[
+        "WWW-Authenticate"
+    ]
+    charge = shop.ada.send("POST", "/api/transactions/charge", {"amount": 30}, status=201).json[
+        "id"
+    ]
+    for path, body in (
+        ("/api/register", {"name": "Eve"}),
+        ("/api/transactions/topup", {"amount": 5}),
+        ("/api/transactions/topup", {"account": shop.id, "amount": 5}),
+        (f"/api/transactions/{charge}/refund", {}),
+    ):
         assert shop.ada.send("POST", path, body, status=403).json["code"] == "forbidden"
     batch = {"transactions": [{"type": "charge", "amount": 5}, {"type": "topup", "amount": 5}]}
     refused = shop.ada.send("POST", "/api/transactions/batch", batch, status=403).json
@@ -1780,13 +1936,17 @@ def test_with_an_issuer_only_its_token_makes_and_fills_accounts(shop):
     del batch["transactions"][1]
     shop.ada.send("POST", "/api/transactions/batch", batch, status=201)
     assert shop.ada.send("GET", "/api/account").json["balance"] == 65
-    refund = shop.issuer.send("POST", f"/api/transactions/{charge}/refund", Idempotency_Key="r", status=201).json
+    refund = shop.issuer.send(
+        "POST", f"/api/transactions/{charge}/refund", Idempotency_Key="r", status=201
+    ).json
     assert (refund["balance"], refund["reference"]) == (95, charge)
 
 
 def test_issuer_names_the_account_and_its_keys_are_remembered(shop):
     def topup(status, **body):
-        return shop.issuer.send("POST", "/api/transactions/topup", body, Idempotency_Key="t", status=status)
+        return shop.issuer.send(
+            "POST", "/api/transactions/topup", body, Idempotency_Key="t", status=status
+        )
 
     first = topup(201, account=shop.id, amount=5)
     assert topup(201, account=shop.id, amount=5).body == first.body
@@ -1794,12 +1954,19 @@ def test_issuer_names_the_account_and_its_keys_are_remembered(shop):
     assert topup(422, amount=5).json["errors"][0]["pointer"] == "#/account"
     assert topup(404, account="acc_0000000000000000", amount=5).json["code"] == "account_not_found"
     bob = shop.issuer.send("POST", "/api/register", {"name": "Bob"}, status=201).json["id"]
-    movements = [{"account": account, "type": type, "amount": 5}
-                 for account in (shop.id, bob) for type in ("topup", "charge")]
-    made = shop.issuer.send("POST", "/api/transactions/batch", {"transactions": movements}, status=201).json
+    movements = [
+        {"account": account, "type": type, "amount": 5}
+        for account in (shop.id, bob)
+        for type in ("topup", "charge")
+    ]
+    made = shop.issuer.send(
+        "POST", "/api/transactions/batch", {"transactions": movements}, status=201
+    ).json
     assert [one["balance"] for one in made["transactions"]] == [110, 105, 5, 0]
     movements[2]["amount"] = 1
-    refused = shop.issuer.send("POST", "/api/transactions/batch", {"transactions": movements}, status=402).json
+    refused = shop.issuer.send(
+        "POST", "/api/transactions/batch", {"transactions": movements}, status=402
+    ).json
     assert refused["index"] == 3
     assert shop.issuer.send("POST", "/api/transactions/txn_0000000000000000_1/refund", status=404)
 
@@ -1808,35 +1975,58 @@ def test_account_cannot_take_the_issuers_keys_before_it(shop):
     reserved = wallet_module._reserve_key("issuer k")
     for key in ("k", "issuer k", reserved, reserved.encode().decode("latin-1"), reserved[1:]):
         status = 201 if key.isascii() else 400
-        shop.ada.send("POST", "/api/transactions/charge", {"amount": 1}, Idempotency_Key=key, status=status)
-    done = shop.issuer.send("POST", "/api/transactions/topup", {"account": shop.id, "amount": 5}, Idempotency_Key="k")
+        shop.ada.send(
+            "POST", "/api/transactions/charge", {"amount": 1}, Idempotency_Key=key, status=status
+        )
+    done = shop.issuer.send(
+        "POST", "/api/transactions/topup", {"account": shop.id, "amount": 5}, Idempotency_Key="k"
+    )
     assert (done.status_int, done.json["amount"]) == (201, 5)
 
 
 def test_issuer_does_nothing_else(shop):
     """The router itself says what there is."""
-    allowed = {name for name, route in ROUTES.items() if route.config.get("issuer") or route.config.get("public")}
+    allowed = {
+        name
+        for name, route in ROUTES.items()
+        if route.config.get("issuer") or route.config.get("public")
+    }
     assert allowed - OPEN_ROUTES == {
-        "POST /api/transactions/topup", "POST /api/transactions/batch",
-        "POST /api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>/refund"}
-    for name in (*sorted(ISSUER_TOKEN), ISSUER_TOKEN[:-1], ISSUER_TOKEN + "x", ISSUER_TOKEN.upper(), ""):
+        "POST /api/transactions/topup",
+        "POST /api/transactions/batch",
+        "POST /api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>/refund",
+    }
+    for name in (
+        *sorted(ISSUER_TOKEN),
+        ISSUER_TOKEN[:-1],
+        ISSUER_TOKEN + "x",
+        ISSUER_TOKEN.upper(),
+        "",
+    ):
         Client(shop.app, name or "x").send("POST", "/api/register", {"name": "Eve"}, status=401)
 
 
 def test_without_an_issuer_its_token_and_an_account_in_the_body_mean_nothing(api, wallet):
     Client(create_app(wallet), ISSUER_TOKEN).send("GET", "/api/account", status=401)
     body = {"account": "acc_0000000000000000", "amount": 5}
-    assert api.send("POST", "/api/transactions/topup", body, status=422).json["errors"][0]["pointer"] == "#/account"
+    assert (
+        api.send("POST", "/api/transactions/topup", body, status=422).json["errors"][0]["pointer"]
+        == "#/account"
+    )
 
 
 @pytest.mark.parametrize("issuer_token", ["x" * 31, "x" * 31 + " ", "ü" * 40, "x" * 40 + "\n"])
-def test_issuer_token_that_is_weak_or_no_bearer_can_send_is_refused_and_not_shown(tmp_path, issuer_token):
+def test_issuer_token_that_is_weak_or_no_bearer_can_send_is_refused_and_not_shown(
+    tmp_path, issuer_token
+):
     with pytest.raises(ConfigurationError, match="at least 32 characters") as refused:
         create_app(Wallet(), issuer_token)
     assert issuer_token not in str(refused.value)
     done = command("--port", "0", cwd=tmp_path, WALLET_ISSUER_TOKEN=issuer_token)
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
-    assert re.fullmatch(r"wallet: WALLET_ISSUER_TOKEN must have at least 32 characters[^\n]*\n", done.stderr)
+    assert re.fullmatch(
+        r"wallet: WALLET_ISSUER_TOKEN must have at least 32 characters[^\n]*\n", done.stderr
+    )
     assert issuer_token.strip() not in done.stderr
 
 
@@ -1864,18 +2054,30 @@ def test_frozen_account_can_be_read_and_receives_nothing_and_spends_nothing(wall
     charge, hold = wallet.charge(ada.id, 10), wallet.hold(ada.id, 20)
     wallet.freeze(ada.id)
     wallet.freeze(ada.id)
-    for path, body in (("transactions/topup", {"amount": 1}), ("transactions/charge", {"amount": 1}),
-                       ("transactions/transfer", {"to": bob.id, "amount": 1}), (f"transactions/{charge.id}/refund", {}),
-                       ("holds", {"amount": 1}), (f"holds/{hold.id}/capture", {}), (f"holds/{hold.id}/release", {}),
-                       ("transactions/batch", {"transactions": [{"type": "topup", "amount": 1}]}),
-                       ("transactions/charge", {"amount": 10**6})):
+    for path, body in (
+        ("transactions/topup", {"amount": 1}),
+        ("transactions/charge", {"amount": 1}),
+        ("transactions/transfer", {"to": bob.id, "amount": 1}),
+        (f"transactions/{charge.id}/refund", {}),
+        ("holds", {"amount": 1}),
+        (f"holds/{hold.id}/capture", {}),
+        (f"holds/{hold.id}/release", {}),
+        ("transactions/batch", {"transactions": [{"type": "topup", "amount": 1}]}),
+        ("transactions/charge", {"amount": 10**6}),
+    ):
         assert api.send("POST", f"/api/{path}", body, status=403).json["code"] == "account_frozen"
     with pytest.raises(AccountFrozen):
         wallet.transfer(bob.id, ada.id, 5)
     assert wallet.topup(ada.id, 100, key="before") == before  # It was done, and is no new effect.
     shown = api.send("GET", "/api/account", status=200).json
     assert (shown["frozen"], shown["balance"], shown["available"]) == (True, 90, 70)
-    for path in ("transactions", "transactions.csv", f"transactions/{charge.id}", "holds", f"holds/{hold.id}"):
+    for path in (
+        "transactions",
+        "transactions.csv",
+        f"transactions/{charge.id}",
+        "holds",
+        f"holds/{hold.id}",
+    ):
         api.send("GET", f"/api/{path}", status=200)
     wallet.freeze(ada.id, False)
     assert wallet.release(ada.id, hold.id).status == "released"
@@ -1891,8 +2093,13 @@ def test_commands_freeze_and_unfreeze_an_account_of_a_wallet_that_runs(durable_d
         for name, status in (("freeze", 403), ("unfreeze", 201)):
             done = command(name, made["id"], WALLET_DSN=durable_dsn)
             assert (done.returncode, done.stderr) == (0, "")
-            assert done.stdout == f"{made['id']} is {'frozen' if name == 'freeze' else 'not frozen'}\n"
-            assert send(url, "POST", "/api/transactions/topup", {"amount": 5}, made["token"])[0] == status
+            assert (
+                done.stdout == f"{made['id']} is {'frozen' if name == 'freeze' else 'not frozen'}\n"
+            )
+            assert (
+                send(url, "POST", "/api/transactions/topup", {"amount": 5}, made["token"])[0]
+                == status
+            )
     unknown = command("freeze", "acc_0000000000000000", WALLET_DSN=durable_dsn)
     assert (unknown.returncode, unknown.stderr) == (2, "wallet: There is no such account.\n")
     (tmp_path / "empty").mkdir()
@@ -1903,7 +2110,9 @@ def test_commands_freeze_and_unfreeze_an_account_of_a_wallet_that_runs(durable_d
     assert "Example: python wallet.py freeze" in command("freeze", "--help").stdout
 
 
-def test_token_that_another_replaced_between_the_look_and_the_write_replaces_nothing(wallet, ada, monkeypatch):
+def test_token_that_another_replaced_between_the_look_and_the_write_replaces_nothing(
+    wallet, ada, monkeypatch
+):
     look, winner = wallet.authenticate, []
 
     def overtaken(token):
@@ -1919,13 +2128,16 @@ def test_token_that_another_replaced_between_the_look_and_the_write_replaces_not
     assert "invalid_token" in refused.value.headers["WWW-Authenticate"]
     assert wallet.authenticate(winner[0]) == ada
 
+
 SENSELESS_BATCHES = [None, 5, "x", {}, [], [7], [None], ["topup"], [[]], [{"type": []}]]
 
 
 def test_batch_that_makes_no_sense_is_refused_alike_where_there_is_an_issuer(shop):
     for transactions in SENSELESS_BATCHES:
         for client in (shop.ada, shop.issuer):
-            refused = client.send("POST", "/api/transactions/batch", {"transactions": transactions}, status=422).json
+            refused = client.send(
+                "POST", "/api/transactions/batch", {"transactions": transactions}, status=422
+            ).json
             assert refused["code"] == "validation_failed"
 
 
@@ -1934,21 +2146,34 @@ def test_keys_of_the_issuer_are_none_that_a_transfer_becomes_elsewhere(shop):
     body = {"to": bob, "amount": 5}
     shop.ada.send("POST", "/api/transactions/transfer", body, Idempotency_Key="t", status=201)
     body = {"account": bob, "amount": 5}
-    done = shop.issuer.send("POST", "/api/transactions/topup", body, Idempotency_Key=f"{shop.id} 1 t", status=201)
+    done = shop.issuer.send(
+        "POST", "/api/transactions/topup", body, Idempotency_Key=f"{shop.id} 1 t", status=201
+    )
     assert done.json["balance"] == 10
 
 
 def test_of_a_body_that_is_too_large_no_more_is_read_than_shows_it(wallet):
     _, token = wallet.register("Ada")
-    for path, bytes_max in (("topup", BODY_BYTES_MAX), ("batch", wallet_module.BATCH_BODY_BYTES_MAX)):
+    for path, bytes_max in (
+        ("topup", BODY_BYTES_MAX),
+        ("batch", wallet_module.BATCH_BODY_BYTES_MAX),
+    ):
         body, answers = io.BytesIO(b" " * 2**22), []
-        environ = {"REQUEST_METHOD": "POST", "PATH_INFO": f"/api/transactions/{path}", "CONTENT_LENGTH": str(2**22),
-                   "CONTENT_TYPE": "application/json", "HTTP_AUTHORIZATION": f"Bearer {token}", "wsgi.input": body}
+        environ = {
+            "REQUEST_METHOD": "POST",
+            "PATH_INFO": f"/api/transactions/{path}",
+            "CONTENT_LENGTH": str(2**22),
+            "CONTENT_TYPE": "application/json",
+            "HTTP_AUTHORIZATION": f"Bearer {token}",
+            "wsgi.input": body,
+        }
         create_app(wallet)(environ, lambda line, headers, answers=answers: answers.append(line))
         assert (answers[0][:3], body.tell()) == ("413", bytes_max + 1)
 
 
-def test_token_that_was_replaced_while_a_request_to_replace_it_ran_replaces_nothing(wallet, ada, monkeypatch):
+def test_token_that_was_replaced_while_a_request_to_replace_it_ran_replaces_nothing(
+    wallet, ada, monkeypatch
+):
     look, winner = wallet.authenticate, []
 
     def overtaken(token):
@@ -1967,36 +2192,58 @@ def test_token_that_was_replaced_while_a_request_to_replace_it_ran_replaces_noth
 @pytest.mark.parametrize("length", [None, "", "0"])
 def test_no_body_is_none_however_a_server_says_so(wallet, ada, length):
     token, answers = wallet.replace_token(ada.id), []
-    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/api/account/token", "HTTP_AUTHORIZATION": f"Bearer {token}",
-               "wsgi.input": io.BytesIO(), **({} if length is None else {"CONTENT_LENGTH": length})}
+    environ = {
+        "REQUEST_METHOD": "POST",
+        "PATH_INFO": "/api/account/token",
+        "HTTP_AUTHORIZATION": f"Bearer {token}",
+        "wsgi.input": io.BytesIO(),
+        **({} if length is None else {"CONTENT_LENGTH": length}),
+    }
     create_app(wallet)(environ, lambda line, headers: answers.append(line))
     assert answers == ["201 Created"]
 
 
 def test_database_of_the_first_version_gets_every_index_and_its_times_go_on(durable_dsn):
-    """What is made anew has all indexes, and each account goes on from its own latest time, even one to come."""
+    """What is made anew has all indexes, and each account goes on from its own latest time, even
+    one to come.
+    """
     ids, digest = [f"acc_{letter * 16}" for letter in "AB"], "0" * 64
     database = wallet_module.open_database(durable_dsn, 1, True)
     for statement in SCHEMA_1.split(";"):
         database.write(lambda tx, sql=statement: tx(sql))
     for account_id in ids:
-        database.write(lambda tx, one=account_id: tx(
-            "INSERT INTO accounts VALUES (?, 'x', ?, 2, 2, 1000)", one, digest))
+        database.write(
+            lambda tx, one=account_id: tx(
+                "INSERT INTO accounts VALUES (?, 'x', ?, 2, 2, 1000)", one, digest
+            )
+        )
     times = {ids[0]: (4 * 10**15, 3 * 10**15), ids[1]: (1500, 1200)}
     for account_id, both in times.items():
         for sequence, time_us in enumerate(both, 1):
-            database.write(lambda tx, row=(account_id, sequence, sequence, f"k{sequence}", digest, time_us): tx(
-                "INSERT INTO transactions VALUES (?, ?, 'topup', 1, ?, NULL, ?, ?, ?)", *row))
+            database.write(
+                lambda tx, row=(account_id, sequence, sequence, f"k{sequence}", digest, time_us): (
+                    tx("INSERT INTO transactions VALUES (?, ?, 'topup', 1, ?, NULL, ?, ?, ?)", *row)
+                )
+            )
     database.close()
     with Wallet(durable_dsn) as wallet:
         for account_id, (latest_us, _) in times.items():
-            kept = [wallet_module._as_us(one.created_at) for one in wallet.transactions(account_id).transactions]
+            kept = [
+                wallet_module._as_us(one.created_at)
+                for one in wallet.transactions(account_id).transactions
+            ]
             assert kept == [latest_us, latest_us]
             assert wallet_module._as_us(wallet.topup(account_id, 1).created_at) >= latest_us
-        sql = ("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index'" if durable_dsn.startswith("sqlite") else
-               "SELECT indexname, tablename FROM pg_indexes WHERE schemaname = current_schema()")
-        assert {("transactions_by_type", "transactions"), ("refunds_by_charge", "transactions"),
-                ("active_holds", "holds")} <= set(wallet.database.read(lambda tx: tx(sql)))
+        sql = (
+            "SELECT name, tbl_name FROM sqlite_master WHERE type = 'index'"
+            if durable_dsn.startswith("sqlite")
+            else "SELECT indexname, tablename FROM pg_indexes WHERE schemaname = current_schema()"
+        )
+        assert {
+            ("transactions_by_type", "transactions"),
+            ("refunds_by_charge", "transactions"),
+            ("active_holds", "holds"),
+        } <= set(wallet.database.read(lambda tx: tx(sql)))
         check_books(wallet)
 
 
@@ -2016,10 +2263,29 @@ def test_issuer_token_that_is_given_comes_before_the_environments(monkeypatch):
     app.wallet.close()
 
 
-# Promise 4: no input crashes it ####################################################################
+# Promise 4: no input crashes it ###################################################################
 
-BAD_AMOUNTS = ["0", "-1", "1.0", "1.5", "5e0", "1e999", '"5"', "true", "false", "null", "[]", "{}", "[5]",
-               str(AMOUNT_MAX + 1), str(2**63), str(2**64), "9" * 20, "-" + "9" * 30, "1" * 5000]
+BAD_AMOUNTS = [
+    "0",
+    "-1",
+    "1.0",
+    "1.5",
+    "5e0",
+    "1e999",
+    '"5"',
+    "true",
+    "false",
+    "null",
+    "[]",
+    "{}",
+    "[5]",
+    str(AMOUNT_MAX + 1),
+    str(2**63),
+    str(2**64),
+    "9" * 20,
+    "-" + "9" * 30,
+    "1" * 5000,
+]
 
 
 @pytest.mark.parametrize("path", ["topup", "charge"])
@@ -2034,13 +2300,29 @@ def test_bad_amount_is_refused_and_changes_nothing(api, path, amount):
     assert len(api.send("GET", "/api/transactions").json["transactions"]) == 1
 
 
-@pytest.mark.parametrize("amount", [0, -1, 1.0, "5", True, None, AMOUNT_MAX + 1, 2**63, float("nan"), b"5"])
+@pytest.mark.parametrize(
+    "amount", [0, -1, 1.0, "5", True, None, AMOUNT_MAX + 1, 2**63, float("nan"), b"5"]
+)
 def test_bad_amount_in_process_is_refused_alike(wallet, ada, amount):
     with pytest.raises(ValidationFailed) as refusal:
         wallet.topup(ada.id, amount)
     assert [error["pointer"] for error in refusal.value.errors] == ["#/amount"]
 
-BAD_TEXTS = [5, True, [], {}, "line\nbreak", "tab\t", "nul\x00", "\x1b[31m", "\x7f", "\x85", "\ud800", "a\udfff"]
+
+BAD_TEXTS = [
+    5,
+    True,
+    [],
+    {},
+    "line\nbreak",
+    "tab\t",
+    "nul\x00",
+    "\x1b[31m",
+    "\x7f",
+    "\x85",
+    "\ud800",
+    "a\udfff",
+]
 
 
 @pytest.mark.parametrize("name", [*BAD_TEXTS, None, "", " ", "\u2003", "x" * 101, " \nAda"])
@@ -2059,11 +2341,15 @@ def test_bad_description_is_refused_and_changes_nothing(api, description):
     assert api.send("GET", "/api/account").json["balance"] == 0
 
 
-@pytest.mark.parametrize("text", ["x", "Ada Łovelace", "李", "👩‍🚀" * 20, "x" * 100, "<b>&amp;'\"\\", "=1+1"])
+@pytest.mark.parametrize(
+    "text", ["x", "Ada Łovelace", "李", "👩‍🚀" * 20, "x" * 100, "<b>&amp;'\"\\", "=1+1"]
+)
 def test_good_text_comes_back_as_it_was_given(api, text):
     account = api.send("POST", "/api/register", {"name": f"  {text}\u2003"}, status=201).json
     assert account["name"] == text
-    done = api.send("POST", "/api/transactions/topup", {"amount": 5, "description": text * 5}, status=201)
+    done = api.send(
+        "POST", "/api/transactions/topup", {"amount": 5, "description": text * 5}, status=201
+    )
     assert done.json["description"] == text * 5
     listed = api.send("GET", "/api/transactions").json["transactions"]
     assert listed == [done.json]
@@ -2071,7 +2357,10 @@ def test_good_text_comes_back_as_it_was_given(api, text):
 
 def test_description_is_null_where_it_is_null_or_missing(api):
     for body in ({"amount": 5}, {"amount": 5, "description": None}):
-        assert api.send("POST", "/api/transactions/topup", body, status=201).json["description"] is None
+        assert (
+            api.send("POST", "/api/transactions/topup", body, status=201).json["description"]
+            is None
+        )
 
 
 def test_all_field_errors_come_at_once_with_pointers(api):
@@ -2080,21 +2369,45 @@ def test_all_field_errors_come_at_once_with_pointers(api):
     amount = f"must be an integer from 1 to {AMOUNT_MAX}, in minor units (1250 for 12.50 dollars)"
     unknown = "is not known; known are: amount, description, metadata"
     assert [tuple(error.values()) for error in answer.json["errors"]] == [
-        ("#/amount", f"is missing; it {amount}"), ("#/description", "must be a string"), ("#/amonut", unknown),
-        ("#/a~1b~0c%20d", unknown), ("#/%3F", unknown),
+        ("#/amount", f"is missing; it {amount}"),
+        ("#/description", "must be a string"),
+        ("#/amonut", unknown),
+        ("#/a~1b~0c%20d", unknown),
+        ("#/%3F", unknown),
     ]
     many = api.send("POST", "/api/register", {str(number): 1 for number in range(5000)}, status=422)
-    assert [error["pointer"] for error in many.json["errors"]] == ["#/name", *[f"#/{number}" for number in range(19)]]
+    assert [error["pointer"] for error in many.json["errors"]] == [
+        "#/name",
+        *[f"#/{number}" for number in range(19)],
+    ]
+
 
 MALFORMED = {
-    "empty": b"", "space": b" ", "cut": b'{"amount": 5', "twice": b'{"amount": 5} {"amount": 5}', "text": b"amount=5",
-    "array": b"[]", "string": b'"x"', "number": b"5", "null": b"null", "byte order mark": b"\xef\xbb\xbf{}",
-    "same key twice": b'{"amount": 5, "amount": 500}', "deep same key twice": b'{"amount": {"a": 1, "a": 2}}',
-    "NaN": b'{"amount": NaN}', "Infinity": b'{"amount": -Infinity}', "comment": b'{"amount": 5} //',
-    "trailing comma": b'{"amount": 5,}', "single quotes": b"{'amount': 5}", "leading zero": b'{"amount": 05}',
-    "bad UTF-8": b'{"amount": 5, "description": "\xff"}', "UTF-16": '{"amount": 5}'.encode("utf-16"),
-    "raw control": b'{"amount": 5, "description": "\n"}', "deep array": b"[" * 50_000, "nul": b"\x00",
-    "deep object": b'{"amount":' * 6_000, "deep and closed": b'{"amount":' + b"[" * 30_000 + b"]" * 30_000 + b"}",
+    "empty": b"",
+    "space": b" ",
+    "cut": b'{"amount": 5',
+    "twice": b'{"amount": 5} {"amount": 5}',
+    "text": b"amount=5",
+    "array": b"[]",
+    "string": b'"x"',
+    "number": b"5",
+    "null": b"null",
+    "byte order mark": b"\xef\xbb\xbf{}",
+    "same key twice": b'{"amount": 5, "amount": 500}',
+    "deep same key twice": b'{"amount": {"a": 1, "a": 2}}',
+    "NaN": b'{"amount": NaN}',
+    "Infinity": b'{"amount": -Infinity}',
+    "comment": b'{"amount": 5} //',
+    "trailing comma": b'{"amount": 5,}',
+    "single quotes": b"{'amount': 5}",
+    "leading zero": b'{"amount": 05}',
+    "bad UTF-8": b'{"amount": 5, "description": "\xff"}',
+    "UTF-16": '{"amount": 5}'.encode("utf-16"),
+    "raw control": b'{"amount": 5, "description": "\n"}',
+    "deep array": b"[" * 50_000,
+    "nul": b"\x00",
+    "deep object": b'{"amount":' * 6_000,
+    "deep and closed": b'{"amount":' + b"[" * 30_000 + b"]" * 30_000 + b"}",
 }
 
 
@@ -2112,17 +2425,29 @@ def test_body_may_be_nested_10_deep_and_no_deeper_whatever_the_interpreter_allow
             amount = {'"[': 0, "x": amount} if number % 2 else [[], amount] if number else [amount]
         answer = api.send("POST", "/api/transactions/topup", {"amount": amount}, status=status)
         assert ("nested too deeply" in answer.json["detail"]) == (status == 400)
-    api.send("POST", "/api/transactions/topup", {"amount": 5, "description": '\\"[{' * 50}, status=201)
+    api.send(
+        "POST", "/api/transactions/topup", {"amount": 5, "description": '\\"[{' * 50}, status=201
+    )
     for raw in (b'"' + b"[" * 50 + b'"', b'"' + b"[{" * 50 + b"\\", b"]" * 50 + b"[" * 50_000):
         api.send("POST", "/api/transactions/topup", raw=raw, status=400)
 
 
-@pytest.mark.parametrize(("content_type", "status"), [
-    ("application/json", 201), ("application/json; charset=utf-8", 201), ("Application/JSON ;x=y", 201),
-    ("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("application/jsonp", 415), ("", 415),
-])
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json", 201),
+        ("application/json; charset=utf-8", 201),
+        ("Application/JSON ;x=y", 201),
+        ("text/plain", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("application/jsonp", 415),
+        ("", 415),
+    ],
+)
 def test_body_must_be_declared_as_json(api, content_type, status):
-    api.send("POST", "/api/transactions/topup", {"amount": 5}, Content_Type=content_type, status=status)
+    api.send(
+        "POST", "/api/transactions/topup", {"amount": 5}, Content_Type=content_type, status=status
+    )
 
 
 def test_body_may_have_64_kib_and_no_more(api):
@@ -2133,14 +2458,26 @@ def test_body_may_have_64_kib_and_no_more(api):
     assert api.send("GET", "/api/account").json["balance"] == 5
 
 
-@pytest.mark.parametrize(("length", "terminated", "status"), [
-    ("13", False, 201), ("", True, 201), ("", False, 400), ("x", False, 400), ("-1", False, 400), ("5", False, 400),
-])
+@pytest.mark.parametrize(
+    ("length", "terminated", "status"),
+    [
+        ("13", False, 201),
+        ("", True, 201),
+        ("", False, 400),
+        ("x", False, 400),
+        ("-1", False, 400),
+        ("5", False, 400),
+    ],
+)
 def test_other_servers_may_tell_the_length_of_a_body_otherwise(wallet, length, terminated, status):
     _, token = wallet.register("Ada")
     environ = {
-        "REQUEST_METHOD": "POST", "PATH_INFO": "/api/transactions/topup", "CONTENT_TYPE": "application/json",
-        "HTTP_AUTHORIZATION": f"Bearer {token}", "CONTENT_LENGTH": length, "wsgi.input": io.BytesIO(b'{"amount": 5}'),
+        "REQUEST_METHOD": "POST",
+        "PATH_INFO": "/api/transactions/topup",
+        "CONTENT_TYPE": "application/json",
+        "HTTP_AUTHORIZATION": f"Bearer {token}",
+        "CONTENT_LENGTH": length,
+        "wsgi.input": io.BytesIO(b'{"amount": 5}'),
         "wsgi.input_terminated": terminated,
     }
     answers = []
@@ -2148,43 +2485,94 @@ def test_other_servers_may_tell_the_length_of_a_body_otherwise(wallet, length, t
     assert answers[0].startswith(str(status))
 
 
-@pytest.mark.parametrize("query", [
-    "limit=0", "limit=101", "limit=-1", "limit=1.0", "limit=", "limit=x", "limit=%D9%A1", "limit=1e1", "limit=+1",
-    "limit=1&limit=2", "cursor=", "cursor=x", "cursor=txn_0000000000000000_1", "type=", "type=gift", "type=TOPUP",
-    "typ=topup", "limit", "&", "limit=%FF", "limit=5;type=topup", "limit=" + "9" * 5000,
-])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0",
+        "limit=101",
+        "limit=-1",
+        "limit=1.0",
+        "limit=",
+        "limit=x",
+        "limit=%D9%A1",
+        "limit=1e1",
+        "limit=+1",
+        "limit=1&limit=2",
+        "cursor=",
+        "cursor=x",
+        "cursor=txn_0000000000000000_1",
+        "type=",
+        "type=gift",
+        "type=TOPUP",
+        "typ=topup",
+        "limit",
+        "&",
+        "limit=%FF",
+        "limit=5;type=topup",
+        "limit=" + "9" * 5000,
+    ],
+)
 def test_bad_query_parameter_is_refused(api, query):
-    assert api.send("GET", f"/api/transactions?{query}", status=400).json["code"] == "malformed_request"
+    assert (
+        api.send("GET", f"/api/transactions?{query}", status=400).json["code"]
+        == "malformed_request"
+    )
 
 
 @pytest.mark.parametrize("path", ["/api/transactions/topup", "/livez", "/", "/api/register"])
 def test_query_parameter_of_no_meaning_is_refused_everywhere(api, path):
-    method, body = ("POST", {"amount": 5}) if "register" in path or "topup" in path else ("GET", None)
+    method, body = (
+        ("POST", {"amount": 5}) if "register" in path or "topup" in path else ("GET", None)
+    )
     answer = api.send(method, f"{path}?dry_run=true", body, status=400)
     assert "takes no parameters" in answer.json["detail"]
 
 
-@pytest.mark.parametrize("path", [
-    "/api", "/api/", "/api/account/", "/ap%C4%B1/account", "/api/acc%FFount", "/x<script>", "/api/transactions/",
-    "/api/transactions/5", "/api/transactions/%0d%0aX:1", "//api/account", "/api/../wallet.py", "/wallet.py",
-    "/schema.sql",
-])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api",
+        "/api/",
+        "/api/account/",
+        "/ap%C4%B1/account",
+        "/api/acc%FFount",
+        "/x<script>",
+        "/api/transactions/",
+        "/api/transactions/5",
+        "/api/transactions/%0d%0aX:1",
+        "//api/account",
+        "/api/../wallet.py",
+        "/wallet.py",
+        "/schema.sql",
+    ],
+)
 def test_unknown_route_is_404(api, path):
     assert api.send("GET", path, status=404).json["code"] == "not_found"
 
 
-@pytest.mark.parametrize(("method", "path", "allow"), [
-    ("GET", "/api/register", "POST"), ("DELETE", "/api/account", "GET, HEAD"), ("PUT", "/api/account", "GET, HEAD"),
-    ("GET", "/api/transactions/topup", "POST"), ("HEAD", "/api/transactions/charge", "POST"),
-    ("OPTIONS", "/api/transactions", "GET, HEAD"), ("POST", "/livez", "GET, HEAD"), ("PATCH", "/", "GET, HEAD"),
-    ("DELETE", "/api/transactions/txn_0000000000000000_1", "GET, HEAD"),
-])
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/api/register", "POST"),
+        ("DELETE", "/api/account", "GET, HEAD"),
+        ("PUT", "/api/account", "GET, HEAD"),
+        ("GET", "/api/transactions/topup", "POST"),
+        ("HEAD", "/api/transactions/charge", "POST"),
+        ("OPTIONS", "/api/transactions", "GET, HEAD"),
+        ("POST", "/livez", "GET, HEAD"),
+        ("PATCH", "/", "GET, HEAD"),
+        ("DELETE", "/api/transactions/txn_0000000000000000_1", "GET, HEAD"),
+    ],
+)
 def test_wrong_method_is_405_and_names_the_right_ones(api, method, path, allow):
     assert api.send(method, path, status=405).headers["Allow"] == allow
 
 
 def test_head_answers_as_get_does_without_a_body(api):
-    got, head = api.send("GET", "/api/account", status=200), api.send("HEAD", "/api/account", status=200)
+    got, head = (
+        api.send("GET", "/api/account", status=200),
+        api.send("HEAD", "/api/account", status=200),
+    )
     assert head.body == b""
     assert head.headers["Content-Length"] == got.headers["Content-Length"] == str(len(got.body))
 
@@ -2196,31 +2584,50 @@ def test_bug_answers_500_as_json_and_only_the_log_has_the_traceback(wallet, capl
 
     with Broken() as broken:
         api = Client(create_app(broken))
-        answer = api.send("POST", "/api/register", {"name": "Ada"}, X_Request_Id="req-7", status=500)
+        answer = api.send(
+            "POST", "/api/register", {"name": "Ada"}, X_Request_Id="req-7", status=500
+        )
     assert answer.json["code"] == "internal_error"
     assert "secret" not in answer.text
     assert "RuntimeError: secret detail" in caplog.text
     assert "request req-7 failed" in caplog.text
 
 
-@pytest.mark.parametrize(("sent", "echoed"), [
-    ("req-7", True), ("A.b_c-9" * 10, True), ("x" * 100, True), ("x" * 101, False), ("a b", False), ("é", False),
-    ("<script>", False), ("", False), (WRONG_TOKEN, False),
-])
+@pytest.mark.parametrize(
+    ("sent", "echoed"),
+    [
+        ("req-7", True),
+        ("A.b_c-9" * 10, True),
+        ("x" * 100, True),
+        ("x" * 101, False),
+        ("a b", False),
+        ("é", False),
+        ("<script>", False),
+        ("", False),
+        (WRONG_TOKEN, False),
+    ],
+)
 def test_request_id_is_echoed_if_it_is_sane(api, sent, echoed):
     answer = api.send("GET", "/livez", X_Request_Id=sent)
     assert (answer.headers["X-Request-Id"] == sent) == echoed
 
+
 ANY_REQUEST = st.tuples(
     st.sampled_from(["GET", "POST", "HEAD", "PUT"]) | ANY_TEXT,
-    st.deferred(lambda: st.sampled_from([path_of(rule.partition(" ")[2]) for rule in ROUTES])) | like(
-        "/api/transactions/txn_0_1", "/"),
-    st.just("") | like("limit=5", "at=2026-11-22T09:30:00Z"), ANY_BODY, st.none() | like("13"), like("order-17"))
+    st.deferred(lambda: st.sampled_from([path_of(rule.partition(" ")[2]) for rule in ROUTES]))
+    | like("/api/transactions/txn_0_1", "/"),
+    st.just("") | like("limit=5", "at=2026-11-22T09:30:00Z"),
+    ANY_BODY,
+    st.none() | like("13"),
+    like("order-17"),
+)
 
 
 @pytest.mark.parametrize("examples", [30, torture(20_000)])
 @pytest.mark.parametrize("name", PARSERS)
-def test_whatever_comes_a_parser_returns_what_is_within_its_rules_or_refuses_it(name, examples, report):
+def test_whatever_comes_a_parser_returns_what_is_within_its_rules_or_refuses_it(
+    name, examples, report
+):
     check_parser(*PARSERS[name], examples)
     report(f"{examples:,} examples, no fault, and none was taken that is out of the rules")
 
@@ -2229,9 +2636,17 @@ def test_whatever_comes_a_parser_returns_what_is_within_its_rules_or_refuses_it(
 def test_whatever_request_comes_to_the_application_is_no_fault(examples, report):
     def ask(request):
         method, path, query, body, length, key = request
-        environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "HTTP_IDEMPOTENCY_KEY": key,
-                   "CONTENT_TYPE": "application/json", "CONTENT_LENGTH": length or str(len(body)),
-                   "HTTP_AUTHORIZATION": f"Bearer {token}", "HTTP_X_REQUEST_ID": path, "wsgi.input": io.BytesIO(body)}
+        environ = {
+            "REQUEST_METHOD": method,
+            "PATH_INFO": path,
+            "QUERY_STRING": query,
+            "HTTP_IDEMPOTENCY_KEY": key,
+            "CONTENT_TYPE": "application/json",
+            "CONTENT_LENGTH": length or str(len(body)),
+            "HTTP_AUTHORIZATION": f"Bearer {token}",
+            "HTTP_X_REQUEST_ID": path,
+            "wsgi.input": io.BytesIO(body),
+        }
         b"".join(app(environ, lambda line, headers: statuses.update([int(line[:3])])))
         return max(statuses)
 
@@ -2243,18 +2658,26 @@ def test_whatever_request_comes_to_the_application_is_no_fault(examples, report)
     report(f"{examples:,} examples: {dict(statuses)}")
 
 
-# Promise 5: nobody sees or moves another account's money ###########################################
+# Promise 5: nobody sees or moves another account's money ##########################################
 
 
 def test_only_these_routes_are_open():
     assert {name for name, route in ROUTES.items() if route.config.get("public")} == OPEN_ROUTES
 
+
 MALFORMED = ["", "Basic QWRhOng=", "Bearer", "Bearer ", WRONG_TOKEN, f"Bearer: {WRONG_TOKEN}"]
 
-INVALID = ["Bearer x", f"Bearer {WRONG_TOKEN}", f"Bearer {WRONG_TOKEN}, Bearer {WRONG_TOKEN}",
-           f"Bearer {WRONG_TOKEN} x", "Bearer wlt_é"]
+INVALID = [
+    "Bearer x",
+    f"Bearer {WRONG_TOKEN}",
+    f"Bearer {WRONG_TOKEN}, Bearer {WRONG_TOKEN}",
+    f"Bearer {WRONG_TOKEN} x",
+    "Bearer wlt_é",
+]
 
-ISSUERS = re.compile("topup|batch|refund|register")  # The routes that need the issuer's token, or take it too.
+ISSUERS = re.compile(
+    "topup|batch|refund|register"
+)  # The routes that need the issuer's token, or take it too.
 
 
 class Matrix:
@@ -2262,7 +2685,10 @@ class Matrix:
 
     def __init__(self, wallet, app):
         self.wallet, self.app, self.api, self.violations = wallet, app, Client(app), []
-        (self.ada, self.revoked), (self.eve, self.foreign) = wallet.register("Ada L."), wallet.register("Eve")
+        (self.ada, self.revoked), (self.eve, self.foreign) = (
+            wallet.register("Ada L."),
+            wallet.register("Eve"),
+        )
         self.issuer = ISSUER_TOKEN if app.has_issuer else None
         self.bob = wallet.register("Bob")[0]
         for account in (self.ada, self.eve):
@@ -2271,7 +2697,10 @@ class Matrix:
         self.right = wallet.replace_token(self.ada.id)
 
     def run(self):
-        """Ask all that there is. Return how many requests were sent, and which route gave which wrong answer."""
+        """Ask all that there is.
+
+        Return how many requests were sent, and which route gave which wrong answer.
+        """
         self.sent = 0
         for name in ROUTES:
             self.route, (self.method, rule) = name, name.split()
@@ -2279,12 +2708,17 @@ class Matrix:
         return self.sent, self.violations
 
     def ask(self, path, authorization, body=None, **headers):
-        """Send a request. Return its status, its headers without what is made for each request, and its body."""
+        """Send a request.
+
+        Return its status, its headers without what is made for each request, and its body.
+        """
         if authorization is not None:
             headers["Authorization"] = authorization
         self.sent += 1
         answer = self.api.send(self.method, path, body, **headers)
-        kept = sorted((name, value) for name, value in answer.headers.items() if name != "X-Request-Id")
+        kept = sorted(
+            (name, value) for name, value in answer.headers.items() if name != "X-Request-Id"
+        )
         return answer.status_int, kept, answer.body
 
     def expect(self, is_so, *seen):
@@ -2292,21 +2726,35 @@ class Matrix:
             self.violations.append((self.route, *seen))
 
     def refused(self, status, path, authorization, body, challenge=None):
-        """Ask for what is to be refused. Return the answer, having seen that all tables are what they were."""
+        """Ask for what is to be refused.
+
+        Return the answer, having seen that all tables are what they were.
+        """
         before = self.tables()
         headers = {"Idempotency_Key": "of Ada's"} if self.method == "POST" else {}
         answer = self.ask(path, authorization, body, **headers)
-        self.expect(answer[0] == status and dict(answer[1]).get("WWW-Authenticate") == challenge, authorization, answer)
+        self.expect(
+            answer[0] == status and dict(answer[1]).get("WWW-Authenticate") == challenge,
+            authorization,
+            answer,
+        )
         self.expect(self.tables() == before, authorization, "something was changed")
         self.expect(not self.shows_ada(answer), authorization, answer)
         return answer
 
     def shows_ada(self, answer):
-        return any(hers.encode() in answer[2] for hers in (self.ada.id[4:], self.ada.name, self.right))
+        return any(
+            hers.encode() in answer[2] for hers in (self.ada.id[4:], self.ada.name, self.right)
+        )
 
     def tables(self):
-        return [sorted(self.wallet.database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")), key=repr)
-                for table in ("wallet", "accounts", "transactions", "holds")]
+        return [
+            sorted(
+                self.wallet.database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")),
+                key=repr,
+            )
+            for table in ("wallet", "accounts", "transactions", "holds")
+        ]
 
     def try_route(self, rule):
         hold = self.wallet.hold(self.ada.id, 2)
@@ -2336,7 +2784,10 @@ class Matrix:
             self.expect(answer[0] == 201, answer)
         if by_issuer:
             movement = {"account": self.ada.id, "amount": 1}
-            body = {"topup": movement, "batch": {"transactions": [{"type": "topup", **movement}]}}.get(last, body)
+            body = {
+                "topup": movement,
+                "batch": {"transactions": [{"type": "topup", **movement}]},
+            }.get(last, body)
         answer = self.ask(path, f"Bearer {self.issuer if by_issuer else self.right}", body)
         self.expect(answer[0] == (201 if self.method == "POST" else 200), answer)
         if rule == "/api/account/token":
@@ -2352,7 +2803,10 @@ class Matrix:
         if self.route in ("GET /api/transactions", "GET /api/holds"):
             own = self.charge.id if "transactions" in rule else hold.id
             nobodys = own[:4] + "0" * 16 + own[20:]
-            pairs += [(f"{rule}?{name}={own}", f"{rule}?{name}={nobodys}", 400) for name in ("cursor", "after")]
+            pairs += [
+                (f"{rule}?{name}={own}", f"{rule}?{name}={nobodys}", 400)
+                for name in ("cursor", "after")
+            ]
         for foreign, unknown, status in pairs:
             answers = [self.refused(status, one, eve, body) for one in (foreign, unknown)]
             self.expect(answers[0] == answers[1], answers)
@@ -2368,7 +2822,11 @@ class ForgetfulApp(wallet_module.App):
 
     def _authenticate(self, environ, takes, arguments):
         token = environ.get("HTTP_AUTHORIZATION", "")[7:]
-        if environ["PATH_INFO"] == "/api/holds" and environ["REQUEST_METHOD"] == "GET" and WRONG_TOKEN not in token:
+        if (
+            environ["PATH_INFO"] == "/api/holds"
+            and environ["REQUEST_METHOD"] == "GET"
+            and WRONG_TOKEN not in token
+        ):
             return self.wallet.account(wallet_module._parse_token(token))
         return super()._authenticate(environ, takes, arguments)
 
@@ -2391,12 +2849,18 @@ def test_every_route_answers_only_who_has_the_right_token(wallet, issuer_token):
     assert re.search(rf"\b{sent} (requests|with an issuer)", README)
 
 
-@pytest.mark.parametrize(("kind", "wrong"), [
-    (ForgetfulApp, "GET /api/holds"),
-    (TrustingApp, "GET /api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>")])
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (ForgetfulApp, "GET /api/holds"),
+        (TrustingApp, "GET /api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>"),
+    ],
+)
 def test_control_a_route_that_forgets_a_check_is_found(kind, wrong):
     with Wallet() as wallet:
-        assert {route for route, *_ in Matrix(wallet, kind(wallet, metrics=True)).run()[1]} == {wrong}
+        assert {route for route, *_ in Matrix(wallet, kind(wallet, metrics=True)).run()[1]} == {
+            wrong
+        }
 
 
 def test_scheme_is_matched_in_any_case(wallet):
@@ -2411,10 +2875,22 @@ def test_every_token_but_the_right_one_is_refused_alike(wallet):
     other_secret = wallet_module._make_token("acc_" + token[4:20])
     typo = token[:30] + ("x" if token[30] != "x" else "y") + token[31:]
     api, answers = Client(create_app(wallet)), set()
-    for wrong in (WRONG_TOKEN, other_secret, typo, token[:-1], token + "0", token.swapcase(), token[4:], None, 5):
+    for wrong in (
+        WRONG_TOKEN,
+        other_secret,
+        typo,
+        token[:-1],
+        token + "0",
+        token.swapcase(),
+        token[4:],
+        None,
+        5,
+    ):
         with pytest.raises(Unauthorized):
             wallet.authenticate(wrong)
-        answers.add(api.send("GET", "/api/account", Authorization=f"Bearer {wrong}", status=401).body)
+        answers.add(
+            api.send("GET", "/api/account", Authorization=f"Bearer {wrong}", status=401).body
+        )
     assert len(answers) == 1
 
 
@@ -2432,20 +2908,37 @@ def test_two_authorization_headers_are_refused_even_if_both_are_right(wallet):
     header = f"Authorization: Bearer {token}\r\n".encode()
     for count, status in ((1, b"200"), (2, b"401")):
         with running(wallet) as url:
-            request = b"GET /api/account HTTP/1.1\r\nConnection: close\r\n" + header * count + b"\r\n"
+            request = (
+                b"GET /api/account HTTP/1.1\r\nConnection: close\r\n" + header * count + b"\r\n"
+            )
             assert raw_exchange(url, request)[9:12] == status
 
 
-@pytest.mark.parametrize("nobody", ["acc_0000000000000000", "acc_", "", "Ada", None, 5, "acc_000000000000000\ud800"])
+@pytest.mark.parametrize(
+    "nobody", ["acc_0000000000000000", "acc_", "", "Ada", None, 5, "acc_000000000000000\ud800"]
+)
 def test_unknown_account_is_not_found_in_process(wallet, nobody):
-    for call in (wallet.account, wallet.transactions, lambda id: wallet.topup(id, 5), lambda id: wallet.charge(id, 5)):
+    for call in (
+        wallet.account,
+        wallet.transactions,
+        lambda id: wallet.topup(id, 5),
+        lambda id: wallet.charge(id, 5),
+    ):
         with pytest.raises(NotFound, match="There is no such account"):
             call(nobody)
 
 
 def test_unknown_transaction_is_not_found_in_process(wallet, ada):
     mine = wallet.topup(ada.id, 5)
-    for unknown in (mine.id + "0", mine.id[:-1] + "2", mine.id[:-1] + "01", mine.id[:-2], "", None, 1):
+    for unknown in (
+        mine.id + "0",
+        mine.id[:-1] + "2",
+        mine.id[:-1] + "01",
+        mine.id[:-2],
+        "",
+        None,
+        1,
+    ):
         with pytest.raises(NotFound, match="no such transaction"):
             wallet.transaction(ada.id, unknown)
 
@@ -2463,23 +2956,39 @@ def test_token_has_the_form_that_scanners_find_and_a_checksum(wallet):
     assert token[4:20] == account.id[4:]
     assert wallet_module._checksum(token[:-6]) == token[-6:]
     digits = [wallet_module.BASE62.index(digit) for digit in wallet_module._checksum("123456789")]
-    assert sum(digit * 62**place for place, digit in enumerate(reversed(digits))) == 0xCBF43926  # CRC-32's check value.
+    assert (
+        sum(digit * 62**place for place, digit in enumerate(reversed(digits))) == 0xCBF43926
+    )  # CRC-32's check value.
 
 
 def test_errors_in_process_carry_no_token(file_dsn):
     with Wallet(file_dsn) as wallet:
         ada, token = wallet.register("Ada")
         new = wallet.replace_token(ada.id, token)
-        calls = [partial(wallet.authenticate, token), partial(wallet.replace_token, ada.id, token),
-                 partial(wallet.charge, ada.id, 5, token=token), partial(wallet.charge, ada.id, 5, token=new),
-                 partial(wallet.account, token), partial(wallet.transactions, ada.id, cursor=token),
-                 partial(wallet.transaction, ada.id, token), partial(wallet.topup, ada.id, token),
-                 partial(wallet.statement, ada.id, type=token), partial(wallet.topup, ada.id, 5, metadata=token)]
+        calls = [
+            partial(wallet.authenticate, token),
+            partial(wallet.replace_token, ada.id, token),
+            partial(wallet.charge, ada.id, 5, token=token),
+            partial(wallet.charge, ada.id, 5, token=new),
+            partial(wallet.account, token),
+            partial(wallet.transactions, ada.id, cursor=token),
+            partial(wallet.transaction, ada.id, token),
+            partial(wallet.topup, ada.id, token),
+            partial(wallet.statement, ada.id, type=token),
+            partial(wallet.topup, ada.id, 5, metadata=token),
+        ]
         errors = together(*calls)
-    errors += together(partial(wallet.authenticate, new), partial(wallet.charge, ada.id, 5, token=new))
+    errors += together(
+        partial(wallet.authenticate, new), partial(wallet.charge, ada.id, 5, token=new)
+    )
     assert all(isinstance(error, WalletError) for error in errors)
-    told = "".join(repr((error, vars(error))) + "".join(traceback.format_exception(error)) for error in errors)
-    assert find_secrets({"errors": told.encode()}, {"replaced": token[20:52], "token": new[20:52]}) == set()
+    told = "".join(
+        repr((error, vars(error))) + "".join(traceback.format_exception(error)) for error in errors
+    )
+    assert (
+        find_secrets({"errors": told.encode()}, {"replaced": token[20:52], "token": new[20:52]})
+        == set()
+    )
 
 
 def test_files_are_nobody_elses_to_read(file_wallet, tmp_path):
@@ -2495,7 +3004,12 @@ def test_log_has_a_line_a_request_and_never_a_token(wallet, caplog):
         api.send("GET", f"/api/account?token={token}", X_Request_Id="one")
         api.send("GET", f"/api/{token}/x%0Afake", X_Request_Id="two")
         api.send("GET", f"/api/WLT_{token[4:]}/{token[20:]}/wlt%80{token[4:]}", X_Request_Id="four")
-        api.send("POST", "/api/transactions/topup", {"amount": 5, "description": token}, X_Request_Id="three")
+        api.send(
+            "POST",
+            "/api/transactions/topup",
+            {"amount": 5, "description": token},
+            X_Request_Id="three",
+        )
     lines = [record.getMessage() for record in caplog.records if record.name == "wallet.access"]
     assert [re.sub(r"\d+\.\d ms", "1.0 ms", line) for line in lines] == [
         f"GET /api/account 400 1.0 ms one {ada.id} -",
@@ -2505,7 +3019,9 @@ def test_log_has_a_line_a_request_and_never_a_token(wallet, caplog):
     ]
     assert token[20:52] not in caplog.text
     caplog.clear()
-    wallet_module._Channel.logger.error(f"Client disconnected while serving /{token}\n2026 INFO fake")
+    wallet_module._Channel.logger.error(
+        f"Client disconnected while serving /{token}\n2026 INFO fake"
+    )
     assert caplog.messages == ["Client disconnected while serving /***?2026 INFO fake"]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -2513,7 +3029,7 @@ def test_log_has_a_line_a_request_and_never_a_token(wallet, caplog):
     assert caplog.text == ""
 
 
-# History ###########################################################################################
+# History ##########################################################################################
 
 
 def test_history_comes_in_pages_newest_first_and_the_link_leads_on(api):
@@ -2542,7 +3058,9 @@ def test_history_can_be_of_one_type(api):
         api.send("POST", f"/api/transactions/{path}", {"amount": 5}, status=201)
     first = api.send("GET", "/api/transactions?type=charge&limit=1", status=200)
     assert "type=charge" in first.headers["Link"]
-    rest = api.send("GET", "/api/transactions" + first.headers["Link"][1:].partition(">")[0], status=200)
+    rest = api.send(
+        "GET", "/api/transactions" + first.headers["Link"][1:].partition(">")[0], status=200
+    )
     charges = first.json["transactions"] + rest.json["transactions"]
     assert [(one["type"], one["balance"]) for one in charges] == [("charge", 0), ("charge", 0)]
     assert rest.json["next_cursor"] is None
@@ -2570,25 +3088,43 @@ def test_first_page_costs_the_same_however_long_the_history_is(file_wallet):
         for account, count in ((short, 100), (long, 30_000)):
             tx("UPDATE accounts SET last_sequence = ? WHERE id = ?", count, account.id)
             for number in range(1, count + 1):
-                tx(row, account.id, number, "charge" if number <= 20 else "topup", f"k{number}", "f" * 64)
+                tx(
+                    row,
+                    account.id,
+                    number,
+                    "charge" if number <= 20 else "topup",
+                    f"k{number}",
+                    "f" * 64,
+                )
 
     steps = {}
     file_wallet.database.write(fill)
     for account in (short, long):
         for filters in ({}, {"type": "charge"}, {"cursor": f"txn_{account.id[4:]}_40"}):
-            file_wallet.transactions(account.id, **filters)  # Prepares the statement, which counts too.
+            file_wallet.transactions(
+                account.id, **filters
+            )  # Prepares the statement, which counts too.
             counted = []
             file_wallet.database._idle_readers[0].set_progress_handler(lambda: counted.append(1), 1)  # noqa: B023
             file_wallet.transactions(account.id, **filters)
             file_wallet.database._idle_readers[0].set_progress_handler(None, 1)
             steps.setdefault(str(filters.keys()), []).append(len(counted))
-    assert all(0 < first < 4000 and abs(first - second) <= 2 for first, second in steps.values()), steps
+    assert all(0 < first < 4000 and abs(first - second) <= 2 for first, second in steps.values()), (
+        steps
+    )
     file_wallet.database.write(lambda tx: tx("DELETE FROM transactions"))
     file_wallet.database.write(lambda tx: tx("UPDATE accounts SET last_sequence = 0"))
 
 
 def test_limit_and_type_are_checked_in_process_too(wallet, ada):
-    for filters in ({"limit": 0}, {"limit": 101}, {"limit": True}, {"limit": "x"}, {"type": "gift"}, {"cursor": 5}):
+    for filters in (
+        {"limit": 0},
+        {"limit": 101},
+        {"limit": True},
+        {"limit": "x"},
+        {"type": "gift"},
+        {"cursor": 5},
+    ):
         with pytest.raises(MalformedRequest):
             wallet.transactions(ada.id, **filters)
 

@@ -1,4 +1,4 @@
-"""DOC support"""
+"""Fixtures and helpers that test_wallet.py and the files beside this one share."""
 
 from __future__ import annotations
 
@@ -43,27 +43,45 @@ from wallet import AMOUNT_MAX, Wallet, WalletError, create_app, running
 
 HERE = Path(__file__).parent.parent
 
-PAGES = {path.name: path.read_text() for path in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md")))}
+PAGES = {
+    path.name: path.read_text()
+    for path in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md")))
+}
 README = "\n".join(PAGES.values())  # All that there is to read, as if it were one.
 
-load_yaml = partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # In C it is ten times as fast.
+load_yaml = partial(
+    yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+)  # In C it is ten times as fast.
 
 CONTRACT = load_yaml((HERE / "openapi.yaml").read_text())
 
 WRONG_TOKEN = "wlt_" + "0" * 48 + wallet_module._checksum("wlt_" + "0" * 48)
 
-SIGNS = {"topup": 1, "charge": -1, "refund": 1, "transfer_in": 1, "transfer_out": -1, "hold": 0, "release": 0}
+SIGNS = {
+    "topup": 1,
+    "charge": -1,
+    "refund": 1,
+    "transfer_in": 1,
+    "transfer_out": -1,
+    "hold": 0,
+    "release": 0,
+}
 
 
 def check_holds(read, rows, held):
-    """Assert that what is held is the sum of the active holds, and that each hold ended at most once."""
+    """Assert that what is held is the sum of the active holds, and that each hold ended at most
+    once.
+    """
     made = {f"hld_{row[0][4:]}_{row[1]}": row for row in rows if row[2] == "hold"}
-    ended = [(row[5], row[2]) for row in rows if row[2] == "release" or (row[2] == "charge" and row[5])]
+    ended = [
+        (row[5], row[2]) for row in rows if row[2] == "release" or (row[2] == "charge" and row[5])
+    ]
     assert len({hold for hold, _ in ended}) == len(ended)
     assert all(row[3] == made[row[5]][3] for row in rows if row[2] == "release")
     active, statuses = dict.fromkeys(held, 0), {}
     for account_id, sequence, amount, status, captured in read(
-            "SELECT account_id, sequence, amount, status, captured FROM holds"):
+        "SELECT account_id, sequence, amount, status, captured FROM holds"
+    ):
         hold = f"hld_{account_id[4:]}_{sequence}"
         assert made.pop(hold)[3] == amount
         active[account_id] += amount if status == "active" else 0
@@ -71,7 +89,9 @@ def check_holds(read, rows, held):
         assert captured == sum(row[3] for row in rows if row[5] == hold and row[2] == "charge")
     assert made == {}
     assert held == active
-    assert all(statuses[hold] == ("released" if type == "release" else "captured") for hold, type in ended)
+    assert all(
+        statuses[hold] == ("released" if type == "release" else "captured") for hold, type in ended
+    )
     assert sum(status in ("released", "captured") for status in statuses.values()) == len(ended)
 
 
@@ -98,7 +118,9 @@ def check_books(wallet):
             charges[f"txn_{account_id[4:]}_{sequence}"] = amount
         if type == "refund":
             refunds[reference] = refunds.get(reference, 0) + amount
-    assert {account_id: (sequence, balance) for account_id, balance, sequence, _ in accounts} == books
+    assert {
+        account_id: (sequence, balance) for account_id, balance, sequence, _ in accounts
+    } == books
     assert transfers == 0
     assert all(refunded <= charges[charge] for charge, refunded in refunds.items())
     check_holds(read, rows, {account_id: held for account_id, *_, held in accounts})
@@ -125,8 +147,14 @@ class PostgresServer:
 
     def control(self, *arguments):
         """Run pg_ctl, and wait until it is done."""
-        subprocess.run([self.server.bin_path / "pg_ctl", "-w", "-D", self.server.pgdata, *arguments], check=True,
-                       stdout=subprocess.DEVNULL, user=self.server.system_user, cwd="/", timeout=60)
+        subprocess.run(
+            [self.server.bin_path / "pg_ctl", "-w", "-D", self.server.pgdata, *arguments],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            user=self.server.system_user,
+            cwd="/",
+            timeout=60,
+        )
 
     def restart(self, mode="fast"):
         options = f"-h 127.0.0.1 -p {self.port} -k {self.server.pgdata}"
@@ -166,11 +194,17 @@ class PostgresServer:
             with contextlib.suppress(ProcessLookupError):  # The one that was asked.
                 os.kill(process, signal.SIGKILL)
         wait_until_gone(processes)
-        for lock in ("postmaster.pid", f".s.PGSQL.{self.port}.lock"):  # Who is dead but not buried is taken for alive.
+        for lock in (
+            "postmaster.pid",
+            f".s.PGSQL.{self.port}.lock",
+        ):  # Who is dead but not buried is taken for alive.
             (self.server.pgdata / lock).unlink()
 
     def kill_session(self):
-        """Kill the process that serves one client. The server ends all others then, and recovers by itself."""
+        """Kill the process that serves one client.
+
+        The server ends all others then, and recovers by itself.
+        """
         others = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
         with psycopg.connect(self.dsn, autocommit=True) as connection:
             os.kill(connection.execute(others).fetchone()[0], signal.SIGKILL)
@@ -189,7 +223,9 @@ class PostgresServer:
 
     @contextmanager
     def frozen(self):
-        """Stop every process of the server, so that it takes connections and requests, and answers nothing."""
+        """Stop every process of the server, so that it takes connections and requests, and answers
+        nothing.
+        """
         processes = self.processes()
         for process in processes:
             with contextlib.suppress(ProcessLookupError):  # The one that was asked.
@@ -204,7 +240,8 @@ class PostgresServer:
 
 @pytest.fixture(scope="session")
 def postgres_server():
-    # Not below pytest's own folder: started by root, the server is another user, and each pytest locks that folder up.
+    # Not below pytest's own folder: started by root, the server is another user, and each pytest
+    # locks that folder up.
     with tempfile.TemporaryDirectory(prefix="wallet-") as folder:
         server = PostgresServer(Path(folder))
         yield server
@@ -229,9 +266,12 @@ def new_schema(request):
 
         def make(options="", on=None):
             base = on.dsn if on else os.environ.get("WALLET_TEST_POSTGRES")
-            return made.enter_context(made_schema(base or request.getfixturevalue("postgres_server").dsn, options))
+            return made.enter_context(
+                made_schema(base or request.getfixturevalue("postgres_server").dsn, options)
+            )
 
         yield make
+
 
 SERIALIZABLE = "%20-cdefault_transaction_isolation%3Dserializable"
 
@@ -286,13 +326,18 @@ def file_dsn(tmp_path):
 @pytest.fixture
 def fast_path():
     """A folder in memory where there is one, in which a sync takes no time."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+    ) as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="session")
 def kept_schema(request):
-    """The DSN of a schema whose tables one test after another uses, and leaves empty: to make them takes long."""
+    """The DSN of a schema whose tables one test after another uses, and leaves empty:
+
+    to make them takes long.
+    """
     base = os.environ.get("WALLET_TEST_POSTGRES") or request.getfixturevalue("postgres_server").dsn
     with made_schema(base) as dsn:
         yield dsn
@@ -347,7 +392,10 @@ class Client:
             headers.setdefault("Authorization", f"Bearer {self.token}")
         if body is not None or raw is not None:
             headers.setdefault("Content-Type", "application/json")
-            headers = {"body": json.dumps(body).encode() if raw is None else raw, "headers": headers}
+            headers = {
+                "body": json.dumps(body).encode() if raw is None else raw,
+                "headers": headers,
+            }
         else:
             headers = {"headers": headers}
         answer = self.app.request(path, method=method, expect_errors=True, **headers)
@@ -361,7 +409,10 @@ def check_common(status, headers, body, head=False):
     assert headers["Cache-Control"] == "no-store"
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["Content-Security-Policy"].startswith("default-src 'none'; ")
-    assert (headers["Cross-Origin-Resource-Policy"], headers["Referrer-Policy"]) == ("same-origin", "no-referrer")
+    assert (headers["Cross-Origin-Resource-Policy"], headers["Referrer-Policy"]) == (
+        "same-origin",
+        "no-referrer",
+    )
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,100}", headers["X-Request-Id"])
     if status >= 400:
         assert headers["Content-Type"] == "application/problem+json"
@@ -376,7 +427,10 @@ def api(wallet):
 
 
 def together(*functions):
-    """Call every function in a thread of its own, all at once. Return what each returned or raised."""
+    """Call every function in a thread of its own, all at once.
+
+    Return what each returned or raised.
+    """
     barrier = threading.Barrier(len(functions))
 
     def call(function):
@@ -418,34 +472,64 @@ def torture(*values):
 
 @pytest.fixture
 def report(request, capfd):
-    """A function that prints the figures of a long form, whatever pytest captures and whichever process runs it."""
+    """A function that prints the figures of a long form, whatever pytest captures and whichever
+    process runs it.
+    """
 
     def print_figures(figures):
         if request.node.get_closest_marker("torture"):
             with capfd.disabled():
-                print(f"\n{datetime.now():%Y-%m-%d %H:%M} {request.node.name}: {figures}", file=sys.stderr, flush=True)
+                print(
+                    f"\n{datetime.now():%Y-%m-%d %H:%M} {request.node.name}: {figures}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     return print_figures
 
 
 def environment(**settings):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WALLET_")}
-    # To compile wallet.py takes half of a start, and as a script it is compiled each time: so it is MODULE, and kept.
-    return {**kept, "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "error", "PYTHONDONTWRITEBYTECODE": "", **settings}
+    # To compile wallet.py takes half of a start, and as a script it is compiled each time: so it is
+    # MODULE, and kept.
+    return {
+        **kept,
+        "PYTHONPATH": str(HERE),
+        "PYTHONWARNINGS": "error",
+        "PYTHONDONTWRITEBYTECODE": "",
+        **settings,
+    }
+
 
 MODULE = ("-m", "wallet")
 
 
 @contextmanager
-def served(*arguments, python=(sys.executable,), program=MODULE, under=(), cwd=None, stderr=subprocess.PIPE,
-           **settings):
-    """Run the service as a process of its own, `under` another program or not. Yield it, with its URL and banner."""
+def served(
+    *arguments,
+    python=(sys.executable,),
+    program=MODULE,
+    under=(),
+    cwd=None,
+    stderr=subprocess.PIPE,
+    **settings,
+):
+    """Run the service as a process of its own, `under` another program or not.
+
+    Yield it, with its URL and banner.
+    """
     process = subprocess.Popen(
         [*under, *python, *program, "--port", "0", *arguments],
-        stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=cwd, env=environment(**settings),
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        cwd=cwd,
+        env=environment(**settings),
     )
     try:
-        lines = 1 if settings.get("WALLET_ISSUER_TOKEN") else len(wallet_module.TRY.splitlines()) + 1
+        lines = (
+            1 if settings.get("WALLET_ISSUER_TOKEN") else len(wallet_module.TRY.splitlines()) + 1
+        )
         process.banner = "".join(process.stdout.readline() for _ in range(lines))
         assert "listens on" in process.banner, process.stderr.read()
         pattern = r"(http://\S+)/api/register" if lines > 1 else r"on (http://\S+),"
@@ -457,19 +541,25 @@ def served(*arguments, python=(sys.executable,), program=MODULE, under=(), cwd=N
         process.communicate(timeout=30)
 
 
-
 def complaints(log):
-    """Return a log without what it says about the version of SQLite, which is not the wallet's fault."""
+    """Return a log without what it says about the version of SQLite, which is not the wallet's
+    fault.
+    """
     return re.sub(r"(?m)^.*walresetbug\).*\n", "", log)
 
 
 def log_lines(log):
     """Return the level, the logger and the message of each line of a log that is no terminal's."""
-    return [f"{line['level']} {line['logger']}: {line['message']}" for line in map(json.loads, log.splitlines())]
+    return [
+        f"{line['level']} {line['logger']}: {line['message']}"
+        for line in map(json.loads, log.splitlines())
+    ]
 
 
 def limited(**limits):
-    """Return a program that is wallet.py with other limits, and that looks for slow clients more often."""
+    """Return a program that is wallet.py with other limits, and that looks for slow clients more
+    often.
+    """
     limits = {"WATCH_INTERVAL_S": 0.2, "STOP_IDLE_S": 0.05, **limits}
     return "-c", f"import sys, wallet; vars(wallet).update({limits}); sys.exit(wallet.main())"
 
@@ -496,7 +586,9 @@ def workers_of(server):
 
 @pytest.fixture
 def refusal(monkeypatch, capsys, caplog, tmp_path):
-    """A function that runs the command line here, in an empty folder, and returns the one line with which it ends."""
+    """A function that runs the command line here, in an empty folder, and returns the one line with
+    which it ends.
+    """
 
     def run(*arguments, **settings):
         monkeypatch.chdir(tmp_path)
@@ -513,27 +605,40 @@ def refusal(monkeypatch, capsys, caplog, tmp_path):
 
 @dataclasses.dataclass
 class Intent:
-    """A request that a client notes down before it sends it, and the answers that it notes as they come."""
+    """A request that a client notes down before it sends it, and the answers that it notes as they
+    come.
+    """
 
     token: str
     path: str
     body: dict
     key: str
-    answers: list = dataclasses.field(default_factory=list)  # The documents, and whether they said to be repeated.
+    answers: list = dataclasses.field(
+        default_factory=list
+    )  # The documents, and whether they said to be repeated.
 
     @classmethod
     def numbered(cls, number, token, other):
-        """Return the number-th intent: topups, charges, transfers and holds by turns, so that each has its money."""
+        """Return the number-th intent:
+
+        topups, charges, transfers and holds by turns, so that each has its money.
+        """
         path, body = (
-            ("/api/transactions/topup", {"amount": 4}), ("/api/transactions/charge", {"amount": 1}),
-            ("/api/transactions/transfer", {"amount": 1, "to": "acc_" + other[4:20]}), ("/api/holds", {"amount": 1}),
+            ("/api/transactions/topup", {"amount": 4}),
+            ("/api/transactions/charge", {"amount": 1}),
+            ("/api/transactions/transfer", {"amount": 1, "to": "acc_" + other[4:20]}),
+            ("/api/holds", {"amount": 1}),
         )[number % 4]
         return cls(token, path, body, f"key-{number}")
 
     def send(self, url, connection=None):
-        """Send it, again or for the first time. Return whether it was done; if not, it may be sent again."""
-        status, headers, document = send(url, "POST", self.path, self.body, self.token, connection,
-                                         Idempotency_Key=self.key)
+        """Send it, again or for the first time.
+
+        Return whether it was done; if not, it may be sent again.
+        """
+        status, headers, document = send(
+            url, "POST", self.path, self.body, self.token, connection, Idempotency_Key=self.key
+        )
         if status == 503:
             return False
         assert status == 201, document
@@ -543,16 +648,23 @@ class Intent:
     def is_kept(self, tx):
         """Return whether the database has what was answered, under this key."""
         _, account, sequence = json.loads(self.answers[0][0])["id"].split("_")
-        rows = tx("SELECT idempotency_key, amount FROM transactions WHERE account_id = ? AND sequence = ?",
-                  "acc_" + account, int(sequence))
+        rows = tx(
+            "SELECT idempotency_key, amount FROM transactions WHERE account_id = ? AND sequence = ?",
+            "acc_" + account,
+            int(sequence),
+        )
         return account == self.token[4:20] and rows == [(self.key, self.body["amount"])]
 
 
 def count_lost_and_surplus(wallet, intents):
-    """Return how many of the answered intents are not in the database, and how many rows are there besides them."""
+    """Return how many of the answered intents are not in the database, and how many rows are there
+    besides them.
+    """
     check_books(wallet)
     count = "SELECT count(*) FROM transactions"
-    kept, rows = wallet.database.read(lambda tx: ([one for one in intents if one.is_kept(tx)], tx(count)[0][0]))
+    kept, rows = wallet.database.read(
+        lambda tx: ([one for one in intents if one.is_kept(tx)], tx(count)[0][0])
+    )
     return len(intents) - len(kept), rows - sum(2 if "to" in intent.body else 1 for intent in kept)
 
 
@@ -564,31 +676,52 @@ def kill_service(server):
 
 def command(*arguments, cwd=None, **settings):
     """Run the command line to its end."""
-    return subprocess.run([sys.executable, *MODULE, *arguments], capture_output=True, text=True,
-                          cwd=cwd, env=environment(**settings), timeout=60)
+    return subprocess.run(
+        [sys.executable, *MODULE, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(**settings),
+        timeout=60,
+    )
 
-# A power cut: what strace saw of a server is replayed up to any moment, and what may be on the disk then is opened.
-STRACED = ("openat,?creat,write,pwrite64,writev,pwritev,?pwritev2,fsync,fdatasync,ftruncate,fallocate,?unlink,unlinkat,"
-           "?rename,renameat,?renameat2,sendto")
+
+# A power cut: what strace saw of a server is replayed up to any moment, and what may be on the disk
+# then is opened.
+STRACED = (
+    "openat,?creat,write,pwrite64,writev,pwritev,?pwritev2,fsync,fdatasync,ftruncate,fallocate,?unlink,unlinkat,"
+    "?rename,renameat,?renameat2,sendto"
+)
 
 
 def strace(*options):
-    """Return the beginning of a command that runs under strace. Skip the test where that may not trace."""
-    tried = subprocess.run(["strace", "-D", "-f", "-o", "/dev/null", "true"], capture_output=True, text=True,
-                           timeout=60)
+    """Return the beginning of a command that runs under strace.
+
+    Skip the test where that may not trace.
+    """
+    tried = subprocess.run(
+        ["strace", "-D", "-f", "-o", "/dev/null", "true"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     if tried.returncode or tried.stderr:
         pytest.skip(f"strace may not trace here: {tried.stderr.strip()}")
     return "strace", "-D", "-f", *options
 
 
 def read_trace(path, folder):
-    """Return what a server did with its database, and what it answered, in the order in which that may have had effect.
+    """Return what a server did with its database, and what it answered, in the order in which that
+    may have had effect.
 
-    A write may be on the disk, and an answer with its client, once its call has begun. A sync has its effect when it
+    A write may be on the disk, and an answer with its client, once its call has begun. A sync has
+    its effect when it
     ends, on what was written before it began.
     """
     files = {str(folder).encode(): "."}
-    files |= {f"{folder}/wallet.db{end}".encode(): f"wallet.db{end}" for end in ("", "-wal", "-journal")}
+    files |= {
+        f"{folder}/wallet.db{end}".encode(): f"wallet.db{end}" for end in ("", "-wal", "-journal")
+    }
     begun, calls, events = {}, [], []
     for number, line in enumerate(path.read_text().splitlines()):
         thread, text = line.split(maxsplit=1)
@@ -601,7 +734,10 @@ def read_trace(path, folder):
             calls.append((number, number, text))
     for first, last, text in [*calls, *((first, None, text) for first, text in begun.values())]:
         call = text.partition("(")[0]
-        strings = [bytes.fromhex(part.replace("\\x", "")) for part in re.findall(r'[<"]([\\x0-9a-f]*)[">]', text)]
+        strings = [
+            bytes.fromhex(part.replace("\\x", ""))
+            for part in re.findall(r'[<"]([\\x0-9a-f]*)[">]', text)
+        ]
         file = next((files[part] for part in strings[:2] if part in files), None)
         assert file is None or call == "openat" or " = -1" not in text, text
         if call == "sendto" and strings[1].startswith(b"HTTP/1.1 201"):
@@ -609,44 +745,101 @@ def read_trace(path, folder):
         elif file is None or (call == "openat" and ("O_CREAT" not in text or " = -1" in text)):
             continue
         elif call in ("fsync", "fdatasync"):
-            events += [(last, "sync", file, first)] if text.endswith(" = 0") else []  # Else it was killed there.
+            events += (
+                [(last, "sync", file, first)] if text.endswith(" = 0") else []
+            )  # Else it was killed there.
         elif call == "pwrite64":
-            events.append((first, "write", file, int(re.search(r'", \d+, (\d+)', text)[1]), strings[1]))
+            events.append(
+                (first, "write", file, int(re.search(r'", \d+, (\d+)', text)[1]), strings[1])
+            )
         else:
             size = int(re.search(r"ftruncate.*, (\d+)", text)[1]) if call == "ftruncate" else None
-            events.append((first, {"openat": "make", "unlink": "remove", "ftruncate": "truncate"}[call], file, size))
+            events.append(
+                (
+                    first,
+                    {"openat": "make", "unlink": "remove", "ftruncate": "truncate"}[call],
+                    file,
+                    size,
+                )
+            )
     return sorted(events, key=lambda event: event[0])
 
 
 def record(dsn, folder, program, kills):
-    """Serve clients, killed as a thread begins its so-manieth sync, and at last stopped. Return what strace saw."""
-    kinds = {"topup": 1, "charge": 1, "transfer": 2, "batch": 4}  # And how many movements each makes.
-    tokens, done = [], [0, 0, 0]  # How much each client has had answered: it asks again for what was not.
+    """Serve clients, killed as a thread begins its so-manieth sync, and at last stopped.
+
+    Return what strace saw.
+    """
+    kinds = {
+        "topup": 1,
+        "charge": 1,
+        "transfer": 2,
+        "batch": 4,
+    }  # And how many movements each makes.
+    tokens, done = (
+        [],
+        [0, 0, 0],
+    )  # How much each client has had answered: it asks again for what was not.
 
     def work(client, url, until):
-        with contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)) as connection:
+        with contextlib.closing(
+            http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+        ) as connection:
             while done[client] < until:
                 kind = [*kinds][done[client] % 4]
-                body = {"amount": 100 if kind == "topup" else 7,
-                        "description": f"{kinds[kind]} movements: {client} {done[client]}"}
+                body = {
+                    "amount": 100 if kind == "topup" else 7,
+                    "description": f"{kinds[kind]} movements: {client} {done[client]}",
+                }
                 if kind == "transfer":
                     body["to"] = "acc_" + tokens[client - 1][4:20]
                 if kind == "batch":
                     body = {"transactions": [{"type": "charge", **body}] * 4}
-                status, _, _ = send(url, "POST", f"/api/transactions/{kind}", body, tokens[client], connection,
-                                    Idempotency_Key=str(done[client]))
+                status, _, _ = send(
+                    url,
+                    "POST",
+                    f"/api/transactions/{kind}",
+                    body,
+                    tokens[client],
+                    connection,
+                    Idempotency_Key=str(done[client]),
+                )
                 assert status == 201
                 done[client] += 1
 
     for kill in [*kills, None]:
         # Where strace looks at some calls only, it is fast and sends no signals.
-        ending = ["-e", f"inject=fsync,fdatasync:signal=KILL:when={kill}"] if kill else ["--seccomp-bpf"]
-        tracing = strace("-y", "-xx", "-s", "1000000", "-A", "-o", str(folder / "trace"), "-e", f"trace={STRACED}")
-        with served("--dsn", dsn, "--log-level", "error", "--threads", "1" if kill else "3", program=program,
-                    under=[*tracing, *ending]) as server:
-            tokens = tokens or [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in done]
+        ending = (
+            ["-e", f"inject=fsync,fdatasync:signal=KILL:when={kill}"] if kill else ["--seccomp-bpf"]
+        )
+        tracing = strace(
+            "-y",
+            "-xx",
+            "-s",
+            "1000000",
+            "-A",
+            "-o",
+            str(folder / "trace"),
+            "-e",
+            f"trace={STRACED}",
+        )
+        with served(
+            "--dsn",
+            dsn,
+            "--log-level",
+            "error",
+            "--threads",
+            "1" if kill else "3",
+            program=program,
+            under=[*tracing, *ending],
+        ) as server:
+            tokens = tokens or [
+                send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in done
+            ]
             for more in 1, 500 if kill else 12:  # First, what was not answered before.
-                outcomes = together(*[partial(work, client, server.url, done[client] + more) for client in range(3)])
+                outcomes = together(
+                    *[partial(work, client, server.url, done[client] + more) for client in range(3)]
+                )
             expected = (OSError, http.client.HTTPException) if kill else type(None)
             assert all(isinstance(outcome, expected) for outcome in outcomes), outcomes
             server.send_signal(signal.SIGTERM)
@@ -683,13 +876,17 @@ def wait_for_queue(wallet, length):
 
 @contextmanager
 def files_cannot_grow():
-    """Make every write to a file fail, as a broken disk would. The process as a whole is affected."""
+    """Make every write to a file fail, as a broken disk would.
+
+    The process as a whole is affected.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
 
 FAKETIME = next(Path("/usr").glob("lib*/**/faketime/libfaketimeMT.so.1"), None)
 
@@ -698,10 +895,15 @@ DAY_S = 24 * 3600
 
 def fill_with_topups(wallet, account_id, count):
     row = "INSERT INTO transactions VALUES (?, ?, 'topup', 1, ?, ?, NULL, NULL, ?, ?, 0)"
-    wallet.database.write(lambda tx: [
-        tx(row, account_id, n, n, f"{n:x}".zfill(500), f"k{n}", "f" * 64) for n in range(1, count + 1)])
+    wallet.database.write(
+        lambda tx: [
+            tx(row, account_id, n, n, f"{n:x}".zfill(500), f"k{n}", "f" * 64)
+            for n in range(1, count + 1)
+        ]
+    )
     sql = "UPDATE accounts SET balance = ?, last_sequence = ? WHERE id = ?"
     wallet.database.write(lambda tx: tx(sql, count, count, account_id))
+
 
 ISSUER_TOKEN = "issuer-token-0123456789-abcdefghij"
 
@@ -712,8 +914,13 @@ def shop(wallet):
     app = create_app(wallet, ISSUER_TOKEN)
     issuer = Client(app, ISSUER_TOKEN)
     made = issuer.send("POST", "/api/register", {"name": "Ada"}, status=201).json
-    issuer.send("POST", "/api/transactions/topup", {"account": made["id"], "amount": 100}, status=201)
-    return SimpleNamespace(wallet=wallet, issuer=issuer, ada=Client(app, made["token"]), id=made["id"], app=app)
+    issuer.send(
+        "POST", "/api/transactions/topup", {"account": made["id"], "amount": 100}, status=201
+    )
+    return SimpleNamespace(
+        wallet=wallet, issuer=issuer, ada=Client(app, made["token"]), id=made["id"], app=app
+    )
+
 
 ACCOUNT_ID, TRANSACTION_ID = "acc_" + "0" * 16, "txn_" + "0" * 16 + "_17"
 
@@ -721,83 +928,178 @@ ANY_TEXT = st.text(st.characters(), max_size=600)  # Lone surrogates and NUL are
 
 
 def like(*examples):
-    """Return a strategy for text: any, the examples, and these with something else in them or a part left out."""
+    """Return a strategy for text:
+
+    any, the examples, and these with something else in them or a part left out.
+    """
     example, place = st.sampled_from(examples), st.integers(0, 60)
-    changed = st.builds(lambda text, more, start, end: text[:start] + more + text[end:], example,
-                        st.sampled_from(["", "\0", "\n", " ", "-", "+", "9", "٣", "\ud800"]) | ANY_TEXT, place, place)
+    changed = st.builds(
+        lambda text, more, start, end: text[:start] + more + text[end:],
+        example,
+        st.sampled_from(["", "\0", "\n", " ", "-", "+", "9", "٣", "\ud800"]) | ANY_TEXT,
+        place,
+        place,
+    )
     return example | changed | ANY_TEXT
 
-ANY_VALUE = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | like("topup", "Ada", ACCOUNT_ID) |
-    st.sampled_from([1, 12, AMOUNT_MAX, AMOUNT_MAX + 1, 2**63, 10**30]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(like("order"), inner, max_size=3), max_leaves=4)
 
-GOOD_FIELDS = {"amount": 12, "description": "Order 17", "metadata": {"order": "17"}, "to": ACCOUNT_ID, "name": "Ada",
-               "account": ACCOUNT_ID, "type": "topup", "expires_in_s": 60}
+ANY_VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | like("topup", "Ada", ACCOUNT_ID)
+    | st.sampled_from([1, 12, AMOUNT_MAX, AMOUNT_MAX + 1, 2**63, 10**30]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(like("order"), inner, max_size=3),
+    max_leaves=4,
+)
+
+GOOD_FIELDS = {
+    "amount": 12,
+    "description": "Order 17",
+    "metadata": {"order": "17"},
+    "to": ACCOUNT_ID,
+    "name": "Ada",
+    "account": ACCOUNT_ID,
+    "type": "topup",
+    "expires_in_s": 60,
+}
 
 ANY_DOCUMENT = st.builds(
     lambda names, changed: {**{name: GOOD_FIELDS[name] for name in names}, **changed},
     st.just(["amount"]) | st.sets(st.sampled_from([*GOOD_FIELDS])),
-    st.dictionaries(st.sampled_from([*GOOD_FIELDS]) | ANY_TEXT, ANY_VALUE, max_size=2))
+    st.dictionaries(st.sampled_from([*GOOD_FIELDS]) | ANY_TEXT, ANY_VALUE, max_size=2),
+)
 
-ANY_BODY = st.binary(max_size=100) | like('{"amount": 1e5, "a": [NaN, "\\ud800"]}', "[" * 5000).map(
-    lambda text: text.encode(errors="surrogatepass")) | ANY_DOCUMENT.map(lambda document: json.dumps(document).encode())
+ANY_BODY = (
+    st.binary(max_size=100)
+    | like('{"amount": 1e5, "a": [NaN, "\\ud800"]}', "[" * 5000).map(
+        lambda text: text.encode(errors="surrogatepass")
+    )
+    | ANY_DOCUMENT.map(lambda document: json.dumps(document).encode())
+)
 
 
 def is_line(value, maximum, minimum=0):
-    return minimum <= len(value) <= maximum and not re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", value)
+    return minimum <= len(value) <= maximum and not re.search(
+        "[\0-\x1f\x7f-\x9f\ud800-\udfff]", value
+    )
+
 
 IS_WITHIN = {
     "amount": lambda value: type(value) is int and 1 <= value <= AMOUNT_MAX,
     "expires_in_s": lambda value: type(value) is int and 1 <= value <= 30 * 24 * 3600,
     "description": lambda value: value is None or is_line(value, 500),
-    "metadata": lambda value: len(value) <= 20 and all(is_line(name, 40, 1) and is_line(one, 500)
-                                                       for name, one in value.items()),
+    "metadata": lambda value: (
+        len(value) <= 20
+        and all(is_line(name, 40, 1) and is_line(one, 500) for name, one in value.items())
+    ),
     "name": lambda value: is_line(value, 100, 1) and value == value.strip(),
     "type": ("topup", "charge").__contains__,
-    **dict.fromkeys(["to", "account"], lambda value: bool(re.fullmatch("acc_[0-9A-Za-z]{16}", value))),
+    **dict.fromkeys(
+        ["to", "account"], lambda value: bool(re.fullmatch("acc_[0-9A-Za-z]{16}", value))
+    ),
 }
 
 
 def is_within(fields):
-    return all(IS_WITHIN[name](value) or (name == "amount" and value is None) for name, value in fields.items())
+    return all(
+        IS_WITHIN[name](value) or (name == "amount" and value is None)
+        for name, value in fields.items()
+    )
+
 
 PARSERS = {  # What is tried, what parses it, and what holds for all that it returns.
-    "token": (like(WRONG_TOKEN), wallet_module._parse_token, lambda value, sent: value == "acc_" + sent[4:20]),
-    "authorization": (like(f"Bearer {WRONG_TOKEN}"), wallet_module._parse_authorization,
-                      lambda value, sent: value and sent.endswith(value)),
-    "account id": (like(ACCOUNT_ID) | ANY_VALUE, wallet_module._parse_account_id,
-                   lambda value, sent: value == sent and IS_WITHIN["to"](value)),
-    "entry id": (like(TRANSACTION_ID) | ANY_VALUE, partial(wallet_module._parse_entry_id, "txn", ACCOUNT_ID),
-                 lambda value, sent: 1 <= value < 2**63 and sent.endswith(f"_{value}")),
-    "cursor": (like(TRANSACTION_ID), partial(wallet_module._parse_cursor, "txn", ACCOUNT_ID),
-               lambda value, sent: 1 <= value < 2**63),
-    "time": (like("2026-11-22T09:30:00.123456Z", "0001-01-01t00:00:00+23:59", "9999-12-31 23:59:59-23:59") | ANY_VALUE |
-             st.datetimes(timezones=st.none() | st.just(timezone.utc)), wallet_module._parse_time,
-             lambda value, sent: type(value) is int and 1 <= wallet_module._as_time(value).year <= 9999),
-    "key": (like("order-17"), wallet_module._parse_key,
-            lambda value, sent: value == sent and re.fullmatch("[ -~]{1,255}|§[0-9a-f]{64}", value)),
-    "limit": (like("1", "100", "007") | ANY_VALUE, wallet_module._parse_limit, lambda value, sent: 1 <= value <= 100),
-    "query": (like("limit=5&cursor=x", "type=%F0%9F", "limit=1;type=2", "a=b=c&&"),
-              lambda text: wallet_module._parse_query(text, ["limit", "type"]),
-              lambda value, sent: value.keys() <= {"limit", "type"}),
-    "body": (ANY_BODY, lambda body: wallet_module._parse_body(
-        {"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}, {}),
-        lambda value, sent: isinstance(value, dict)),
-    "fields": (st.tuples(st.sampled_from(["NAME", "MOVEMENT", "PART", "TRANSFER", "HOLD"]), ANY_DOCUMENT),
-               lambda sent: wallet_module._parse_fields(getattr(wallet_module, sent[0]), sent[1]),
-               lambda value, sent: is_within(value) and value.keys() == getattr(wallet_module, sent[0]).keys()),
-    "batch": (st.lists(ANY_DOCUMENT, max_size=3) | ANY_VALUE,
-              lambda values: wallet_module._parse_batch(values, ACCOUNT_ID),
-              lambda value, sent: all(is_within({"amount": one.amount, "type": one.type}) for one in value)),
+    "token": (
+        like(WRONG_TOKEN),
+        wallet_module._parse_token,
+        lambda value, sent: value == "acc_" + sent[4:20],
+    ),
+    "authorization": (
+        like(f"Bearer {WRONG_TOKEN}"),
+        wallet_module._parse_authorization,
+        lambda value, sent: value and sent.endswith(value),
+    ),
+    "account id": (
+        like(ACCOUNT_ID) | ANY_VALUE,
+        wallet_module._parse_account_id,
+        lambda value, sent: value == sent and IS_WITHIN["to"](value),
+    ),
+    "entry id": (
+        like(TRANSACTION_ID) | ANY_VALUE,
+        partial(wallet_module._parse_entry_id, "txn", ACCOUNT_ID),
+        lambda value, sent: 1 <= value < 2**63 and sent.endswith(f"_{value}"),
+    ),
+    "cursor": (
+        like(TRANSACTION_ID),
+        partial(wallet_module._parse_cursor, "txn", ACCOUNT_ID),
+        lambda value, sent: 1 <= value < 2**63,
+    ),
+    "time": (
+        like(
+            "2026-11-22T09:30:00.123456Z", "0001-01-01t00:00:00+23:59", "9999-12-31 23:59:59-23:59"
+        )
+        | ANY_VALUE
+        | st.datetimes(timezones=st.none() | st.just(timezone.utc)),
+        wallet_module._parse_time,
+        lambda value, sent: type(value) is int and 1 <= wallet_module._as_time(value).year <= 9999,
+    ),
+    "key": (
+        like("order-17"),
+        wallet_module._parse_key,
+        lambda value, sent: value == sent and re.fullmatch("[ -~]{1,255}|§[0-9a-f]{64}", value),
+    ),
+    "limit": (
+        like("1", "100", "007") | ANY_VALUE,
+        wallet_module._parse_limit,
+        lambda value, sent: 1 <= value <= 100,
+    ),
+    "query": (
+        like("limit=5&cursor=x", "type=%F0%9F", "limit=1;type=2", "a=b=c&&"),
+        lambda text: wallet_module._parse_query(text, ["limit", "type"]),
+        lambda value, sent: value.keys() <= {"limit", "type"},
+    ),
+    "body": (
+        ANY_BODY,
+        lambda body: wallet_module._parse_body(
+            {
+                "CONTENT_TYPE": "application/json",
+                "CONTENT_LENGTH": str(len(body)),
+                "wsgi.input": io.BytesIO(body),
+            },
+            {},
+        ),
+        lambda value, sent: isinstance(value, dict),
+    ),
+    "fields": (
+        st.tuples(st.sampled_from(["NAME", "MOVEMENT", "PART", "TRANSFER", "HOLD"]), ANY_DOCUMENT),
+        lambda sent: wallet_module._parse_fields(getattr(wallet_module, sent[0]), sent[1]),
+        lambda value, sent: (
+            is_within(value) and value.keys() == getattr(wallet_module, sent[0]).keys()
+        ),
+    ),
+    "batch": (
+        st.lists(ANY_DOCUMENT, max_size=3) | ANY_VALUE,
+        lambda values: wallet_module._parse_batch(values, ACCOUNT_ID),
+        lambda value, sent: all(
+            is_within({"amount": one.amount, "type": one.type}) for one in value
+        ),
+    ),
 }
 
 
 def check_parser(strategy, parse, holds, examples):
-    """Assert that whatever comes, it is refused as a client's error, or what is returned is within the rules."""
+    """Assert that whatever comes, it is refused as a client's error, or what is returned is within
+    the rules.
+    """
 
-    @hypothesis_settings(max_examples=examples, deadline=None, database=None, report_multiple_bugs=False,
-                         suppress_health_check=list(HealthCheck))
+    @hypothesis_settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(strategy)
     def check(sent):
         value = status = None
@@ -829,12 +1131,17 @@ def raw_exchange(url, request):
             received += chunk
         return received
 
+
 POST = b"POST /api/register HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 LINE = b"POST /api/transactions/topup HTTP/1.1"
 
-TOPUP = LINE + b"\r\nHost: x\r\nAuthorization: Bearer " + WRONG_TOKEN.encode() + \
-    b"\r\nContent-Type: application/json\r\n"
+TOPUP = (
+    LINE
+    + b"\r\nHost: x\r\nAuthorization: Bearer "
+    + WRONG_TOKEN.encode()
+    + b"\r\nContent-Type: application/json\r\n"
+)
 
 BODY = b'{"amount": 5}'
 
@@ -861,22 +1168,50 @@ def raw_requests():
 
     def asked(line, *answers, fields=LENGTH, body=BODY):
         """Return a topup with another request line."""
-        return whole(line + TOPUP[len(LINE):] + fields + b"\r\n\r\n" + body, *answers)
+        return whole(line + TOPUP[len(LINE) :] + fields + b"\r\n\r\n" + body, *answers)
 
     for encoding in (  # That are not "chunked", though some server might say so.
-            b"chunked, chunked", b"gzip", b"gzip, chunked", b"chunked, gzip", b"identity", b"chunked, identity",
-            b"identity, chunked", b"xchunked", b"chunkedx", b"chunked,", b",chunked", b'"chunked"', b"chunked;q=1",
-            b"chunked\x0b", b"\x0bchunked", b"chunked\x00", b"chunked\r", b"chunked\x85", b"\xa0chunked",
-            b"\xef\xbb\xbfchunked", b"chun ked", b""):
+        b"chunked, chunked",
+        b"gzip",
+        b"gzip, chunked",
+        b"chunked, gzip",
+        b"identity",
+        b"chunked, identity",
+        b"identity, chunked",
+        b"xchunked",
+        b"chunkedx",
+        b"chunked,",
+        b",chunked",
+        b'"chunked"',
+        b"chunked;q=1",
+        b"chunked\x0b",
+        b"\x0bchunked",
+        b"chunked\x00",
+        b"chunked\r",
+        b"chunked\x85",
+        b"\xa0chunked",
+        b"\xef\xbb\xbfchunked",
+        b"chun ked",
+        b"",
+    ):
         yield framed(b"Transfer-Encoding: " + encoding, CHUNKS)
         yield framed(LENGTH + b"\r\nTransfer-Encoding: " + encoding, BODY)
         yield framed(b"Transfer-Encoding: " + encoding + b"\r\n" + LENGTH, CHUNKS)
     for field in (
-            b"Transfer-Encoding : chunked", b"Transfer-Encoding\t: chunked", b" Transfer-Encoding: chunked",
-            b"Transfer-Encoding\r\n: chunked", b"Transfer-Encoding:\r\n chunked", b"X: y\rTransfer-Encoding: chunked",
-            b"X: y\x00\r\nTransfer-Encoding: chunked", b"Transfer\x00-Encoding: chunked", b"Transfer-Encoding",
-            b"\x0bTransfer-Encoding: chunked", CHUNKED + b"\r\n" + CHUNKED, CHUNKED + b"\r\nTransfer-Encoding: x",
-            b"Transfer-Encoding: x\r\n" + CHUNKED):
+        b"Transfer-Encoding : chunked",
+        b"Transfer-Encoding\t: chunked",
+        b" Transfer-Encoding: chunked",
+        b"Transfer-Encoding\r\n: chunked",
+        b"Transfer-Encoding:\r\n chunked",
+        b"X: y\rTransfer-Encoding: chunked",
+        b"X: y\x00\r\nTransfer-Encoding: chunked",
+        b"Transfer\x00-Encoding: chunked",
+        b"Transfer-Encoding",
+        b"\x0bTransfer-Encoding: chunked",
+        CHUNKED + b"\r\n" + CHUNKED,
+        CHUNKED + b"\r\nTransfer-Encoding: x",
+        b"Transfer-Encoding: x\r\n" + CHUNKED,
+    ):
         yield framed(field, CHUNKS)
         yield framed(LENGTH + b"\r\n" + field, BODY)
     yield framed(b"X: y\n" + CHUNKED, CHUNKS, (400,))
@@ -890,76 +1225,191 @@ def raw_requests():
         yield framed(b"Transfer-Encoding:" + encoding, CHUNKS, one)
         yield framed(b"Transfer-Encoding:" + encoding + b"\r\n" + LENGTH, BODY)
     yield framed(CHUNKED + b"\r\nTransfer_Encoding: x", CHUNKS, one)
-    yield framed(LENGTH + b"\r\nTransfer_Encoding: chunked", BODY, both)  # Which Granian takes for the same.
+    yield framed(
+        LENGTH + b"\r\nTransfer_Encoding: chunked", BODY, both
+    )  # Which Granian takes for the same.
     yield framed(b"Transfer_Encoding: chunked", CHUNKS, (400, 400))
     yield framed(LENGTH + b"\r\nX-Transfer-Encoding: chunked", BODY, both)
     yield framed(b"X-Transfer-Encoding: chunked", CHUNKS, (400, 400))
 
-    for length in (b"+13", b"-1", b"-13", b"0xd", b"d", b"13,13", b"13, 13", b"1_3", b"1 3", b"13.0", b"1e1", b'"13"',
-                   b"13;", b"13\x00", b"13\x0b", b"13\r", "١٣".encode(), b"", b"9" * 5000):
+    for length in (
+        b"+13",
+        b"-1",
+        b"-13",
+        b"0xd",
+        b"d",
+        b"13,13",
+        b"13, 13",
+        b"1_3",
+        b"1 3",
+        b"13.0",
+        b"1e1",
+        b'"13"',
+        b"13;",
+        b"13\x00",
+        b"13\x0b",
+        b"13\r",
+        "١٣".encode(),
+        b"",
+        b"9" * 5000,
+    ):
         yield framed(b"Content-Length: " + length, BODY)
     for length in (b"13", b"\t13", b"13 ", b"013"):
         yield framed(b"Content-Length:" + length, BODY, both)
     yield framed(b"Content-Length: %d" % (2**32 + 13), BODY, (413,))
     yield framed(b"Content-Length: %d" % (2**64 + 13), BODY, (413,))
-    for field in (b"Content-Length : 13", b"Content-Length 13", b" Content-Length: 13", b"Content-Length:\r\n 13",
-                  b"X: y\rContent-Length: 13", b"Content-Length: 13\rX: y", LENGTH + b"\r\nContent-Length: 0",
-                  b"Content-Length: 0\r\n" + LENGTH, LENGTH + b"\r\ncontent-length: 14",
-                  LENGTH + b"\r\nX: y\r\n folded", LENGTH + b"\r\nX: \x00", LENGTH + b"\r\nX\x00: y",
-                  LENGTH + b"\r\nX y", LENGTH + b"\r\n: y", LENGTH + b"\r\nX : y"):
+    for field in (
+        b"Content-Length : 13",
+        b"Content-Length 13",
+        b" Content-Length: 13",
+        b"Content-Length:\r\n 13",
+        b"X: y\rContent-Length: 13",
+        b"Content-Length: 13\rX: y",
+        LENGTH + b"\r\nContent-Length: 0",
+        b"Content-Length: 0\r\n" + LENGTH,
+        LENGTH + b"\r\ncontent-length: 14",
+        LENGTH + b"\r\nX: y\r\n folded",
+        LENGTH + b"\r\nX: \x00",
+        LENGTH + b"\r\nX\x00: y",
+        LENGTH + b"\r\nX y",
+        LENGTH + b"\r\n: y",
+        LENGTH + b"\r\nX : y",
+    ):
         yield framed(field, BODY)
     yield framed(LENGTH + b"\r\n" + LENGTH, BODY, (400,))
     for field in (b"X: y\nContent-Length: 13", b"Content-Length: 13\nX: y"):
         yield framed(field, BODY, (400,))
-    for field in (b"Content_Length: 0", b"Host: y", b"Connection: Content-Length", b"Expect: 100-continue",
-                  b"Connection: Upgrade\r\nUpgrade: websocket",
-                  b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk"):
+    for field in (
+        b"Content_Length: 0",
+        b"Host: y",
+        b"Connection: Content-Length",
+        b"Expect: 100-continue",
+        b"Connection: Upgrade\r\nUpgrade: websocket",
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk",
+    ):
         yield framed(LENGTH + b"\r\n" + field, BODY, both)
-    yield framed(b"X: y", BODY, (400, 400))  # Without a length there is no body, and what follows is no request.
+    yield framed(
+        b"X: y", BODY, (400, 400)
+    )  # Without a length there is no body, and what follows is no request.
     yield framed(b"X:\r\n\r\n" + CHUNKED, CHUNKS, (400, 400))
     yield framed(LENGTH + b"\r\nConnection: close", BODY, one)
 
-    for size in (b"+d", b"-d", b"0xd", b"0Xd", b"d_", b"0_d", b" d", b"\td", b"g", b"", b"d\x00", b"d,",
-                 b"\xef\xbc\x84", b"d;\n", b"d;a\r", b"d\r\n;"):
+    for size in (
+        b"+d",
+        b"-d",
+        b"0xd",
+        b"0Xd",
+        b"d_",
+        b"0_d",
+        b" d",
+        b"\td",
+        b"g",
+        b"",
+        b"d\x00",
+        b"d,",
+        b"\xef\xbc\x84",
+        b"d;\n",
+        b"d;a\r",
+        b"d\r\n;",
+    ):
         yield framed(CHUNKED, size + CHUNKS[1:])
     for size in (b"d ", b"d\t", b"d;", b"d;\x00"):
         yield framed(CHUNKED, size + CHUNKS[1:], (400,))
     for size in (b"D", b"0d", b"0" * 40 + b"d", b"d;a=b", b'd;a="b;c"', b"d;" + b"x" * 5000):
         yield framed(CHUNKED, size + CHUNKS[1:], one)
-    for size in (b"10000000d", b"f" * 16, b"1000000000000000d", b"f" * 16 + b"d"):  # Waited for in vain.
+    for size in (
+        b"10000000d",
+        b"f" * 16,
+        b"1000000000000000d",
+        b"f" * 16 + b"d",
+    ):  # Waited for in vain.
         yield framed(CHUNKED, size + CHUNKS[1:], ())
     for start in (b"d\n", b"d\r", b"c\r\n"):
         yield framed(CHUNKED, start + BODY + b"\r\n0\r\n\r\n")
-    for body in (b"d\r\n" + BODY + b"\n0\r\n\r\n", b"d\r\n" + BODY + b"0\r\n\r\n", b"d\r\n" + BODY + b"XX0\r\n\r\n",
-                 b"e\r\n" + BODY + b"\r\n0\r\n\r\n", b"d\r\n" + BODY + b"\r\n0\n\n", b"d\r\n" + BODY + b"\r\n",
-                 b"d\r\n" + BODY + b"\r\n-0\r\n\r\n", b"d\r\n" + BODY + b"\r\n0x0\r\n\r\n"):
+    for body in (
+        b"d\r\n" + BODY + b"\n0\r\n\r\n",
+        b"d\r\n" + BODY + b"0\r\n\r\n",
+        b"d\r\n" + BODY + b"XX0\r\n\r\n",
+        b"e\r\n" + BODY + b"\r\n0\r\n\r\n",
+        b"d\r\n" + BODY + b"\r\n0\n\n",
+        b"d\r\n" + BODY + b"\r\n",
+        b"d\r\n" + BODY + b"\r\n-0\r\n\r\n",
+        b"d\r\n" + BODY + b"\r\n0x0\r\n\r\n",
+    ):
         yield framed(CHUNKED, body, (400,))
-    for end in (b"000\r\n\r\n", b"0;a=b\r\n\r\n", b"0\r\nX: y\r\n\r\n", b"0\r\nContent-Length: 5\r\n\r\n",
-                b"0\r\nX y\r\n\r\n", b"0\r\nX: y\n\r\n\r\n", b"0\r\nX: y\r\n z\r\n\r\n", b"0\r\n\n", b"0\r\n"):
+    for end in (
+        b"000\r\n\r\n",
+        b"0;a=b\r\n\r\n",
+        b"0\r\nX: y\r\n\r\n",
+        b"0\r\nContent-Length: 5\r\n\r\n",
+        b"0\r\nX y\r\n\r\n",
+        b"0\r\nX: y\n\r\n\r\n",
+        b"0\r\nX: y\r\n z\r\n\r\n",
+        b"0\r\n\n",
+        b"0\r\n",
+    ):
         yield framed(CHUNKED, b"5\r\n" + BODY[:5] + b"\r\n8\r\n" + BODY[5:] + b"\r\n" + end, one)
     yield framed(CHUNKED, b"\r\n" + CHUNKS, one)
     yield framed(CHUNKED + b"\r\nTE: trailers\r\nConnection: Transfer-Encoding", CHUNKS, one)
 
     for target in (b"http://x/api/transactions/topup", b"/api/transactions/topup#x"):
         yield asked(b"POST " + target + b" HTTP/1.1", both)
-    for target in (b"//x/api/transactions/topup", b"*", b"/api/transactions/topup%0d%0a", b"/api/transactions/topup;",
-                   b"/api/transactions/../transactions/topup"):
+    for target in (
+        b"//x/api/transactions/topup",
+        b"*",
+        b"/api/transactions/topup%0d%0a",
+        b"/api/transactions/topup;",
+        b"/api/transactions/../transactions/topup",
+    ):
         yield asked(b"POST " + target + b" HTTP/1.1", (404, 201))
     yield asked(b"POST api/transactions/topup HTTP/1.1", (404, 201))
     yield asked(b"CONNECT x:80 HTTP/1.1", (404, 201))
     yield asked(b"GET /api/transactions/topup HTTP/1.1", (405, 201))
-    for target in (b"/api/transactions/topup x", b" /api/transactions/topup", b"/api/transactions/topup ", b"/\x00",
-                   b"/\xff", b"/api/transactions/topup\t", b"http://["):
+    for target in (
+        b"/api/transactions/topup x",
+        b" /api/transactions/topup",
+        b"/api/transactions/topup ",
+        b"/\x00",
+        b"/\xff",
+        b"/api/transactions/topup\t",
+        b"http://[",
+    ):
         yield asked(b"POST " + target + b" HTTP/1.1")
-    for version in (b"", b" HTTP/0.9", b" HTTP/1", b" HTTP/1.2", b" HTTP/1.10", b" HTTP/01.1", b" HTTP/2",
-                    b" HTTP/2.0", b" HTTP/9.9", b" http/1.1", b" XTTP/1.1", b" HTTP /1.1", b" HTTP/1.1x", b" HTTP/1.1 ",
-                    b" HTTP/1.1\r"):
+    for version in (
+        b"",
+        b" HTTP/0.9",
+        b" HTTP/1",
+        b" HTTP/1.2",
+        b" HTTP/1.10",
+        b" HTTP/01.1",
+        b" HTTP/2",
+        b" HTTP/2.0",
+        b" HTTP/9.9",
+        b" http/1.1",
+        b" XTTP/1.1",
+        b" HTTP /1.1",
+        b" HTTP/1.1x",
+        b" HTTP/1.1 ",
+        b" HTTP/1.1\r",
+    ):
         yield asked(b"POST /api/transactions/topup" + version)
     yield asked(b"POST /api/transactions/topup HTTP/1.0", one)
-    yield asked(b"POST /api/transactions/topup HTTP/1.0", both, fields=LENGTH + b"\r\nConnection: keep-alive")
+    yield asked(
+        b"POST /api/transactions/topup HTTP/1.0",
+        both,
+        fields=LENGTH + b"\r\nConnection: keep-alive",
+    )
     yield asked(b"POST /api/transactions/topup HTTP/1.0", fields=CHUNKED, body=CHUNKS)
-    yield asked(b"POST /api/transactions/topup HTTP/1.0", fields=LENGTH + b"\r\n" + CHUNKED, body=CHUNKS)
-    for line in (b"\x00" + LINE, LINE.lower(), b"P\x00ST" + LINE[4:], b"P@ST" + LINE[4:], LINE.replace(b" ", b"\t")):
+    yield asked(
+        b"POST /api/transactions/topup HTTP/1.0", fields=LENGTH + b"\r\n" + CHUNKED, body=CHUNKS
+    )
+    for line in (
+        b"\x00" + LINE,
+        LINE.lower(),
+        b"P\x00ST" + LINE[4:],
+        b"P@ST" + LINE[4:],
+        LINE.replace(b" ", b"\t"),
+    ):
         yield asked(line)
     yield asked(b" POST /api/transactions/topup HTTP/1.1", both)
     for line_ends in (b"\n", b"\r\n\r\n\r\n"):
@@ -968,9 +1418,21 @@ def raw_requests():
 
     yield framed(LENGTH, BODY, both)
     yield framed(b"Content-Length: %d" % len(SMUGGLED), SMUGGLED, (400, 201))
-    for line, status in ((b"GET /livez", 200), (b"HEAD /livez", 200), (b"POST /livez", 405), (b"POST /nowhere", 404),
-                         (b"GET /api/account", 200), (b"DELETE /api/account", 405), (b"POST /api/register", 400)):
-        yield asked(line + b" HTTP/1.1", (status, 201), fields=b"Content-Length: %d" % len(SMUGGLED), body=SMUGGLED)
+    for line, status in (
+        (b"GET /livez", 200),
+        (b"HEAD /livez", 200),
+        (b"POST /livez", 405),
+        (b"POST /nowhere", 404),
+        (b"GET /api/account", 200),
+        (b"DELETE /api/account", 405),
+        (b"POST /api/register", 400),
+    ):
+        yield asked(
+            line + b" HTTP/1.1",
+            (status, 201),
+            fields=b"Content-Length: %d" % len(SMUGGLED),
+            body=SMUGGLED,
+        )
         chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED)
         yield asked(line + b" HTTP/1.1", (status,), fields=CHUNKED, body=chunk)
 
@@ -981,43 +1443,83 @@ def raw_requests():
     # These two take careless patterns minutes and seconds.
     yield whole(b"GET a://" + b"1" * 16_000 + b" x HTTP/1.1\r\n\r\n")
     yield whole(b"GET /livez HTTP/1.1\r\nX:" + b" " * 16_000 + b"x\r\n\r\n", (400,))
-    yield whole(POST + b"Idempotency-Key: a\r\nIdempotency-Key: a\r\nContent-Length: 2\r\n\r\n{}", (400,))
+    yield whole(
+        POST + b"Idempotency-Key: a\r\nIdempotency-Key: a\r\nContent-Length: 2\r\n\r\n{}", (400,)
+    )
     yield whole(b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", (431,))
     for length in (65537, 99999999999):
         yield whole(POST + b"Content-Length: %d\r\n\r\n" % length, (413,))
         yield whole(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % length, (413,))
 
+
 PAGE = (HERE / "wallet.html").read_bytes()
 
-OPEN_ROUTES = {"POST /api/register", "GET /livez", "GET /readyz", "GET /metrics", "GET /openapi.yaml", "GET /"}
+OPEN_ROUTES = {
+    "POST /api/register",
+    "GET /livez",
+    "GET /readyz",
+    "GET /metrics",
+    "GET /openapi.yaml",
+    "GET /",
+}
 
-ROUTES = {f"{route.method} {route.rule}": route for route in create_app(Wallet(), metrics=True).routes.routes}
+ROUTES = {
+    f"{route.method} {route.rule}": route
+    for route in create_app(Wallet(), metrics=True).routes.routes
+}
 
 
 def path_of(rule, transaction_id="txn_0000000000000000_1", hold_id="hld_0000000000000000_1"):
     """Return a path that a route's rule matches."""
-    return re.sub(r"<(\w)\w*_id:[^>]*>", lambda match: transaction_id if match[1] == "t" else hold_id, rule)
+    return re.sub(
+        r"<(\w)\w*_id:[^>]*>", lambda match: transaction_id if match[1] == "t" else hold_id, rule
+    )
 
-BODIES = {"topup": {"amount": 5}, "charge": {"amount": 5}, "holds": {"amount": 5}, "refund": {"amount": 1},
-          "capture": {"amount": 1}, "release": {}, "token": {}, "register": {"name": "Somebody"},
-          "batch": {"transactions": [{"type": "charge", "amount": 1}]}}
+
+BODIES = {
+    "topup": {"amount": 5},
+    "charge": {"amount": 5},
+    "holds": {"amount": 5},
+    "refund": {"amount": 1},
+    "capture": {"amount": 1},
+    "release": {},
+    "token": {},
+    "register": {"name": "Somebody"},
+    "batch": {"transactions": [{"type": "charge", "amount": 1}]},
+}
 
 
 def forms_of(secret):
-    """Return a secret, and what it looks like after the usual encodings, wherever it stood among other bytes."""
+    """Return a secret, and what it looks like after the usual encodings, wherever it stood among
+    other bytes.
+    """
     plain, parts = secret.encode(), range(len(secret) - 15)  # A part of it is too much already.
-    forms = {form[start:start + 16].encode() for form in (secret, secret.upper(), secret.lower()) for start in parts}
-    forms |= {plain.hex().encode(), plain.hex().upper().encode(), "".join(f"%{byte:02x}" for byte in plain).encode()}
+    forms = {
+        form[start : start + 16].encode()
+        for form in (secret, secret.upper(), secret.lower())
+        for start in parts
+    }
+    forms |= {
+        plain.hex().encode(),
+        plain.hex().upper().encode(),
+        "".join(f"%{byte:02x}" for byte in plain).encode(),
+    }
     for shift in range(3):
-        encoded = base64.b64encode(bytes(shift) + plain)[shift and shift + 1:(shift + len(plain)) * 8 // 6]
+        encoded = base64.b64encode(bytes(shift) + plain)[
+            shift and shift + 1 : (shift + len(plain)) * 8 // 6
+        ]
         forms |= {encoded, encoded.translate(bytes.maketrans(b"+/", b"-_"))}
     return forms
 
 
 def find_secrets(places, secrets):
     """Return which secret was found in which place."""
-    return {(name, place) for (name, secret), (place, content) in itertools.product(secrets.items(), places.items())
-            if any(form in content for form in forms_of(secret))}
+    return {
+        (name, place)
+        for (name, secret), (place, content) in itertools.product(secrets.items(), places.items())
+        if any(form in content for form in forms_of(secret))
+    }
+
 
 BUGGY = """
 import sys, wallet
@@ -1028,12 +1530,15 @@ wallet.Wallet.balance_at = balance_at
 
 
 def call(app, method, path, headers=()):
-    """Return the status that an application answers with, and let no client get in the way of what is sent."""
+    """Return the status that an application answers with, and let no client get in the way of what
+    is sent.
+    """
     environ, started = {}, []
     setup_testing_defaults(environ)
     environ.update(headers, REQUEST_METHOD=method, PATH_INFO=path)
     b"".join(app(environ, lambda status, headers: started.append(int(status[:3]))))
     return started[0]
+
 
 SCHEMA_1 = """
 CREATE TABLE wallet (id INTEGER PRIMARY KEY CHECK (id = 1), schema_version INTEGER NOT NULL, currency TEXT NOT NULL);
@@ -1062,8 +1567,14 @@ class Load:
         number = 0
         while not self.stopped:
             number += 1
-            status, _, document = send(self.url, "POST", "/api/transactions/topup", {"amount": 1}, token,
-                                       Idempotency_Key=f"key-{number}")
+            status, _, document = send(
+                self.url,
+                "POST",
+                "/api/transactions/topup",
+                {"amount": 1},
+                token,
+                Idempotency_Key=f"key-{number}",
+            )
             self.statuses.add((status, document.get("code")))
             if status == 201:
                 self.kept.append((token, f"key-{number}"))
@@ -1075,7 +1586,9 @@ class Load:
         started, goal = time.monotonic(), len(self.kept) + count
         while len(self.kept) < goal:
             assert time.monotonic() - started < timeout_s, self.statuses
-            assert not any(future.done() for future in self.futures), [future.exception() for future in self.futures]
+            assert not any(future.done() for future in self.futures), [
+                future.exception() for future in self.futures
+            ]
             time.sleep(0.002)
         return time.monotonic() - started
 
@@ -1090,7 +1603,9 @@ class Load:
         """Return how many answers were not kept, and see that each key had one effect."""
         with Wallet(dsn) as wallet:
             check_books(wallet)
-            replayed = [wallet.topup("acc_" + token[4:20], 1, key=key).replayed for token, key in self.kept]
+            replayed = [
+                wallet.topup("acc_" + token[4:20], 1, key=key).replayed for token, key in self.kept
+            ]
             for token, key in self.open:
                 wallet.topup("acc_" + token[4:20], 1, key=key)
             keys = self.kept + self.open
@@ -1101,7 +1616,10 @@ class Load:
 
 @contextmanager
 def standby_missing(server):
-    """Let every commit of a change wait for a standby that never comes. Yield a function that names who waits."""
+    """Let every commit of a change wait for a standby that never comes.
+
+    Yield a function that names who waits.
+    """
 
     def waiting(count=1):
         deadline = time.monotonic() + 30
@@ -1129,14 +1647,20 @@ def standby_missing(server):
 def contents(dsn):
     database = wallet_module.open_database(dsn, 1, False)
     with contextlib.closing(database):
-        return [sorted(database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")), key=repr)
-                for table in ("wallet", "accounts", "transactions", "holds")]
+        return [
+            sorted(database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")), key=repr)
+            for table in ("wallet", "accounts", "transactions", "holds")
+        ]
 
 
 def fill_books(dsn, monkeypatch):
     """Make a wallet with every kind of entry and hold, and with known ids."""
     names = iter("ABCD")
-    monkeypatch.setattr(wallet_module, "_random_base62", lambda length: next(names) * 16 if length == 16 else "s" * 32)
+    monkeypatch.setattr(
+        wallet_module,
+        "_random_base62",
+        lambda length: next(names) * 16 if length == 16 else "s" * 32,
+    )
     with Wallet(dsn) as wallet:
         ada, bob, _, dan = (wallet.register(name)[0].id for name in ("Ada", "Bob", "Cas", "Dan"))
         wallet.topup(ada, 100)
@@ -1144,7 +1668,9 @@ def fill_books(dsn, monkeypatch):
         wallet.refund(ada, charge.id, 10)
         wallet.charge(ada, 5)
         wallet.hold(ada, 3)
-        wallet.database.write(lambda tx: wallet._end_expired(tx, ada, time.time_ns() // 1000 + 8 * 24 * 3600 * 10**6))
+        wallet.database.write(
+            lambda tx: wallet._end_expired(tx, ada, time.time_ns() // 1000 + 8 * 24 * 3600 * 10**6)
+        )
         wallet.capture(ada, wallet.hold(ada, 20).id, 15)
         wallet.release(ada, wallet.hold(ada, 5).id)
         wallet.hold(ada, 7)
@@ -1156,7 +1682,9 @@ def fill_books(dsn, monkeypatch):
 
 @pytest.fixture(scope="module")
 def books_by_engine(request, tmp_path_factory):
-    """A function of an engine that returns how to run SQL on such books, which are not checked by the engine itself."""
+    """A function of an engine that returns how to run SQL on such books, which are not checked by
+    the engine itself.
+    """
     opened = {}
 
     def open_books(engine):
@@ -1170,8 +1698,13 @@ def books_by_engine(request, tmp_path_factory):
                     opened[engine] = connection, wallet_module._execute_on(connection)
                 else:
                     fill_books(request.getfixturevalue("kept_schema"), patches)
-                    connection = psycopg.connect(request.getfixturevalue("kept_schema"), autocommit=True)
-                    opened[engine] = connection, partial(wallet_module._execute_on_postgres, connection)
+                    connection = psycopg.connect(
+                        request.getfixturevalue("kept_schema"), autocommit=True
+                    )
+                    opened[engine] = (
+                        connection,
+                        partial(wallet_module._execute_on_postgres, connection),
+                    )
         return opened[engine][1]
 
     yield open_books
@@ -1188,18 +1721,23 @@ def books(request, books_by_engine):
     tx = books_by_engine(request.param)
     tx("BEGIN")
     if request.param == "postgres":
-        for table, name in tx("SELECT CAST(conrelid AS regclass), conname FROM pg_constraint WHERE contype IN"
-                              " ('c', 'f') AND connamespace = CAST(current_schema() AS regnamespace)"):
+        for table, name in tx(
+            "SELECT CAST(conrelid AS regclass), conname FROM pg_constraint WHERE contype IN"
+            " ('c', 'f') AND connamespace = CAST(current_schema() AS regnamespace)"
+        ):
             tx(f"ALTER TABLE {table} DROP CONSTRAINT {name}")
     yield tx
     tx("ROLLBACK")
+
 
 INSERT = f"INSERT INTO transactions ({wallet_module.ENTRY_COLUMNS}) VALUES"
 
 
 def entry(account, sequence, type, amount, balance, reference="NULL"):
-    return (f"{INSERT} ('{account}', 'key {sequence}', 'f', {sequence}, '{type}', {amount}, {balance}, NULL, NULL,"
-            f" {reference}, 9000000000000000)")
+    return (
+        f"{INSERT} ('{account}', 'key {sequence}', 'f', {sequence}, '{type}', {amount}, {balance}, NULL, NULL,"
+        f" {reference}, 9000000000000000)"
+    )
 
 
 def account(id, **columns):
@@ -1228,4 +1766,6 @@ def wait_until_gone(processes):
 def readme_table(heading):
     """Return the rows of the first table under a heading, each as a list of cells."""
     table = re.search(rf"(?m)^#+ {heading}\n.*?\n\n?(\|.*?)(?:\n\n|\Z)", README, re.DOTALL)[1]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]
+    ]

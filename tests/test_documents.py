@@ -1,4 +1,4 @@
-"""DOC tests/test_documents"""
+"""The documents and the contract, held to the code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -21,10 +20,10 @@ from uv import find_uv_bin
 
 import wallet as wallet_module
 from tests.support import (
-    PAGES,
     CONTRACT,
     HERE,
     OPEN_ROUTES,
+    PAGES,
     README,
     ROUTES,
     environment,
@@ -36,19 +35,26 @@ from tests.support import (
 )
 from wallet import SETTINGS, ConfigurationError, Wallet, WalletError, running
 
-# The documents, held to the code ###################################################################
+# The documents, held to the code ##################################################################
 
 
 def test_readme_lists_every_setting():
     assert readme_table("Settings") == [
-        [f"`--{setting.name}`", f"`{setting.variable}`", setting.default and f"`{setting.default}`", setting.meaning]
+        [
+            f"`--{setting.name}`",
+            f"`{setting.variable}`",
+            setting.default and f"`{setting.default}`",
+            setting.meaning,
+        ]
         for setting in SETTINGS
     ]
 
 
 def test_readme_lists_every_command():
     assert readme_table("Commands") == [
-        [f"`{one.name}`", one.meaning, f"`python wallet.py {one.example}`"] for one in wallet_module.COMMANDS]
+        [f"`{one.name}`", one.meaning, f"`python wallet.py {one.example}`"]
+        for one in wallet_module.COMMANDS
+    ]
 
 
 def error_classes(base=WalletError):
@@ -61,7 +67,12 @@ def error_classes(base=WalletError):
 def test_readme_and_contract_list_every_error():
     known = sorted((one.status, one.code) for one in error_classes())
     named = sorted((one.status, one.code, one.__name__) for one in error_classes())
-    assert sorted((int(row[0]), row[1].strip("`"), row[2].strip("`")) for row in readme_table("Errors")) == named
+    assert (
+        sorted(
+            (int(row[0]), row[1].strip("`"), row[2].strip("`")) for row in readme_table("Errors")
+        )
+        == named
+    )
     declared = CONTRACT["components"]["schemas"]["Problem"]["properties"]["code"]["enum"]
     assert sorted(declared) == sorted(code for _, code in known)
 
@@ -69,19 +80,27 @@ def test_readme_and_contract_list_every_error():
 def test_readme_and_contract_list_every_route():
     known = {re.sub("<.*>", "{id}", name) for name in ROUTES}
     assert {row[0].strip("`").partition("?")[0] for row in readme_table("Routes")} == known
-    assert {f"{method.upper()} {path}" for path, item in CONTRACT["paths"].items() for method in item} == known
+    assert {
+        f"{method.upper()} {path}" for path, item in CONTRACT["paths"].items() for method in item
+    } == known
 
 
 def documents_in(node):
     if isinstance(node, dict):
         yield node
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+    for child in (
+        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    ):
         yield from documents_in(child)
 
 
 def test_examples_in_the_documents_are_real():
     classes = {one.code: one for one in error_classes()}
-    problems = [one for one in documents_in(CONTRACT) if isinstance(one.get("title"), str) and "detail" in one]
+    problems = [
+        one
+        for one in documents_in(CONTRACT)
+        if isinstance(one.get("title"), str) and "detail" in one
+    ]
     assert len(problems) >= 10
     for problem in problems:
         known = classes[problem["code"]]
@@ -93,8 +112,12 @@ def test_examples_in_the_documents_are_real():
 
 
 def test_contract_opens_the_routes_that_are_open():
-    declared = {f"{method.upper()} {path}" for path, item in CONTRACT["paths"].items()
-                for method, operation in item.items() if operation.get("security") in ([], [{}, {"token": []}])}
+    declared = {
+        f"{method.upper()} {path}"
+        for path, item in CONTRACT["paths"].items()
+        for method, operation in item.items()
+        if operation.get("security") in ([], [{}, {"token": []}])
+    }
     assert declared == OPEN_ROUTES
 
 
@@ -110,8 +133,12 @@ def test_readme_names_a_test_for_every_promise():
 def all_tests():
     """Return every test of the project, parsed, by its name."""
     files = HERE / "test_wallet.py", *(HERE / "tests").glob("test_*.py")
-    return {node.name: node for file in files for node in ast.parse(file.read_text()).body
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+    return {
+        node.name: node
+        for file in files
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
 
 
 def test_readme_has_at_most_200_lines_and_its_links_lead_somewhere():
@@ -123,7 +150,10 @@ def test_readme_has_at_most_200_lines_and_its_links_lead_somewhere():
 
 
 def test_no_page_says_what_another_says():
-    sentences = {name: set(re.findall(r"[A-Z][^.|`]{60,}\.", re.sub(r"\s+", " ", text))) for name, text in PAGES.items()}
+    sentences = {
+        name: set(re.findall(r"[A-Z][^.|`]{60,}\.", re.sub(r"\s+", " ", text)))
+        for name, text in PAGES.items()
+    }
     for one, other in itertools.combinations(sentences, 2):
         assert not sentences[one] & sentences[other], (one, other)
 
@@ -142,15 +172,22 @@ def test_readme_names_the_run_behind_each_piece_of_evidence():
 
 
 def test_readme_tells_the_versions_whose_advisories_were_read():
-    told = " ".join(row[0] for row in readme_table("What else keeps it safe")).replace(",", "").split()
-    pinned = re.sub(r"\[.*?\]", "", (HERE / "requirements.txt").read_text()).replace("==", " ").split()
+    told = (
+        " ".join(row[0] for row in readme_table("What else keeps it safe")).replace(",", "").split()
+    )
+    pinned = (
+        re.sub(r"\[.*?\]", "", (HERE / "requirements.txt").read_text()).replace("==", " ").split()
+    )
     assert set(told) == set(pinned)
 
 
 def normalized(text):
     """Replace what differs from run to run."""
-    for pattern, same in ((r"(acc|wlt|txn|hld)_[0-9A-Za-z]+", r"\1_"), (r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME"),
-                          (r"127\.0\.0\.1:\d+", "HOST")):
+    for pattern, same in (
+        (r"(acc|wlt|txn|hld)_[0-9A-Za-z]+", r"\1_"),
+        (r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME"),
+        (r"127\.0\.0\.1:\d+", "HOST"),
+    ):
         text = re.sub(pattern, same, text)
     return text.strip()
 
@@ -162,11 +199,22 @@ def test_readme_sessions_run_as_they_stand_and_show_what_comes(tmp_path):
         token = ""
         for session in sessions:
             lines = session.replace("\\\n", "\\\0").splitlines()
-            commands = "\n".join(line[2:].replace("\0", "\n") for line in lines if line.startswith("$ "))
+            commands = "\n".join(
+                line[2:].replace("\0", "\n") for line in lines if line.startswith("$ ")
+            )
             shown = "\n".join(line for line in lines if not line.startswith("$ "))
-            script = f"TOKEN={token}\n" + commands.replace("http://127.0.0.1:4000", url) + "\necho TOKEN=$TOKEN"
-            done = subprocess.run(["bash", "-c", f"exec 2>&1\n{script}"], stdout=subprocess.PIPE, text=True, timeout=60,
-                                  cwd=tmp_path)
+            script = (
+                f"TOKEN={token}\n"
+                + commands.replace("http://127.0.0.1:4000", url)
+                + "\necho TOKEN=$TOKEN"
+            )
+            done = subprocess.run(
+                ["bash", "-c", f"exec 2>&1\n{script}"],
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=60,
+                cwd=tmp_path,
+            )
             output, _, token = done.stdout.rpartition("TOKEN=")
             token = token.strip()
             assert normalized(output) == normalized(shown)
@@ -176,11 +224,18 @@ def test_readme_sessions_run_as_they_stand_and_show_what_comes(tmp_path):
 def test_versions_are_pinned_once_and_the_commands_are_the_same_everywhere():
     pinned = (HERE / "requirements.txt").read_text().split()
     names = {re.split(r"[\[=]", line)[0] for line in pinned}
-    for name in names - {"psycopg"}:  # Of which the driver in C is another part, of the same version.
+    for name in names - {
+        "psycopg"
+    }:  # Of which the driver in C is another part, of the same version.
         needed = [Requirement(line) for line in importlib.metadata.requires(name) or []]
-        assert {one.name.replace("-", "_") for one in needed if not one.marker or one.marker.evaluate({"extra": ""})} \
-            <= {one.replace("-", "_") for one in names}
-    inline = re.search(r"# dependencies = (\[.*?\])\n# ///", (HERE / "wallet.py").read_text(), re.DOTALL)[1]
+        assert {
+            one.name.replace("-", "_")
+            for one in needed
+            if not one.marker or one.marker.evaluate({"extra": ""})
+        } <= {one.replace("-", "_") for one in names}
+    inline = re.search(
+        r"# dependencies = (\[.*?\])\n# ///", (HERE / "wallet.py").read_text(), re.DOTALL
+    )[1]
     assert json.loads(inline.replace("#", "")) == pinned
     developers = (HERE / "requirements-dev.txt").read_text().splitlines()
     assert developers[0] == "-r requirements.txt"
@@ -192,8 +247,12 @@ def test_versions_are_pinned_once_and_the_commands_are_the_same_everywhere():
 def test_uv_runs_the_one_file_with_what_it_says_it_needs(tmp_path):
     for name in ("wallet.py", "schema.sql"):
         shutil.copy(HERE / name, tmp_path)
-    with served(python=(find_uv_bin(), "run"), program=(str(tmp_path / "wallet.py"),), cwd=tmp_path,
-                PYTHONPATH="") as server:
+    with served(
+        python=(find_uv_bin(), "run"),
+        program=(str(tmp_path / "wallet.py"),),
+        cwd=tmp_path,
+        PYTHONPATH="",
+    ) as server:
         with urllib.request.urlopen(f"{server.url}/readyz") as answer:
             assert json.load(answer) == {"status": "ok"}
         server.send_signal(signal.SIGTERM)
@@ -202,15 +261,29 @@ def test_uv_runs_the_one_file_with_what_it_says_it_needs(tmp_path):
 
 
 def run_bench(*arguments, **settings):
-    command = [sys.executable, str(HERE / "bench_wallet.py"), "--rounds", "1", "--seconds", "1", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(**settings))
+    command = [
+        sys.executable,
+        str(HERE / "bench_wallet.py"),
+        "--rounds",
+        "1",
+        "--seconds",
+        "1",
+        *arguments,
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=environment(**settings)
+    )
 
 
 def test_bench_says_how_to_install_what_it_needs_and_prints_ratios():
     missing = run_bench("--only", "waitress: account reads", PATH="/nowhere")
     assert (missing.returncode, missing.stdout) == (2, "")
-    assert missing.stderr.splitlines()[-1].startswith("bench: wrk is missing; install it with: apt-get install wrk")
-    found = json.loads(run_bench("--only", "in process: topups in memory", "--json", PATH="/nowhere").stdout)
+    assert missing.stderr.splitlines()[-1].startswith(
+        "bench: wrk is missing; install it with: apt-get install wrk"
+    )
+    found = json.loads(
+        run_bench("--only", "in process: topups in memory", "--json", PATH="/nowhere").stdout
+    )
     (row,) = found["rows"]
     assert row["ratio"] == pytest.approx(row["rate_per_s"] / row["limit_per_s"])
     assert row["met"] == (row["ratio"] >= row["bar"])
@@ -220,7 +293,14 @@ def test_bench_says_how_to_install_what_it_needs_and_prints_ratios():
 def test_image_has_every_file_that_the_service_reads():
     dockerfile = (HERE / "Dockerfile").read_text()
     copied = set(re.findall(r"[\w.]+\.\w+", " ".join(re.findall(r"(?m)^COPY (.*)$", dockerfile))))
-    assert copied == {"requirements.txt", "wallet.py", "schema.sql", "checks.sql", "openapi.yaml", "wallet.html"}
+    assert copied == {
+        "requirements.txt",
+        "wallet.py",
+        "schema.sql",
+        "checks.sql",
+        "openapi.yaml",
+        "wallet.html",
+    }
 
 
 def test_contract_is_valid():
@@ -240,6 +320,7 @@ def test_file_that_was_not_installed_is_not_found(api, monkeypatch, tmp_path):
     problem = api.send("GET", "/openapi.yaml", status=404).json
     assert problem["detail"] == "openapi.yaml is not installed beside wallet.py."
 
+
 SCHEMATHESIS = """
 [[operations]]
 include-path = "/api/account/token"
@@ -250,58 +331,107 @@ include-path = "/metrics"
 checks.unsupported_method.enabled = false
 """
 
-REFUSED = {  # Though valid by its form, for the money, the account, the state or an earlier request.
-    "/api/transactions/topup": [201, 422], "/api/transactions/charge": [201, 402, 422],
-    "/api/transactions/transfer": [201, 402, 404, 422], "/api/transactions/batch": [201, 402, 422],
-    "/api/transactions/{id}/refund": [201, 404, 422], "/api/transactions": [200, 400],
-    "/api/holds": [200, 201, 400, 402, 422], "/api/holds/{id}/capture": [201, 404, 409, 422],
+# Though valid by its form, for the money, the account, the state or an earlier request.
+REFUSED = {
+    "/api/transactions/topup": [201, 422],
+    "/api/transactions/charge": [201, 402, 422],
+    "/api/transactions/transfer": [201, 402, 404, 422],
+    "/api/transactions/batch": [201, 402, 422],
+    "/api/transactions/{id}/refund": [201, 404, 422],
+    "/api/transactions": [200, 400],
+    "/api/holds": [200, 201, 400, 402, 422],
+    "/api/holds/{id}/capture": [201, 404, 409, 422],
     "/api/holds/{id}/release": [201, 404, 409, 422],
 }
 
-SCHEMATHESIS += "".join(f"""
+SCHEMATHESIS += "".join(
+    f"""
 [[operations]]
 include-path = "{path}"
 checks.positive_data_acceptance.expected-statuses = {statuses}
-""" for path, statuses in REFUSED.items())
+"""
+    for path, statuses in REFUSED.items()
+)
 
 
 def run_schemathesis(folder, url, token, examples, *arguments):
-    """Return what schemathesis says of a server. Its stateful phase makes requests of what earlier answers had."""
+    """Return what schemathesis says of a server.
+
+    Its stateful phase makes requests of what earlier answers had.
+    """
     # Replacing the token would end the rest: other tests do that.
     phases = f"[phases.stateful]\ngeneration.max-examples = {5 * examples}\n"
-    if examples < 10:  # All that is wrong on purpose would take most of the time: fuzzing sends some of it too.
+    if (
+        examples < 10
+    ):  # All that is wrong on purpose would take most of the time: fuzzing sends some of it too.
         phases += '[phases.coverage]\ngeneration.mode = "positive"\n'
     (folder / "schemathesis.toml").write_text(phases + SCHEMATHESIS)
     strict = load_yaml((HERE / "openapi.yaml").read_text())
     for item in strict["paths"].values():
         for operation in item.values():
-            del operation["responses"]["default"]  # Every status must be one that the operation names.
+            del operation["responses"][
+                "default"
+            ]  # Every status must be one that the operation names.
     (folder / "openapi.json").write_text(json.dumps(strict))
     return subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", url,
-         "--output-sanitize=false", "--max-examples", str(examples), "--no-color", "--seed", "1",
-         "--header", f"Authorization: Bearer {token}", *arguments],
-        capture_output=True, text=True, cwd=folder, timeout=3600, env={**os.environ, "PYTHONWARNINGS": ""})
+        [
+            sys.executable,
+            "-m",
+            "schemathesis.cli",
+            "run",
+            "openapi.json",
+            "--url",
+            url,
+            "--output-sanitize=false",
+            "--max-examples",
+            str(examples),
+            "--no-color",
+            "--seed",
+            "1",
+            "--header",
+            f"Authorization: Bearer {token}",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=3600,
+        env={**os.environ, "PYTHONWARNINGS": ""},
+    )
 
 
-@pytest.mark.parametrize(("examples", "options"), [  # With a time, it begins anew until that is over.
-    (2, []), torture(100, ["--max-time", "240"])])
-def test_service_keeps_to_its_contract_whatever_schemathesis_sends(serving, file_wallet, tmp_path, examples, options,
-                                                                   report):
+@pytest.mark.parametrize(
+    ("examples", "options"),
+    [  # With a time, it begins anew until that is over.
+        (2, []),
+        torture(100, ["--max-time", "240"]),
+    ],
+)
+def test_service_keeps_to_its_contract_whatever_schemathesis_sends(
+    serving, file_wallet, tmp_path, examples, options, report
+):
     ada, token = file_wallet.register("Ada")
     file_wallet.topup(ada.id, 10**12)
     with serving(file_wallet) as url:
         done = run_schemathesis(tmp_path, url, token, examples, "--continue-on-failure", *options)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     generated = int(re.search(r"(\d+) generated", done.stdout)[1])
-    scenarios, links = map(int, re.search(r"Scenarios: +(\d+)\s+API Links: +(\d+) covered", done.stdout).groups())
+    scenarios, links = map(
+        int, re.search(r"Scenarios: +(\d+)\s+API Links: +(\d+) covered", done.stdout).groups()
+    )
     least = (5, 1) if examples == 2 else (50, 10)
-    assert (generated > 300, scenarios >= least[0], links >= least[1]) == (True, True, True), done.stdout
-    report(f"{generated:,} requests, {scenarios:,} of its scenarios, {links} links, and the contract was kept")
+    assert (generated > 300, scenarios >= least[0], links >= least[1]) == (True, True, True), (
+        done.stdout
+    )
+    report(
+        f"{generated:,} requests, {scenarios:,} of its scenarios, {links} links, and the contract was kept"
+    )
 
 
 @pytest.mark.parametrize("serving", ["waitress"], indirect=True)
-def test_control_a_fault_behind_an_earlier_answer_is_found_by_schemathesis(serving, file_wallet, tmp_path, monkeypatch):
+def test_control_a_fault_behind_an_earlier_answer_is_found_by_schemathesis(
+    serving, file_wallet, tmp_path, monkeypatch
+):
     def careless(wallet, account_id, hold_id, **options):
         wallet.get_hold(account_id, hold_id)
         raise RuntimeError
@@ -310,6 +440,19 @@ def test_control_a_fault_behind_an_earlier_answer_is_found_by_schemathesis(servi
     ada, token = file_wallet.register("Ada")
     file_wallet.topup(ada.id, 10**12)
     with serving(file_wallet) as url:
-        done = run_schemathesis(tmp_path, url, token, 2, "--phases", "stateful", "--no-shrink",
-                                 "--max-failures", "1", "--include-path-regex", "^/api/holds/.*/release|^/api/holds$")
-    assert (done.returncode, "Server error" in done.stdout) == (1, True), done.stdout[-5000:] + done.stderr[-2000:]
+        done = run_schemathesis(
+            tmp_path,
+            url,
+            token,
+            2,
+            "--phases",
+            "stateful",
+            "--no-shrink",
+            "--max-failures",
+            "1",
+            "--include-path-regex",
+            "^/api/holds/.*/release|^/api/holds$",
+        )
+    assert (done.returncode, "Server error" in done.stdout) == (1, True), (
+        done.stdout[-5000:] + done.stderr[-2000:]
+    )

@@ -1,4 +1,4 @@
-"""DOC tests/test_embedding"""
+"""A wallet inside another program."""
 
 from __future__ import annotations
 
@@ -18,16 +18,30 @@ import wallet as wallet_module
 from tests.support import POST, README, Client, environment, raw_exchange, send, together
 from wallet import Wallet, create_app, running
 
-# Embedding #########################################################################################
+# Embedding ########################################################################################
 
 
 def test_example_of_the_docstring_runs_as_it_stands(tmp_path):
-    example = re.search(r"(?m)^    from wallet import.*?\.\.\.$", wallet_module.__doc__, re.DOTALL)[0]
-    program = re.sub("(?m)^    ", "", example) + "\nwallet.close(); print(type(app).__name__, url, token)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60,
-                          env=environment())
-    assert re.fullmatch(r"App http://127\.0\.0\.1:\d+ wlt_[0-9A-Za-z]{54}\n", done.stdout), done.stderr
-    assert example in README.replace("```python\n", "```python\n    ").replace("\n", "\n    ").replace("    \n", "\n")
+    example = re.search(r"(?m)^    from wallet import.*?\.\.\.$", wallet_module.__doc__, re.DOTALL)[
+        0
+    ]
+    program = (
+        re.sub("(?m)^    ", "", example) + "\nwallet.close(); print(type(app).__name__, url, token)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+        env=environment(),
+    )
+    assert re.fullmatch(r"App http://127\.0\.0\.1:\d+ wlt_[0-9A-Za-z]{54}\n", done.stdout), (
+        done.stderr
+    )
+    assert example in README.replace("```python\n", "```python\n    ").replace(
+        "\n", "\n    "
+    ).replace("    \n", "\n")
 
 
 def test_importing_has_no_side_effects(tmp_path):
@@ -41,8 +55,13 @@ before = world()
 import wallet
 assert world() == before, (before, world())
 """
-    subprocess.run([sys.executable, "-B", "-c", program], check=True, cwd=tmp_path, timeout=60,
-                   env={**environment(), "COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""})
+    subprocess.run(
+        [sys.executable, "-B", "-c", program],
+        check=True,
+        cwd=tmp_path,
+        timeout=60,
+        env={**environment(), "COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""},
+    )
 
 
 def test_running_serves_two_wallets_at_once_and_leaves_nothing_behind():
@@ -80,7 +99,12 @@ def test_app_mounts_at_a_prefix_of_another(wallet):
     first = api.send("GET", "/wallet/api/transactions?limit=2", status=200)
     assert first.headers["Link"].startswith("<?limit=2&cursor=txn_")
     assert api.send("GET", "/wallet/nowhere", status=404).json["code"] == "not_found"
-    assert api.send("POST", "/wallet/api/transactions/charge", {"amount": 99}, status=402).json["balance"] == 15
+    assert (
+        api.send("POST", "/wallet/api/transactions/charge", {"amount": 99}, status=402).json[
+            "balance"
+        ]
+        == 15
+    )
     assert api.app.get("/shop").text == "shop"
 
 
@@ -89,9 +113,23 @@ def test_app_runs_under_gunicorn(tmp_path, durable_dsn):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "2", "--threads", "4",
-         "wallet:create_app()"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        env={**environment(WALLET_DSN=durable_dsn), "PYTHONWARNINGS": ""})
+        [
+            sys.executable,
+            "-m",
+            "gunicorn",
+            "--bind",
+            f"127.0.0.1:{port}",
+            "--workers",
+            "2",
+            "--threads",
+            "4",
+            "wallet:create_app()",
+        ],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment(WALLET_DSN=durable_dsn), "PYTHONWARNINGS": ""},
+    )
     try:
         for line in server.stderr:
             if "Booting worker" in line:
@@ -103,7 +141,9 @@ def test_app_runs_under_gunicorn(tmp_path, durable_dsn):
                     break
             assert time.monotonic() < deadline
         token = send(url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
-        answers = together(*[lambda: send(url, "POST", "/api/transactions/topup", {"amount": 1}, token)] * 16)
+        answers = together(
+            *[lambda: send(url, "POST", "/api/transactions/topup", {"amount": 1}, token)] * 16
+        )
         assert {status for status, _, _ in answers} == {201}
         assert send(url, "GET", "/api/account", token=token)[2]["balance"] == 16
         assert send(url, "POST", "/api/transactions/charge", {"amount": 17}, token)[0] == 402

@@ -28,8 +28,19 @@ PROJECT = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
 def wheel(tmp_path_factory):
     """The wheel, built as pip does it, but from what is installed here already."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet",
-               "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(HERE)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(folder),
+        str(HERE),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (built,) = folder.glob("*.whl")
@@ -47,8 +58,14 @@ def installed(wheel, tmp_path_factory):
 
 def run(*arguments, cwd, path=(), **variables):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **variables}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd,
-                          env=environment, timeout=120)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        timeout=120,
+    )
 
 
 def test_wheel_has_every_file_that_the_code_reads_and_nothing_beside_its_package(wheel):
@@ -57,7 +74,9 @@ def test_wheel_has_every_file_that_the_code_reads_and_nothing_beside_its_package
     assert package == {"__init__.py", "__main__.py", "py.typed", "pytest_plugin.py", *DATA}
     roots = {name.partition("/")[0] for name in names}
     assert roots == {"wallet", f"wallet-{wallet_module.__version__}.dist-info"}
-    read = set(re.findall(r'_(?:read_file|read_sql)\("([\w.]+)"\)', Path(HERE / "wallet.py").read_text()))
+    read = set(
+        re.findall(r'_(?:read_file|read_sql)\("([\w.]+)"\)', Path(HERE / "wallet.py").read_text())
+    )
     assert read == DATA
 
 
@@ -69,9 +88,13 @@ def test_version_has_one_source():
 def test_installed_wallet_runs_from_any_folder(installed, tmp_path):
     told = run("-m", "wallet", "--version", cwd=tmp_path, path=[installed])
     assert (told.returncode, told.stdout) == (0, f"wallet {wallet_module.__version__}\n")
-    verified = run("-m", "wallet", "verify", "--dsn", "sqlite:///no.db", cwd=tmp_path, path=[installed])
+    verified = run(
+        "-m", "wallet", "verify", "--dsn", "sqlite:///no.db", cwd=tmp_path, path=[installed]
+    )
     assert (verified.returncode, "there is no such file" in verified.stderr) == (2, True)
-    points = (installed / f"wallet-{wallet_module.__version__}.dist-info" / "entry_points.txt").read_text()
+    points = (
+        installed / f"wallet-{wallet_module.__version__}.dist-info" / "entry_points.txt"
+    ).read_text()
     assert "wallet = wallet:main" in points
     assert "wallet = wallet.pytest_plugin" in points
 
@@ -80,9 +103,19 @@ def test_program_that_embeds_the_wallet_runs_and_has_no_type_errors(installed, t
     shop = HERE / "tests" / "embedding" / "shop.py"
     done = run(str(shop), cwd=tmp_path, path=[installed])
     assert (done.returncode, done.stderr) == (0, "")
-    checked = run("-m", "mypy", "--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache"),
-                  "--no-site-packages", str(shop), cwd=tmp_path, path=[installed],
-                  MYPYPATH=str(installed))
+    checked = run(
+        "-m",
+        "mypy",
+        "--strict",
+        "--config-file=",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--no-site-packages",
+        str(shop),
+        cwd=tmp_path,
+        path=[installed],
+        MYPYPATH=str(installed),
+    )
     reported = [line for line in checked.stdout.splitlines() if line.startswith(str(shop))]
     assert reported == []
     assert "mypy" not in checked.stderr
@@ -91,8 +124,21 @@ def test_program_that_embeds_the_wallet_runs_and_has_no_type_errors(installed, t
 def test_fixtures_for_tests_of_programs_need_no_more_than_the_package(installed, tmp_path):
     page = (HERE / "docs" / "embedding.md").read_text()
     (tmp_path / "test_shop.py").write_text(re.findall(r"(?s)```python\n(import.*?)```", page)[-1])
-    done = run("-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-p", "wallet.pytest_plugin",
-               cwd=tmp_path, path=[installed], PYTEST_ADDOPTS="", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    done = run(
+        "-m",
+        "pytest",
+        "-q",
+        "-W",
+        "error",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "wallet.pytest_plugin",
+        cwd=tmp_path,
+        path=[installed],
+        PYTEST_ADDOPTS="",
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+    )
     assert (done.returncode, "2 passed" in done.stdout) == (0, True), done.stdout + done.stderr
 
 
@@ -101,9 +147,20 @@ def test_wallet_that_is_vendored_as_two_files_can_be_tested_and_says_what_is_mis
         (tmp_path / name).write_bytes((HERE / name).read_bytes())
     (tmp_path / "test_shop.py").write_text(
         "from wallet import Wallet\n\n\ndef test_it():\n    with Wallet() as wallet:\n"
-        "        assert wallet.register('Ada')[0].balance == 0\n")
-    done = run("-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", cwd=tmp_path,
-               PYTEST_ADDOPTS="", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+        "        assert wallet.register('Ada')[0].balance == 0\n"
+    )
+    done = run(
+        "-m",
+        "pytest",
+        "-q",
+        "-W",
+        "error",
+        "-p",
+        "no:cacheprovider",
+        cwd=tmp_path,
+        PYTEST_ADDOPTS="",
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+    )
     assert (done.returncode, "1 passed" in done.stdout) == (0, True), done.stdout + done.stderr
     said = run("-c", "from wallet import Wallet; Wallet()", cwd=tmp_path)
     assert "checks.sql is not installed beside wallet.py" in said.stderr

@@ -1,4 +1,4 @@
-"""DOC tests/test_page"""
+"""The page, in a real browser."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ import wallet as wallet_module
 from tests.support import PAGE, check_books
 from wallet import AMOUNT_MAX, Wallet, create_app, running
 
-# The page, in a browser ############################################################################
+# The page, in a browser ###########################################################################
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
-WIDE, NARROW, NARROWEST = (dict(zip(("width", "height"), size, strict=True))
-                           for size in ((1440, 900), (390, 844), (320, 640)))
+WIDE, NARROW, NARROWEST = (
+    dict(zip(("width", "height"), size, strict=True))
+    for size in ((1440, 900), (390, 844), (320, 640))
+)
 
 STORED = "() => sessionStorage.getItem('wallet-token')"
 
@@ -45,41 +49,74 @@ def test_page_may_run_what_is_in_it_and_ask_this_wallet_and_nothing_else(api):
     hashes = {}
     for tag in ("script", "style"):
         (text,) = page_parts(tag)
-        hashes[tag] = "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-    policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
-    assert policy == {**dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"),
-                      "connect-src": "'self'", "script-src": hashes["script"], "style-src": hashes["style"]}
+        hashes[tag] = (
+            "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+        )
+    policy = dict(
+        part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; ")
+    )
+    assert policy == {
+        **dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"),
+        "connect-src": "'self'",
+        "script-src": hashes["script"],
+        "style-src": hashes["style"],
+    }
     assert next(iter(policy)) == "default-src"
     markup = PAGE.decode().replace(page_parts("script")[0], "").replace(page_parts("style")[0], "")
     assert re.findall(r"<[^>]*\s(?:on\w+|style)\s*=", markup) == []
     assert re.findall(r'(?:href|src|action)="(?!openapi\.yaml")[^"]*', markup) == []
-    assert re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|localStorage|parseFloat|cookie",
-                      page_parts("script")[0]) == []
+    assert (
+        re.findall(
+            r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|localStorage|parseFloat|cookie",
+            page_parts("script")[0],
+        )
+        == []
+    )
 
 
 @pytest.fixture(scope="session")
 def chromium():
-    """A tab of a browser for all tests, which `--dist loadgroup` keeps on one worker: to start one takes long."""
+    """A tab of a browser for all tests, which `--dist loadgroup` keeps on one worker:
+
+    to start one takes long.
+    """
     if not BROWSER:
         pytest.skip("there is no browser here: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
-    arguments = ["--no-sandbox", "--disable-gpu"]  # As root there is no sandbox, and on servers no GPU.
-    with (sync_playwright() as playwright,
-          contextlib.closing(playwright.chromium.launch(executable_path=BROWSER, args=arguments)) as browser):
-        context = browser.new_context(locale="en", permissions=["clipboard-read", "clipboard-write"])
+    arguments = [
+        "--no-sandbox",
+        "--disable-gpu",
+    ]  # As root there is no sandbox, and on servers no GPU.
+    with (
+        sync_playwright() as playwright,
+        contextlib.closing(
+            playwright.chromium.launch(executable_path=BROWSER, args=arguments)
+        ) as browser,
+    ):
+        context = browser.new_context(
+            locale="en", permissions=["clipboard-read", "clipboard-write"]
+        )
         context.set_default_timeout(30_000)
         yield context.new_page()
 
 
 class Visit:
-    """A visit to the page of a wallet, in the one tab that there is. Whatever goes wrong in it is noted."""
+    """A visit to the page of a wallet, in the one tab that there is.
+
+    Whatever goes wrong in it is noted.
+    """
 
     def __init__(self, page, url, token="", refusals=(), viewport=WIDE):
         self.page, self.url = page, url.rstrip("/") + "/"
         self.faults, self.refusals = [], {str(status) for status in refusals}
-        self.watches = {"console": self.note, "pageerror": lambda error: self.faults.append(str(error)),
-                        "request": lambda request: request.url.startswith(self.url) or self.faults.append(request.url)}
+        self.watches = {
+            "console": self.note,
+            "pageerror": lambda error: self.faults.append(str(error)),
+            "request": lambda request: (
+                request.url.startswith(self.url) or self.faults.append(request.url)
+            ),
+        }
         page.set_viewport_size(viewport)
         page.emulate_media(color_scheme="light")
         for event, watch in self.watches.items():
@@ -99,13 +136,19 @@ class Visit:
 
     def note(self, message):
         """Note what the console says, but for the refusals that the test asks for."""
-        refused = re.match(r"Failed to load resource: (?:.* of (\d{3}) |net::(ERR_FAILED))", message.text)
-        if message.type in ("error", "warning") and not (refused and set(refused.groups()) & self.refusals):
+        refused = re.match(
+            r"Failed to load resource: (?:.* of (\d{3}) |net::(ERR_FAILED))", message.text
+        )
+        if message.type in ("error", "warning") and not (
+            refused and set(refused.groups()) & self.refusals
+        ):
             self.faults.append(message.text)
 
     def form(self):
         """Return what is to be filled in: the dialog, if one is open."""
-        return self.page.locator("dialog[open], body:not(:has(dialog[open])) form").filter(visible=True)
+        return self.page.locator("dialog[open], body:not(:has(dialog[open])) form").filter(
+            visible=True
+        )
 
     def field(self, name):
         return self.form().get_by_role("textbox", name=name)
@@ -136,12 +179,18 @@ class Visit:
 
     def hide(self, hidden):
         """Let the page believe that another tab is in front of it, or no more."""
-        self.page.evaluate("""(hidden) => {
+        self.page.evaluate(
+            """(hidden) => {
             Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
-            document.dispatchEvent(new Event("visibilitychange")); }""", hidden)
+            document.dispatchEvent(new Event("visibilitychange")); }""",
+            hidden,
+        )
 
     def rows(self):
-        return [re.sub(r"[ \n]+", " ", row) for row in self.page.locator("#entries > li").all_inner_texts()]
+        return [
+            re.sub(r"[ \n]+", " ", row)
+            for row in self.page.locator("#entries > li").all_inner_texts()
+        ]
 
     def command(self):
         return self.form().locator("pre").inner_text()
@@ -149,7 +198,10 @@ class Visit:
 
 @pytest.fixture
 def visit(chromium):
-    """A function that visits a page. At the end nothing may have gone wrong there, and nothing else have been asked."""
+    """A function that visits a page.
+
+    At the end nothing may have gone wrong there, and nothing else have been asked.
+    """
     visits = []
 
     def make(*arguments, **options):
@@ -171,11 +223,14 @@ def kiosk(request):
         yield SimpleNamespace(wallet=wallet, url=url, ada=ada, token=token)
         check_books(wallet)
 
+
 in_browser = pytest.mark.xdist_group("browser")
 
 
 @in_browser
-def test_user_of_the_page_registers_tops_up_is_refused_and_finds_all_again_after_a_reload(kiosk, visit):
+def test_user_of_the_page_registers_tops_up_is_refused_and_finds_all_again_after_a_reload(
+    kiosk, visit
+):
     tab = visit(kiosk.url, refusals=[402])
     name = "Ada <b>Bold</b> <script>alert(1)</script>"
     tab.field("Name").fill(name)
@@ -229,7 +284,9 @@ def test_page_shows_the_token_once_and_copies_it(kiosk, visit):
     tab.press("I have kept it")
     assert token not in tab.page.content()
     assert tab.page.locator("#fresh").is_hidden()
-    tab.page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # As it is without TLS.
+    tab.page.evaluate(
+        "Object.defineProperty(navigator, 'clipboard', { value: undefined })"
+    )  # As it is without TLS.
     tab.press("Copy id")
     tab.see("#spoken", "Selected: press Ctrl+C")
     assert tab.page.evaluate("getSelection().toString()") == "acc_" + token[4:20]
@@ -237,12 +294,23 @@ def test_page_shows_the_token_once_and_copies_it(kiosk, visit):
 
 
 @in_browser
-@pytest.mark.parametrize(("kiosk", "typed", "shown", "nothing"), [
-    ("USD", "90071992547409.91", "$90,071,992,547,409.91", "$0.00"),
-    ("JPY", "9007199254740991", "¥9,007,199,254,740,991", "¥0"),
-    ("BHD", "9007199254740.991", "BHD\N{NO-BREAK SPACE}9,007,199,254,740.991", "BHD\N{NO-BREAK SPACE}0.000"),
-], indirect=["kiosk"])
-def test_page_is_exact_to_the_last_minor_unit_in_every_currency(kiosk, visit, typed, shown, nothing):
+@pytest.mark.parametrize(
+    ("kiosk", "typed", "shown", "nothing"),
+    [
+        ("USD", "90071992547409.91", "$90,071,992,547,409.91", "$0.00"),
+        ("JPY", "9007199254740991", "¥9,007,199,254,740,991", "¥0"),
+        (
+            "BHD",
+            "9007199254740.991",
+            "BHD\N{NO-BREAK SPACE}9,007,199,254,740.991",
+            "BHD\N{NO-BREAK SPACE}0.000",
+        ),
+    ],
+    indirect=["kiosk"],
+)
+def test_page_is_exact_to_the_last_minor_unit_in_every_currency(
+    kiosk, visit, typed, shown, nothing
+):
     tab = visit(kiosk.url, kiosk.token, viewport=NARROWEST)
     tab.move("Top up", amount=typed)
     tab.see("#balance", shown)
@@ -255,14 +323,30 @@ def test_page_is_exact_to_the_last_minor_unit_in_every_currency(kiosk, visit, ty
     tab.see("#balance", nothing)
     assert kiosk.wallet.account(kiosk.ada.id).balance == 0
 
+
 PARSED = {  # What is typed, to minor units, or a part of what is said of it.
-    "USD": {"12.50": "1250", "12.5": "1250", "12": "1200", " 0.01 ": "1", "007": "700",
-            "90071992547409.91": f"{AMOUNT_MAX}",
-            "": "Type an amount.", "12.505": "USD has 2 decimals: type it as 12.50", "0": "more than zero",
-            "-5": "12.50", "1e3": "12.50", "12,50": "12.50: digits and a point", "1,250.00": "12.50", ".5": "12.50",
-            "12.": "12.50", "$5": "12.50", "NaN": "12.50", "٣": "12.50",
-            "90071992547409.92": "$90,071,992,547,409.91 at most",
-            "9" * 40: "at most"},
+    "USD": {
+        "12.50": "1250",
+        "12.5": "1250",
+        "12": "1200",
+        " 0.01 ": "1",
+        "007": "700",
+        "90071992547409.91": f"{AMOUNT_MAX}",
+        "": "Type an amount.",
+        "12.505": "USD has 2 decimals: type it as 12.50",
+        "0": "more than zero",
+        "-5": "12.50",
+        "1e3": "12.50",
+        "12,50": "12.50: digits and a point",
+        "1,250.00": "12.50",
+        ".5": "12.50",
+        "12.": "12.50",
+        "$5": "12.50",
+        "NaN": "12.50",
+        "٣": "12.50",
+        "90071992547409.92": "$90,071,992,547,409.91 at most",
+        "9" * 40: "at most",
+    },
     "JPY": {"1250": "1250", "12.5": "JPY has no decimals: type it as 12.", "1.": "digits only"},
     "BHD": {"1.25": "1250", "1.2505": "BHD has 3 decimals: type it as 12.500."},
 }
@@ -273,11 +357,18 @@ def test_page_sends_no_amount_that_is_wrong_and_says_what_to_type(kiosk, visit):
     tab = visit(kiosk.url, kiosk.token)
     tab.see("#balance")
     for currency, cases in PARSED.items():
-        found = tab.page.evaluate("""([currency, texts]) => texts.map((text) => {
+        found = tab.page.evaluate(
+            """([currency, texts]) => texts.map((text) => {
             try { return String(new Money(currency).parse(text)); } catch (refusal) { return refusal.fields.amount; }
-        })""", [currency, list(cases)])
+        })""",
+            [currency, list(cases)],
+        )
         for (text, expected), result in zip(cases.items(), found, strict=True):
-            assert result == expected if expected.isdigit() else expected in result, (currency, text, result)
+            assert result == expected if expected.isdigit() else expected in result, (
+                currency,
+                text,
+                result,
+            )
     tab.move("Top up", amount="12,50")
     tab.see(".error", "Type it as 12.50: digits and a point.")
     tab.move("Transfer", amount="5")
@@ -294,13 +385,23 @@ def test_commands_that_the_page_shows_do_in_bash_what_its_buttons_do(kiosk, visi
     def run():
         command = tab.command()
         assert kiosk.token not in command
-        done = subprocess.run(["bash", "-c", command], env={**os.environ, "TOKEN": kiosk.token}, capture_output=True,
-                              text=True, timeout=30)
+        done = subprocess.run(
+            ["bash", "-c", command],
+            env={**os.environ, "TOKEN": kiosk.token},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
         return json.loads(done.stdout)
 
     nasty = """it's "quoted" $HOME `id` \\n !! <b> ;&| é😀"""
     kept = {}
-    for action, fields in {"Top up": {}, "Charge": {}, "Hold": {}, "Transfer": {"to": bob.id}}.items():
+    for action, fields in {
+        "Top up": {},
+        "Charge": {},
+        "Hold": {},
+        "Transfer": {"to": bob.id},
+    }.items():
         tab.choose(action)
         for name, value in {**fields, "amount": "1.25", "description": nasty}.items():
             tab.field({"to": "To account"}.get(name, name.capitalize())).fill(value)
@@ -308,7 +409,9 @@ def test_commands_that_the_page_shows_do_in_bash_what_its_buttons_do(kiosk, visi
         assert (kept[action]["amount"], kept[action]["description"]) == (125, nasty)
         tab.press(action)  # With the key that the command had: it was the same movement.
         assert "It was done before, with this key, and not again." in tab.see("#said").inner_text()
-    tab.press(f"Refund $1.25 of {tab.page.locator('#entries li', has_text='Charge').locator('time').inner_text()}")
+    tab.press(
+        f"Refund $1.25 of {tab.page.locator('#entries li', has_text='Charge').locator('time').inner_text()}"
+    )
     assert run()["reference"] == kept["Charge"]["id"]
     tab.press("Close")
     tab.press("Release $1.25")
@@ -365,7 +468,9 @@ def test_page_holds_captures_releases_transfers_and_refunds(kiosk, visit):
 
 
 @in_browser
-def test_what_is_done_elsewhere_is_shown_within_two_seconds_and_not_asked_for_while_hidden(kiosk, visit):
+def test_what_is_done_elsewhere_is_shown_within_two_seconds_and_not_asked_for_while_hidden(
+    kiosk, visit
+):
     tab = visit(kiosk.url, kiosk.token)
     tab.see("#balance", "$0.00")
     started = time.monotonic()
@@ -379,7 +484,9 @@ def test_what_is_done_elsewhere_is_shown_within_two_seconds_and_not_asked_for_wh
     assert time.monotonic() - started < 2
     tab.hide(True)
     with tab.page.expect_response("**/api/account") as last:  # One may be on its way.
-        tab.page.evaluate("fetch('api/account', { headers: { Authorization: `Bearer ${session.token}` } })")
+        tab.page.evaluate(
+            "fetch('api/account', { headers: { Authorization: `Bearer ${session.token}` } })"
+        )
     assert last.value.ok
     asked = []
     tab.page.on("request", lambda request: asked.append(request.url))
@@ -389,18 +496,25 @@ def test_what_is_done_elsewhere_is_shown_within_two_seconds_and_not_asked_for_wh
     tab.hide(False)
     tab.see("#balance", "$6.00")
     steps = tab.page.locator("#plot path").get_attribute("d")
-    assert re.fullmatch(r"M0 [\d.]+(H[\d.]+V[\d.]+){2}H[\d.]+", steps)  # A stepped line, and each movement a step.
+    assert re.fullmatch(
+        r"M0 [\d.]+(H[\d.]+V[\d.]+){2}H[\d.]+", steps
+    )  # A stepped line, and each movement a step.
+
 
 KEY_EACH_TIME = ("if (text) headers", "if (key) key = makeKey();\n  if (text) headers")
 
 
 @in_browser
 @pytest.mark.parametrize("careless", [False, True])
-def test_page_sends_again_with_the_same_key_until_there_is_an_answer(kiosk, visit, monkeypatch, careless):
+def test_page_sends_again_with_the_same_key_until_there_is_an_answer(
+    kiosk, visit, monkeypatch, careless
+):
     if careless:
         read = wallet_module._read_file
         changed = map(str.encode, KEY_EACH_TIME)
-        monkeypatch.setattr(wallet_module, "_read_file", lambda name, of=tuple(changed): read(name).replace(*of))
+        monkeypatch.setattr(
+            wallet_module, "_read_file", lambda name, of=tuple(changed): read(name).replace(*of)
+        )
     tab = visit(kiosk.url, kiosk.token, refusals=[503, "ERR_FAILED"])
     tab.see("#balance", "$0.00")
     keys, fates = [], iter(["lost", 503, "lost", "answered"])
@@ -409,8 +523,15 @@ def test_page_sends_again_with_the_same_key_until_there_is_an_answer(kiosk, visi
         keys.append(route.request.headers["idempotency-key"])
         fate = next(fates)
         if fate == 503:
-            return route.fulfill(status=503, json={"title": "The wallet cannot do this now.", "status": 503,
-                                                   "code": "unavailable", "detail": "Try again."})
+            return route.fulfill(
+                status=503,
+                json={
+                    "title": "The wallet cannot do this now.",
+                    "status": 503,
+                    "code": "unavailable",
+                    "detail": "Try again.",
+                },
+            )
         if fate == "answered":
             return route.continue_()
         route.fetch()  # It is done, and the answer does not come.
@@ -418,14 +539,20 @@ def test_page_sends_again_with_the_same_key_until_there_is_an_answer(kiosk, visi
 
     tab.page.route("**/topup", handle)
     tab.move("Top up", amount="5")
-    tab.see(".failure", "The wallet cannot do this now. This goes on by itself, with the same key:"
-                        " it is done once, or not at all.")
+    tab.see(
+        ".failure",
+        "The wallet cannot do this now. This goes on by itself, with the same key:"
+        " it is done once, or not at all.",
+    )
     tab.page.reload()  # It goes on after that too.
     if careless:
         tab.see(tab.page.locator("#said"), "Topped up $5.00. The balance is $15.00.")
     else:
-        tab.see(tab.page.locator("#said"), "Topped up $5.00. The balance is $5.00. It was done before, with this key,"
-                                           " and not again.")
+        tab.see(
+            tab.page.locator("#said"),
+            "Topped up $5.00. The balance is $5.00. It was done before, with this key,"
+            " and not again.",
+        )
     assert len(keys) == 4
     assert len(set(keys)) == (4 if careless else 1)
     assert kiosk.wallet.account(kiosk.ada.id).balance == (1500 if careless else 500)
@@ -437,7 +564,9 @@ def test_page_is_calm_while_the_wallet_is_away_and_goes_on_when_it_is_back(kiosk
     tab = visit(kiosk.url, kiosk.token, refusals=["ERR_FAILED"])
     tab.see("#balance", "$0.00")
     tab.page.route("**/api/**", lambda route: route.abort())
-    tab.see("#notice", "The wallet does not answer. What is shown may be old. This goes on by itself.")
+    tab.see(
+        "#notice", "The wallet does not answer. What is shown may be old. This goes on by itself."
+    )
     kiosk.wallet.topup(kiosk.ada.id, 5)
     tab.page.unroute("**/api/**")
     tab.see("#balance", "$0.05")
@@ -449,7 +578,10 @@ def test_page_says_what_a_dead_token_a_frozen_account_and_an_issuer_mean(kiosk, 
     stale = visit(kiosk.url, kiosk.token, refusals=[401, 403])
     stale.see("#balance")
     token = kiosk.wallet.replace_token(kiosk.ada.id)
-    stale.see("#told", "This token does not open an account any more: it was replaced, or mistyped. Paste another one.")
+    stale.see(
+        "#told",
+        "This token does not open an account any more: it was replaced, or mistyped. Paste another one.",
+    )
     assert stale.page.evaluate(STORED) is None
     stale.field("Token").fill(kiosk.token)
     stale.press("Open")
@@ -481,8 +613,10 @@ def test_page_says_what_a_dead_token_a_frozen_account_and_an_issuer_mean(kiosk, 
 @in_browser
 def test_history_of_thousands_loads_as_one_scrolls_and_stays_smooth(kiosk, visit):
     for first in range(0, 2000, 1000):
-        kiosk.wallet.batch([{"type": "topup", "amount": 1 + number} for number in range(first, first + 1000)],
-                          account_id=kiosk.ada.id)
+        kiosk.wallet.batch(
+            [{"type": "topup", "amount": 1 + number} for number in range(first, first + 1000)],
+            account_id=kiosk.ada.id,
+        )
     tab = visit(kiosk.url, kiosk.token)
     more = tab.page.get_by_role("button", name="Show older")
     more.focus()
@@ -491,14 +625,24 @@ def test_history_of_thousands_loads_as_one_scrolls_and_stays_smooth(kiosk, visit
     tab.page.evaluate("""() => { window.longest = 0; let last = performance.now(); const tick = (now) => {
         window.longest = Math.max(window.longest, now - last); last = now; requestAnimationFrame(tick); };
         requestAnimationFrame(tick); }""")
-    tab.page.wait_for_function("() => { scrollTo(0, document.body.scrollHeight);"
-                               " return document.getElementById('entries').children.length === 2000; }")
+    tab.page.wait_for_function(
+        "() => { scrollTo(0, document.body.scrollHeight);"
+        " return document.getElementById('entries').children.length === 2000; }"
+    )
     tab.see("#end", "The history begins here.")
-    assert tab.page.evaluate("new Set([...document.querySelectorAll('#entries .amount')].map((one) => one.textContent))"
-                             ".size") == 2000
+    assert (
+        tab.page.evaluate(
+            "new Set([...document.querySelectorAll('#entries .amount')].map((one) => one.textContent))"
+            ".size"
+        )
+        == 2000
+    )
     kiosk.wallet.charge(kiosk.ada.id, 1, "The newest")
-    # Playwright's own expectations take a picture of all rows for the case of failure, which takes them many seconds.
-    tab.page.wait_for_function("() => document.querySelector('#entries bdi').textContent === 'The newest'")
+    # Playwright's own expectations take a picture of all rows for the case of failure, which takes
+    # them many seconds.
+    tab.page.wait_for_function(
+        "() => document.querySelector('#entries bdi').textContent === 'The newest'"
+    )
     assert tab.page.evaluate("window.longest") < 1000
     tab.hide(True)  # For so long that it is better to begin anew than to load all that was missed.
     for _ in range(2):
@@ -506,11 +650,17 @@ def test_history_of_thousands_loads_as_one_scrolls_and_stays_smooth(kiosk, visit
     newest = kiosk.wallet.charge(kiosk.ada.id, 1, "The very newest")
     tab.page.evaluate("scrollTo(0, 0)")
     tab.hide(False)
-    tab.page.wait_for_function("() => document.querySelector('#entries bdi').textContent === 'The very newest'")
+    tab.page.wait_for_function(
+        "() => document.querySelector('#entries bdi').textContent === 'The very newest'"
+    )
     sequences = tab.page.evaluate("session.entries.map((entry) => Number(entry.id.split('_')[2]))")
     last = int(newest.id.split("_")[2])
     assert sequences == list(range(last, last - len(sequences), -1))
-    assert tab.page.evaluate("document.getElementById('entries').children.length") == len(sequences) < 1000
+    assert (
+        tab.page.evaluate("document.getElementById('entries').children.length")
+        == len(sequences)
+        < 1000
+    )
 
 
 @in_browser
@@ -524,9 +674,18 @@ def test_plot_names_each_movement_under_the_pointer_and_by_arrow_keys(kiosk, vis
     named = tab.see("#named")
     assert named.inner_text().startswith("Charge \N{MINUS SIGN}$2.50 · balance $12.50 · ")
     tab.page.keyboard.press("ArrowLeft")
-    assert re.fullmatch(r"Top up \+\$5\.00 · balance \$15\.00 · .* · Order <b>5</b>", named.inner_text())
-    assert re.fullmatch(r"Top up \+\$5\.00, balance \$15\.00, .*, Order <b>5</b>", plot.get_attribute("aria-valuetext"))
-    assert [plot.get_attribute(f"aria-value{name}") for name in ("min", "now", "max")] == ["1", "5", "6"]
+    assert re.fullmatch(
+        r"Top up \+\$5\.00 · balance \$15\.00 · .* · Order <b>5</b>", named.inner_text()
+    )
+    assert re.fullmatch(
+        r"Top up \+\$5\.00, balance \$15\.00, .*, Order <b>5</b>",
+        plot.get_attribute("aria-valuetext"),
+    )
+    assert [plot.get_attribute(f"aria-value{name}") for name in ("min", "now", "max")] == [
+        "1",
+        "5",
+        "6",
+    ]
     tab.page.keyboard.press("Home")
     assert "Order <b>1</b>" in named.inner_text()
     plot.blur()
@@ -544,7 +703,9 @@ def test_plot_names_each_movement_under_the_pointer_and_by_arrow_keys(kiosk, vis
 def test_page_works_below_a_path_of_another_site(kiosk, visit):
     outer = Bottle()
     outer.mount("/money/", create_app(kiosk.wallet))
-    server = wsgiref.simple_server.make_server("127.0.0.1", 0, outer, wsgiref.simple_server.WSGIServer, QuietHandler)
+    server = wsgiref.simple_server.make_server(
+        "127.0.0.1", 0, outer, wsgiref.simple_server.WSGIServer, QuietHandler
+    )
     with server, ThreadPoolExecutor(1) as threads:
         threads.submit(server.serve_forever, 0.05)
         try:
@@ -552,7 +713,10 @@ def test_page_works_below_a_path_of_another_site(kiosk, visit):
             tab.move("Top up", amount="5")
             tab.see("#balance", "$5.00")
             tab.field("Amount").fill("1")
-            assert f"'http://127.0.0.1:{server.server_port}/money/api/transactions/topup'" in tab.command()
+            assert (
+                f"'http://127.0.0.1:{server.server_port}/money/api/transactions/topup'"
+                in tab.command()
+            )
         finally:
             server.shutdown()
 
@@ -570,13 +734,17 @@ def axe():
 
 
 def check_accessible(tab, axe):
-    """Assert that axe-core finds nothing in either scheme at both sizes, and that nothing must be scrolled sideways."""
+    """Assert that axe-core finds nothing in either scheme at both sizes, and that nothing must be
+    scrolled sideways.
+    """
     if not tab.page.evaluate("'axe' in window"):
         tab.page.evaluate(axe)
     for size, scheme in itertools.product((WIDE, NARROW), ("light", "dark")):
         tab.page.emulate_media(color_scheme=scheme)
         tab.page.set_viewport_size(size)
-        found = tab.page.evaluate("axe.run({ resultTypes: ['violations'] }).then((found) => found.violations)")
+        found = tab.page.evaluate(
+            "axe.run({ resultTypes: ['violations'] }).then((found) => found.violations)"
+        )
         assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
     tab.page.set_viewport_size(NARROWEST)
     assert tab.page.evaluate("document.documentElement.scrollWidth") == 320
@@ -625,15 +793,21 @@ def test_control_what_a_user_cannot_read_is_found(kiosk, visit, axe):
 def test_control_what_goes_wrong_in_the_page_is_noted(kiosk, chromium):
     with contextlib.closing(Visit(chromium, kiosk.url)) as tab:
         for harm, found in (
-            ("setTimeout(() => missing())", "missing is not defined"), ("console.error('wrong')", "wrong"),
-            ("document.body.setAttribute('style', 'color: red')", "inline style"), ("fetch('nowhere')", "404"),
+            ("setTimeout(() => missing())", "missing is not defined"),
+            ("console.error('wrong')", "wrong"),
+            ("document.body.setAttribute('style', 'color: red')", "inline style"),
+            ("fetch('nowhere')", "404"),
             ("fetch('http://127.0.0.1:9/').catch(() => {})", "http://127.0.0.1:9/"),
             ("addition('script', { textContent: 'window.harmed = true' })", "inline script"),
             ("addition('img', { src: 'openapi.yaml' })", "image"),
         ):
-            tab.page.evaluate("() => { const addition = (tag, all) => document.body.append("
-                              f"Object.assign(document.createElement(tag), all)); {harm}; }}")
+            tab.page.evaluate(
+                "() => { const addition = (tag, all) => document.body.append("
+                f"Object.assign(document.createElement(tag), all)); {harm}; }}"
+            )
             deadline = time.monotonic() + 10
-            while not any(found in fault for fault in tab.faults):  # Each question lets what has come in be noted.
+            while not any(
+                found in fault for fault in tab.faults
+            ):  # Each question lets what has come in be noted.
                 assert not tab.page.evaluate("'harmed' in window")
                 assert time.monotonic() < deadline, tab.faults

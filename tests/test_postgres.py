@@ -1,4 +1,4 @@
-"""DOC tests/test_postgres"""
+"""What only a database server can do: restart, freeze, refuse and lose connections."""
 
 from __future__ import annotations
 
@@ -54,12 +54,13 @@ from wallet import (
     create_app,
 )
 
-# Postgres ##########################################################################################
+# Postgres #########################################################################################
 
 
 @pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
 def test_16_threads_on_one_hot_account_at_serializable_never_see_a_serialization_failure(
-        new_schema, monkeypatch, careless):
+    new_schema, monkeypatch, careless
+):
     if careless:
         monkeypatch.setattr(wallet_module, "LOST_A_RACE", ())
     with Wallet(new_schema(SERIALIZABLE), connections=16) as wallet:
@@ -74,10 +75,17 @@ def test_16_threads_on_one_hot_account_at_serializable_never_see_a_serialization
         assert wallet.account(ada.id).balance == 16 * 20
 
 
-@pytest.mark.parametrize(("options", "opposing", "expected"), [
-    (SERIALIZABLE, False, "40001"), ("%20-cdeadlock_timeout%3D20ms", True, "40P01"),
-], ids=["race", "deadlock"])
-def test_transaction_that_lost_a_race_or_a_deadlock_is_run_again_whole(new_schema, options, opposing, expected):
+@pytest.mark.parametrize(
+    ("options", "opposing", "expected"),
+    [
+        (SERIALIZABLE, False, "40001"),
+        ("%20-cdeadlock_timeout%3D20ms", True, "40P01"),
+    ],
+    ids=["race", "deadlock"],
+)
+def test_transaction_that_lost_a_race_or_a_deadlock_is_run_again_whole(
+    new_schema, options, opposing, expected
+):
     barrier, runs, errors = threading.Barrier(2), [], []
     with Wallet(new_schema(options)) as wallet:
         ids = [wallet.register(name)[0].id for name in ("Ada", "Grace")]
@@ -86,7 +94,9 @@ def test_transaction_that_lost_a_race_or_a_deadlock_is_run_again_whole(new_schem
             def function(tx):
                 runs.append(me)
                 try:
-                    tx("SELECT name FROM accounts")  # At serializable, all that follows must be as if it were now.
+                    tx(
+                        "SELECT name FROM accounts"
+                    )  # At serializable, all that follows must be as if it were now.
                     if not opposing and runs.count(me) == 1:
                         barrier.wait(timeout=30)
                     tx("UPDATE accounts SET name = name || '1' WHERE id = ?", first)
@@ -100,7 +110,10 @@ def test_transaction_that_lost_a_race_or_a_deadlock_is_run_again_whole(new_schem
             wallet.database.write(function)
 
         order = ids[::-1] if opposing else ids
-        assert together(lambda: rename("one", *ids), lambda: rename("other", *order)) == [None, None]
+        assert together(lambda: rename("one", *ids), lambda: rename("other", *order)) == [
+            None,
+            None,
+        ]
         names = [wallet.account(account_id).name for account_id in ids]
     expected_suffixes = ("12", "12") if opposing else ("11", "22")
     assert ["".join(sorted(name[-2:])) for name in names] == list(expected_suffixes)
@@ -110,7 +123,10 @@ def test_transaction_that_lost_a_race_or_a_deadlock_is_run_again_whole(new_schem
 
 
 def raising(state, times):
-    """Return a statement that fails so often with an SQLSTATE, and then no more. No ROLLBACK undoes the counting."""
+    """Return a statement that fails so often with an SQLSTATE, and then no more.
+
+    No ROLLBACK undoes the counting.
+    """
     return f"""DO $$ BEGIN IF nextval('tries') <= {times} THEN RAISE EXCEPTION SQLSTATE '{state}'; END IF; END $$"""
 
 
@@ -129,7 +145,9 @@ def test_state_that_another_run_may_mend_gets_another_run_and_not_for_ever(postg
 
     rename(3)
     assert postgres_wallet.account(ada.id).name == "Ada1"
-    if state not in wallet_module.LOST_A_RACE:  # They end by themselves, and what is left is a fault.
+    if (
+        state not in wallet_module.LOST_A_RACE
+    ):  # They end by themselves, and what is left is a fault.
         run(lambda tx: tx("ALTER SEQUENCE tries RESTART"))
         with pytest.raises((Unavailable, psycopg.IntegrityError)):
             rename(1000)
@@ -137,19 +155,32 @@ def test_state_that_another_run_may_mend_gets_another_run_and_not_for_ever(postg
     assert postgres_wallet.account(ada.id).name == "Ada1"
 
 
-@pytest.mark.parametrize(("state", "times", "expected"), [
-    ("40003", 1, None), ("40003", 10**9, OutcomeUnknown), ("53100", 10**9, OutcomeUnknown), ("40001", 1, None),
-    ("40001", 10**9, Unavailable),
-])
-def test_commit_that_answers_an_error_is_unknown_unless_it_says_rolled_back(new_schema, monkeypatch, state, times,
-                                                                            expected):
+@pytest.mark.parametrize(
+    ("state", "times", "expected"),
+    [
+        ("40003", 1, None),
+        ("40003", 10**9, OutcomeUnknown),
+        ("53100", 10**9, OutcomeUnknown),
+        ("40001", 1, None),
+        ("40001", 10**9, Unavailable),
+    ],
+)
+def test_commit_that_answers_an_error_is_unknown_unless_it_says_rolled_back(
+    new_schema, monkeypatch, state, times, expected
+):
     with Wallet(new_schema()) as wallet:
         ada, _ = wallet.register("Ada")
-        body = raising(state, times).replace("DO $$ BEGIN", "BEGIN").replace("END $$", "RETURN NULL; END")
-        for sql in ("CREATE SEQUENCE tries",
-                    f"CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $${body}$$",
-                    "CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON transactions DEFERRABLE INITIALLY DEFERRED"
-                    " FOR EACH ROW EXECUTE FUNCTION fail()"):
+        body = (
+            raising(state, times)
+            .replace("DO $$ BEGIN", "BEGIN")
+            .replace("END $$", "RETURN NULL; END")
+        )
+        for sql in (
+            "CREATE SEQUENCE tries",
+            f"CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $${body}$$",
+            "CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON transactions DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION fail()",
+        ):
             wallet.database.write(lambda tx, sql=sql: tx(sql))
         if expected:
             monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.8)
@@ -168,17 +199,25 @@ def test_session_is_left_as_it_was_so_that_a_pooler_may_hand_it_on(postgres_dsn)
         for _ in range(10):
             wallet.topup(ada.id, 5)
         for name in ("statement_timeout", "idle_in_transaction_session_timeout"):
-            assert wallet.database.read(lambda tx, name=name: tx(f"SHOW {name}")) == before == [("0",)]
+            assert (
+                wallet.database.read(lambda tx, name=name: tx(f"SHOW {name}")) == before == [("0",)]
+            )
         assert wallet.database.read(lambda tx: tx("SELECT * FROM pg_prepared_statements")) == []
 
 
-def test_options_come_from_the_dsn_else_from_the_environment_else_from_here(postgres_dsn, monkeypatch):
+def test_options_come_from_the_dsn_else_from_the_environment_else_from_here(
+    postgres_dsn, monkeypatch
+):
     def name(dsn, **options):
         with Wallet(dsn, **options) as wallet:
             assert wallet.database._pool.max_size == options.get("connections", 8)
             return wallet.database.read(lambda tx: tx("SHOW application_name"))[0][0]
 
-    assert name(postgres_dsn) == name(postgres_dsn.replace("postgresql:", "postgres:"), connections=3) == "wallet"
+    assert (
+        name(postgres_dsn)
+        == name(postgres_dsn.replace("postgresql:", "postgres:"), connections=3)
+        == "wallet"
+    )
     monkeypatch.setenv("PGAPPNAME", "shop")
     assert name(postgres_dsn) == "shop"
     assert name(postgres_dsn + "&application_name=till") == "till"
@@ -209,9 +248,13 @@ def test_text_is_utf_8_whatever_the_environment_says(postgres_dsn, monkeypatch):
 
 def test_silent_server_is_one_line_and_exit_code_2():
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
-        done = command("--port", "0", WALLET_DSN=f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/x")
+        done = command(
+            "--port", "0", WALLET_DSN=f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/x"
+        )
     assert done.returncode == 2
-    assert re.fullmatch(r"wallet: cannot open postgresql://127\.0\.0\.1:\d+/x: [^\n]*timeout expired\n", done.stderr)
+    assert re.fullmatch(
+        r"wallet: cannot open postgresql://127\.0\.0\.1:\d+/x: [^\n]*timeout expired\n", done.stderr
+    )
 
 
 def test_call_waits_out_an_outage_that_is_shorter_than_its_deadline(new_schema, postgres_server):
@@ -226,13 +269,17 @@ def test_call_waits_out_an_outage_that_is_shorter_than_its_deadline(new_schema, 
         assert waiting.result(timeout=30).balance == 5
 
 
-def test_connections_that_went_dead_in_silence_cost_one_call_and_not_one_each(new_schema, postgres_server, monkeypatch):
+def test_connections_that_went_dead_in_silence_cost_one_call_and_not_one_each(
+    new_schema, postgres_server, monkeypatch
+):
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 1)
     monkeypatch.setattr(wallet_module, "POSTGRES_AWAY_S", 0)
     with Wallet(new_schema(on=postgres_server), connections=4) as wallet:
         ada, _ = wallet.register("Ada")
         ask = "SELECT pg_backend_pid(), pg_sleep(0.1)"
-        backends = {rows[0][0] for rows in together(*[lambda: wallet.database.read(lambda tx: tx(ask))] * 4)}
+        backends = {
+            rows[0][0] for rows in together(*[lambda: wallet.database.read(lambda tx: tx(ask))] * 4)
+        }
         assert len(backends) > 1
         for backend in backends:
             os.kill(backend, signal.SIGSTOP)
@@ -256,7 +303,9 @@ def test_race_that_shows_only_at_commit_is_run_again_too(new_schema):
                 if len(tx("SELECT id FROM accounts WHERE name = 'on call'")) == 2:
                     tx("UPDATE accounts SET name = 'off' WHERE id = ?", me)
                 if runs.count(me) == 1:
-                    barrier.wait(timeout=30)  # Both have done all but COMMIT, and neither stands in the other's way.
+                    barrier.wait(
+                        timeout=30
+                    )  # Both have done all but COMMIT, and neither stands in the other's way.
 
             wallet.database.write(function)
 
@@ -265,22 +314,30 @@ def test_race_that_shows_only_at_commit_is_run_again_too(new_schema):
         assert len(runs) >= 3
 
 
-def test_deadline_ends_the_repeating_and_says_that_nothing_was_changed(postgres_wallet, monkeypatch):
+def test_deadline_ends_the_repeating_and_says_that_nothing_was_changed(
+    postgres_wallet, monkeypatch
+):
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.3)
     ada, _ = postgres_wallet.register("Ada")
     runs = []
 
     def lose(tx):
         runs.append(tx("UPDATE accounts SET balance = 5 WHERE id = ?", ada.id))
-        tx("DO $$ BEGIN RAISE EXCEPTION SQLSTATE '40001' USING MESSAGE = 'restart transaction'; END $$")
+        tx(
+            "DO $$ BEGIN RAISE EXCEPTION SQLSTATE '40001' USING MESSAGE = 'restart transaction'; END $$"
+        )
 
-    with pytest.raises(Unavailable, match=r"Nothing was changed, so try again\. \(restart transaction\)"):
+    with pytest.raises(
+        Unavailable, match=r"Nothing was changed, so try again\. \(restart transaction\)"
+    ):
         postgres_wallet.database.write(lose)
     assert len(runs) > 3
     assert postgres_wallet.account(ada.id).balance == 0
 
 
-def test_account_that_another_session_has_locked_is_unavailable_and_all_others_are_served(postgres_dsn, monkeypatch):
+def test_account_that_another_session_has_locked_is_unavailable_and_all_others_are_served(
+    postgres_dsn, monkeypatch
+):
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.5)
     with Wallet(postgres_dsn) as wallet, psycopg.connect(postgres_dsn) as other:
         ada, grace = (wallet.register(name)[0] for name in ("Ada", "Grace"))
@@ -292,7 +349,9 @@ def test_account_that_another_session_has_locked_is_unavailable_and_all_others_a
         assert wallet.topup(ada.id, 5).balance == 5
 
 
-def test_client_that_vanishes_in_a_transaction_gives_its_locks_back(new_schema, postgres_server, monkeypatch):
+def test_client_that_vanishes_in_a_transaction_gives_its_locks_back(
+    new_schema, postgres_server, monkeypatch
+):
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 2)
     dsn = new_schema(on=postgres_server)
     with Wallet(dsn) as wallet:
@@ -306,7 +365,9 @@ def hang(tx):
     time.sleep(60)
 wallet.Wallet({dsn!r}).database.write(hang)
 """
-        other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment())
+        other = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment()
+        )
         try:
             assert other.stdout.readline() == b"locked\n"
             other.send_signal(signal.SIGSTOP)
@@ -316,12 +377,18 @@ wallet.Wallet({dsn!r}).database.write(hang)
             other.communicate()
 
 
-@pytest.mark.parametrize(("balance", "theirs", "mine"), [
-    (0, ("topup", 5), ("charge", 3)), (0, ("topup", 3), ("charge", 3)),
-    (AMOUNT_MAX, ("charge", 5), ("topup", 3)), (AMOUNT_MAX, ("charge", 3), ("topup", 3)),
-])
-def test_refusal_never_contradicts_itself_when_the_balance_changes_meanwhile(postgres_dsn, monkeypatch, balance, theirs,
-                                                                             mine):
+@pytest.mark.parametrize(
+    ("balance", "theirs", "mine"),
+    [
+        (0, ("topup", 5), ("charge", 3)),
+        (0, ("topup", 3), ("charge", 3)),
+        (AMOUNT_MAX, ("charge", 5), ("topup", 3)),
+        (AMOUNT_MAX, ("charge", 3), ("topup", 3)),
+    ],
+)
+def test_refusal_never_contradicts_itself_when_the_balance_changes_meanwhile(
+    postgres_dsn, monkeypatch, balance, theirs, mine
+):
     with Wallet(postgres_dsn) as wallet, Wallet(postgres_dsn) as other:
         ada, _ = wallet.register("Ada")
         if balance:
@@ -339,25 +406,45 @@ def test_refusal_never_contradicts_itself_when_the_balance_changes_meanwhile(pos
             return movement[1] if movement[0] == "topup" else -movement[1]
 
         monkeypatch.setattr(wallet_module, "_execute_on_postgres", move_after_the_update)
-        assert getattr(wallet, mine[0])(ada.id, mine[1]).balance == balance + sign(theirs) + sign(mine)
+        assert getattr(wallet, mine[0])(ada.id, mine[1]).balance == balance + sign(theirs) + sign(
+            mine
+        )
         with pytest.raises((InsufficientFunds, BalanceLimitExceeded)):
             getattr(wallet, mine[0])(ada.id, mine[1])
 
 
 def test_three_processes_on_one_database_keep_every_promise(postgres_dsn):
     with contextlib.ExitStack() as stack:
-        urls = [stack.enter_context(served("--dsn", postgres_dsn, "--log-level", "error")).url for _ in range(3)]
-        tokens = [send(urls[0], "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
+        urls = [
+            stack.enter_context(served("--dsn", postgres_dsn, "--log-level", "error")).url
+            for _ in range(3)
+        ]
+        tokens = [
+            send(urls[0], "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)
+        ]
         keys = [f"key-{number}" for number in range(12)]
 
         def work(number):
             url, token = urls[number % 3], tokens[number % 4]
-            connection = stack.enter_context(contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc)))
+            connection = stack.enter_context(
+                contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc))
+            )
             answers = []
             for key in keys:
-                answers.append(send(url, "POST", "/api/transactions/topup", {"amount": 7}, token, connection,
-                                    Idempotency_Key=key))
-                answers.append(send(url, "POST", "/api/transactions/charge", {"amount": 3}, token, connection))
+                answers.append(
+                    send(
+                        url,
+                        "POST",
+                        "/api/transactions/topup",
+                        {"amount": 7},
+                        token,
+                        connection,
+                        Idempotency_Key=key,
+                    )
+                )
+                answers.append(
+                    send(url, "POST", "/api/transactions/charge", {"amount": 3}, token, connection)
+                )
                 answers.append(send(url, "GET", "/api/account", None, token, connection))
             return answers
 
@@ -374,7 +461,9 @@ def test_three_processes_on_one_database_keep_every_promise(postgres_dsn):
     with Wallet(postgres_dsn) as wallet:
         check_books(wallet)
         for number, token in enumerate(tokens):
-            assert len(topups[number]) == len(keys)  # Three processes sent each key, and all got one answer.
+            assert len(topups[number]) == len(
+                keys
+            )  # Three processes sent each key, and all got one answer.
             assert len(set(charges[number])) == len(charges[number])
             assert wallet.authenticate(token).balance == 7 * len(keys) - 3 * len(charges[number])
             assert wallet.authenticate(token).balance in last[number]
@@ -395,29 +484,43 @@ def test_no_process_keeps_what_another_may_change(postgres_dsn):
 
 
 @pytest.mark.parametrize("restarts", [10, torture(50)])
-def test_restarts_of_postgres_under_load_lose_nothing_and_double_nothing(new_schema, postgres_server, restarts, report):
+def test_restarts_of_postgres_under_load_lose_nothing_and_double_nothing(
+    new_schema, postgres_server, restarts, report
+):
     dsn, waits = new_schema(on=postgres_server), []
     with served("--dsn", dsn, "--log-level", "error") as server:
-        load = Load(server.url, [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
-                                 for _ in range(4)])
+        load = Load(
+            server.url,
+            [
+                send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+                for _ in range(4)
+            ],
+        )
         for number in range(restarts):
             load.wait_for_more()
             postgres_server.restart("immediate" if number % 2 else "fast")
             waits.append(load.wait_for_more(count=1))
         load.stop()
     assert load.check(dsn) == 0
-    report(f"{restarts} restarts, {len(load.kept)} answered, {len(load.open)} refused {load.statuses},"
-           f" serving again after {max(waits):.2f} s at most")
+    report(
+        f"{restarts} restarts, {len(load.kept)} answered, {len(load.open)} refused {load.statuses},"
+        f" serving again after {max(waits):.2f} s at most"
+    )
     assert max(waits) < 2
+
 
 HASTY = ("-c", "import sys, wallet; wallet.DATABASE_TIMEOUT_S = 0.3; sys.exit(wallet.main())")
 
 
-def test_control_a_server_that_commits_before_it_writes_loses_what_was_answered(new_schema, postgres_server, caplog):
+def test_control_a_server_that_commits_before_it_writes_loses_what_was_answered(
+    new_schema, postgres_server, caplog
+):
     with postgres_server.configured(wal_writer_delay="10s"):
         dsn = new_schema("%20-csynchronous_commit%3Doff", on=postgres_server)
         with served("--dsn", dsn, "--log-level", "error", program=HASTY) as server:
-            load = Load(server.url, [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]])
+            load = Load(
+                server.url, [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]]
+            )
             load.wait_for_more()
             try:
                 postgres_server.control("stop", "-m", "immediate")
@@ -425,25 +528,41 @@ def test_control_a_server_that_commits_before_it_writes_loses_what_was_answered(
             finally:
                 postgres_server.restart()
     with Wallet(dsn) as wallet:
-        assert len(load.kept) > wallet.database.read(lambda tx: tx("SELECT count(*) FROM transactions"))[0][0]
+        assert (
+            len(load.kept)
+            > wallet.database.read(lambda tx: tx("SELECT count(*) FROM transactions"))[0][0]
+        )
 
 
 class BlindWallet(Wallet):
-    """Runs a movement again without knowing it by its key: how money is paid out twice elsewhere."""
+    """Runs a movement again without knowing it by its key:
+
+    how money is paid out twice elsewhere.
+    """
 
     def _move(self, type, account_id, amount, description, **options):
         def move(tx):
             moved = "UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1 WHERE id = ?"
             tx(moved, amount, account_id)
-            tx("INSERT INTO transactions SELECT id, last_sequence, 'topup', ?, balance, NULL, NULL, NULL, ?,"
-               " token_hash, 0 FROM accounts WHERE id = ?", amount, uuid.uuid4().hex, account_id)
+            tx(
+                "INSERT INTO transactions SELECT id, last_sequence, 'topup', ?, balance, NULL, NULL, NULL, ?,"
+                " token_hash, 0 FROM accounts WHERE id = ?",
+                amount,
+                uuid.uuid4().hex,
+                account_id,
+            )
 
         return self.database.write(move)
 
 
-@pytest.mark.parametrize(("kind", "key"), [(Wallet, "order-17"), (Wallet, None), (BlindWallet, "order-17")],
-                         ids=["own key", "made key", "control"])
-def test_commit_that_was_cut_off_but_happened_is_answered_with_the_truth(new_schema, postgres_server, kind, key):
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [(Wallet, "order-17"), (Wallet, None), (BlindWallet, "order-17")],
+    ids=["own key", "made key", "control"],
+)
+def test_commit_that_was_cut_off_but_happened_is_answered_with_the_truth(
+    new_schema, postgres_server, kind, key
+):
     with kind(new_schema(on=postgres_server)) as wallet, ThreadPoolExecutor(1) as thread:
         ada, token = wallet.register("Ada")
         api = Client(create_app(wallet), token)
@@ -455,7 +574,9 @@ def test_commit_that_was_cut_off_but_happened_is_answered_with_the_truth(new_sch
                 postgres_server.query("SELECT pg_terminate_backend(%s, 5000)", backend)
                 waiting()  # It is being done again.
             else:
-                future = thread.submit(api.send, "POST", "/api/transactions/topup", {"amount": 5}, **headers)
+                future = thread.submit(
+                    api.send, "POST", "/api/transactions/topup", {"amount": 5}, **headers
+                )
                 (backend,) = waiting()
                 postgres_server.query("SELECT pg_terminate_backend(%s)", backend)
                 answer = future.result(timeout=30)
@@ -465,10 +586,17 @@ def test_commit_that_was_cut_off_but_happened_is_answered_with_the_truth(new_sch
         assert wallet.account(ada.id).balance == (10 if kind is BlindWallet else 5)
         check_books(wallet)
         if key and kind is Wallet:
-            assert api.send("POST", "/api/transactions/topup", {"amount": 5}, status=201, **headers).json == answer.json
+            assert (
+                api.send(
+                    "POST", "/api/transactions/topup", {"amount": 5}, status=201, **headers
+                ).json
+                == answer.json
+            )
 
 
-def test_registration_whose_commit_was_cut_off_is_one_account_with_the_token_that_is_shown(new_schema, postgres_server):
+def test_registration_whose_commit_was_cut_off_is_one_account_with_the_token_that_is_shown(
+    new_schema, postgres_server
+):
     with Wallet(new_schema(on=postgres_server)) as wallet, ThreadPoolExecutor(1) as thread:
         with standby_missing(postgres_server) as waiting:
             future = thread.submit(wallet.register, "Ada")
@@ -494,7 +622,9 @@ def test_commit_that_was_cut_off_and_did_not_happen_is_done_again(new_schema, po
         assert wallet.account(ada.id).name == "Ada1"
 
 
-def test_commit_that_was_cut_off_stays_unknown_where_it_cannot_be_looked_up(new_schema, postgres_server, monkeypatch):
+def test_commit_that_was_cut_off_stays_unknown_where_it_cannot_be_looked_up(
+    new_schema, postgres_server, monkeypatch
+):
     dsn = new_schema(on=postgres_server)
     with Wallet(dsn) as wallet, psycopg.connect(dsn) as other, ThreadPoolExecutor(2) as threads:
         ada, _ = wallet.register("Ada")
@@ -517,7 +647,9 @@ def test_statement_may_take_as_long_as_a_call(postgres_wallet):
     assert postgres_wallet.database.read(lambda tx: tx("SELECT 1, pg_sleep(1)"))[0][0] == 1
 
 
-def test_commit_that_never_ends_is_unknown_and_its_key_tells_later(new_schema, postgres_server, monkeypatch):
+def test_commit_that_never_ends_is_unknown_and_its_key_tells_later(
+    new_schema, postgres_server, monkeypatch
+):
     with Wallet(new_schema(on=postgres_server)) as wallet:
         ada, token = wallet.register("Ada")
         api = Client(create_app(wallet), token)
@@ -535,15 +667,22 @@ def test_commit_that_never_ends_is_unknown_and_its_key_tells_later(new_schema, p
 
 
 def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_after(
-        new_schema, postgres_server, report):
+    new_schema, postgres_server, report
+):
     arguments = "--dsn", new_schema(on=postgres_server), "--log-level", "error"
     with served(*arguments, program=limited(DATABASE_TIMEOUT_S=2)) as server:
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
 
         def topup(number):
             started = time.monotonic()
-            status, headers, problem = send(server.url, "POST", "/api/transactions/topup", {"amount": 1}, token,
-                                            Idempotency_Key=f"key-{number}")
+            status, headers, problem = send(
+                server.url,
+                "POST",
+                "/api/transactions/topup",
+                {"amount": 1},
+                token,
+                Idempotency_Key=f"key-{number}",
+            )
             return status, headers["Retry-After"], problem.get("code"), time.monotonic() - started
 
         assert {topup(number)[0] for number in range(8)} == {201}
@@ -561,17 +700,24 @@ def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_aft
             assert time.monotonic() - started < 30
             time.sleep(0.02)
         recovered_s = time.monotonic() - started
-        assert {answer[:3] for answer in answers} <= {(503, "1", "unavailable"), (503, "1", "outcome_unknown")}
+        assert {answer[:3] for answer in answers} <= {
+            (503, "1", "unavailable"),
+            (503, "1", "outcome_unknown"),
+        }
         assert {topup(number)[0] for number in range(32)} == {201}
         assert send(server.url, "GET", "/api/account", None, token)[2]["balance"] == 32
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=30)
         assert "psycopg" not in log  # It would tell of each try to connect.
         told = "\n".join(log_lines(complaints(log)))
-        assert re.search(r"(?m)^ERROR wallet: postgresql://127\.0\.0\.1:\d+/postgres does not answer: ", told)
+        assert re.search(
+            r"(?m)^ERROR wallet: postgresql://127\.0\.0\.1:\d+/postgres does not answer: ", told
+        )
     slowest_s = max(answer[3] for answer in answers)
-    report(f"503 after {slowest_s:.2f} s at most, {len(livez)} /livez of {max(livez):.3f} s at most,"
-           f" well {recovered_s:.2f} s after")
+    report(
+        f"503 after {slowest_s:.2f} s at most, {len(livez)} /livez of {max(livez):.3f} s at most,"
+        f" well {recovered_s:.2f} s after"
+    )
     assert slowest_s < 3
     assert max(livez) < 0.5
     assert recovered_s < 2
@@ -608,12 +754,16 @@ def test_server_that_becomes_a_standby_is_left_for_the_one_that_takes_writes(pos
         assert wallet.topup(ada.id, 5).balance == 5
 
 
-def test_server_that_only_reads_is_read_from_and_writes_are_unavailable(new_schema, postgres_server):
+def test_server_that_only_reads_is_read_from_and_writes_are_unavailable(
+    new_schema, postgres_server
+):
     with Wallet(new_schema(on=postgres_server)) as wallet:
         ada, _ = wallet.register("Ada")
         with postgres_server.configured(default_transaction_read_only="on"):
             wallet.database._pool.drain()
-            with pytest.raises(Unavailable, match="cannot execute UPDATE in a read-only transaction"):
+            with pytest.raises(
+                Unavailable, match="cannot execute UPDATE in a read-only transaction"
+            ):
                 wallet.topup(ada.id, 5)
             assert wallet.account(ada.id) == ada
         assert wallet.topup(ada.id, 5).balance == 5
@@ -623,53 +773,85 @@ def test_server_that_may_lose_commits_is_warned_of(new_schema, caplog):
     Wallet(new_schema()).close()
     assert caplog.text == ""
     Wallet(new_schema("%20-csynchronous_commit%3Doff")).close()
-    assert re.search("postgresql://.* has synchronous_commit off: in a crash it may lose", caplog.text)
+    assert re.search(
+        "postgresql://.* has synchronous_commit off: in a crash it may lose", caplog.text
+    )
+
 
 BAD_POSTGRES = {
     "no server": ("postgresql://postgres@127.0.0.1:1/wallet", "Connection refused"),
     "no host": ("postgresql://postgres@no.such.host.invalid/wallet", "no.such.host.invalid"),
-    "no database": ("postgresql://postgres@127.0.0.1:{port}/nothing", 'database "nothing" does not exist'),
+    "no database": (
+        "postgresql://postgres@127.0.0.1:{port}/nothing",
+        'database "nothing" does not exist',
+    ),
     "no user": ("postgresql://nobody@127.0.0.1:{port}/postgres", 'role "nobody" does not exist'),
-    "wrong password": ("postgresql://wallet_ada:secret@127.0.0.1:{port}/postgres", "password authentication failed"),
+    "wrong password": (
+        "postgresql://wallet_ada:secret@127.0.0.1:{port}/postgres",
+        "password authentication failed",
+    ),
     "no password": ("postgresql://wallet_ada@127.0.0.1:{port}/postgres", "no password supplied"),
-    "read-only": ("{dsn}%20-cdefault_transaction_read_only%3Don", "is read-only: name the primary server"),
-    "not UTF-8": ("postgresql://postgres@127.0.0.1:{port}/sql_ascii", "is in SQL_ASCII: make a database with ENCODING"),
-    "no rights": ("postgresql://wallet_ada:right@127.0.0.1:{port}/postgres", "permission denied for schema public"),
+    "read-only": (
+        "{dsn}%20-cdefault_transaction_read_only%3Don",
+        "is read-only: name the primary server",
+    ),
+    "not UTF-8": (
+        "postgresql://postgres@127.0.0.1:{port}/sql_ascii",
+        "is in SQL_ASCII: make a database with ENCODING",
+    ),
+    "no rights": (
+        "postgresql://wallet_ada:right@127.0.0.1:{port}/postgres",
+        "permission denied for schema public",
+    ),
     "raw password": ("postgresql://u:se@secret@127.0.0.1/x", "the DSN is malformed: it looks like"),
     "slash behind digits": ("postgresql://u:123/secret@127.0.0.1/x", "the DSN is malformed"),
     "slash in it": ("postgresql://u:se/secret@127.0.0.1/x", "the DSN is malformed"),
     "line break behind it": ("postgresql://u:secret\n@127.0.0.1/x", "the DSN is malformed"),
-    "password elsewhere": ("postgresql://127.0.0.1:1/x?user=u&password=p//a@secret", "cannot open postgresql://127.0.0.1:1/x"),
+    "password elsewhere": (
+        "postgresql://127.0.0.1:1/x?user=u&password=p//a@secret",
+        "cannot open postgresql://127.0.0.1:1/x",
+    ),
     "no URI": ("password=secret host=x://y", "unknown kind of DSN, ...://; known are"),
     "not UTF-8 in it": ("postgresql://u:%FFsecret@127.0.0.1/x", "the DSN is malformed"),
     "impossible host": ("postgresql://u:secret@a..b/x", "cannot open postgresql://a..b/x: "),
     "percent in it": ("postgresql://u:%zzsecret@127.0.0.1/x", "the DSN is malformed"),
-    "unknown option": ("postgresql://127.0.0.1/x?user=u&password=secret&pool=5", "the DSN is malformed"),
-    "bad option": ("postgres://u:secret@127.0.0.1/x?sslmode=perhaps", 'invalid sslmode value: "perhaps"'),
+    "unknown option": (
+        "postgresql://127.0.0.1/x?user=u&password=secret&pool=5",
+        "the DSN is malformed",
+    ),
+    "bad option": (
+        "postgres://u:secret@127.0.0.1/x?sslmode=perhaps",
+        'invalid sslmode value: "perhaps"',
+    ),
 }
 
 
 @pytest.mark.parametrize(("bad_dsn", "message"), BAD_POSTGRES.values(), ids=BAD_POSTGRES.keys())
 def test_postgres_that_cannot_be_used_is_one_line_and_exit_code_2(
-        new_schema, postgres_server, refusal, bad_dsn, message):
+    new_schema, postgres_server, refusal, bad_dsn, message
+):
     postgres_server.query("DROP ROLE IF EXISTS wallet_ada")
     postgres_server.query("CREATE ROLE wallet_ada LOGIN PASSWORD 'right'")
     if not postgres_server.query("SELECT 1 FROM pg_database WHERE datname = 'sql_ascii'"):
-        postgres_server.query("CREATE DATABASE sql_ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+        postgres_server.query(
+            "CREATE DATABASE sql_ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0"
+        )
     bad_dsn = bad_dsn.format(port=postgres_server.port, dsn=new_schema(on=postgres_server))
     told = refusal("--port", "0", WALLET_DSN=bad_dsn)
     assert message in told
     assert "secret" not in told
 
 
-
-
-
-
 def test_missing_prometheus_client_is_one_line_with_the_command_that_installs_it(tmp_path):
     program = "import sys, wallet; sys.modules['prometheus_client'] = None; sys.exit(wallet.main())"
-    done = subprocess.run([sys.executable, "-c", program, "--metrics", "1"], capture_output=True, text=True,
-                          env=environment(), timeout=60, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--metrics", "1"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+        cwd=tmp_path,
+    )
     assert done.returncode == 2
     assert done.stderr == "wallet: --metrics needs another package: pip install prometheus-client\n"
     assert list(tmp_path.iterdir()) == []
@@ -678,23 +860,34 @@ def test_missing_prometheus_client_is_one_line_with_the_command_that_installs_it
 @pytest.mark.parametrize("missing", ["psycopg", "psycopg_pool"])
 def test_missing_driver_is_one_line_with_the_command_that_installs_it(missing):
     program = f"import sys, wallet; sys.modules[{missing!r}] = None; sys.exit(wallet.main())"
-    done = subprocess.run([sys.executable, "-c", program, "--port", "0", "--dsn", "postgresql://x/y"],
-                          capture_output=True, text=True, env=environment(), timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--port", "0", "--dsn", "postgresql://x/y"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+    )
     assert done.returncode == 2
-    assert done.stderr == "wallet: a DSN of Postgres needs more packages: pip install 'psycopg[binary]' psycopg-pool\n"
+    assert (
+        done.stderr
+        == "wallet: a DSN of Postgres needs more packages: pip install 'psycopg[binary]' psycopg-pool\n"
+    )
 
 
 def test_driver_is_imported_for_a_dsn_of_postgres_only_and_the_client_of_prometheus_for_metrics():
-    program = "import sys, wallet; wallet.create_app(wallet.Wallet()); " \
-              "assert not any('psycopg' in name or 'prometheus' in name for name in sys.modules)"
+    program = (
+        "import sys, wallet; wallet.create_app(wallet.Wallet()); "
+        "assert not any('psycopg' in name or 'prometheus' in name for name in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, env=environment(), timeout=60)
 
 
-def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(file_dsn, postgres_dsn, monkeypatch):
+def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(
+    file_dsn, postgres_dsn, monkeypatch
+):
     def session(dsn):
         random, times = iter(string.ascii_letters), iter(range(10**15, 10**16, 1_234_567))
-        monkeypatch.setattr(wallet_module, "_random_base62",
-                        lambda length: next(random) * length)
+        monkeypatch.setattr(wallet_module, "_random_base62", lambda length: next(random) * length)
         monkeypatch.setattr(time, "time_ns", lambda: next(times) * 1000)
         with Wallet(dsn) as wallet:
             api, answers = Client(create_app(wallet)), []
@@ -704,9 +897,16 @@ def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(file_dsn,
 
             send("POST", "/api/register", {"name": "Ädä 👩‍🚀"})
             api.token = answers[0].json["token"]
-            topup, charge, history = (f"/api/transactions{path}" for path in ("/topup", "/charge", ""))
+            topup, charge, history = (
+                f"/api/transactions{path}" for path in ("/topup", "/charge", "")
+            )
             send("GET", "/api/account")
-            for body in ({"amount": AMOUNT_MAX - 7, "description": "día\u2028'\"\\"}, {"amount": 8}, {"amount": 7}, {}):
+            for body in (
+                {"amount": AMOUNT_MAX - 7, "description": "día\u2028'\"\\"},
+                {"amount": 8},
+                {"amount": 7},
+                {},
+            ):
                 send("POST", topup, body, Idempotency_Key=f"k{len(body)}")
             send("POST", topup, {"amount": 7}, Idempotency_Key="k1")
             send("POST", topup, {"amount": 1}, Idempotency_Key="k1")
@@ -717,28 +917,66 @@ def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(file_dsn,
             send("POST", "/api/register", {"name": "Bob"})
             bob = answers[-1].json["id"]
             charged = next(one.json["id"] for one in answers if one.json.get("type") == "charge")
-            for path, body in (("/transfer", {"to": bob, "amount": 2, "metadata": {"b": "ü", "a": ""}}),
-                               ("/transfer", {"to": bob, "amount": AMOUNT_MAX}), (f"/{charged}/refund", {"amount": 2}),
-                               (f"/{charged}/refund", {}), (f"/{charged}/refund", {}), ("/batch", {"transactions": [
-                                   {"type": "charge", "amount": 1}, {"type": "topup", "amount": 1}]})):
-                send("POST", history + path, body, Idempotency_Key="k9" if path == "/batch" else "k" + path)
+            for path, body in (
+                ("/transfer", {"to": bob, "amount": 2, "metadata": {"b": "ü", "a": ""}}),
+                ("/transfer", {"to": bob, "amount": AMOUNT_MAX}),
+                (f"/{charged}/refund", {"amount": 2}),
+                (f"/{charged}/refund", {}),
+                (f"/{charged}/refund", {}),
+                (
+                    "/batch",
+                    {
+                        "transactions": [
+                            {"type": "charge", "amount": 1},
+                            {"type": "topup", "amount": 1},
+                        ]
+                    },
+                ),
+            ):
+                send(
+                    "POST",
+                    history + path,
+                    body,
+                    Idempotency_Key="k9" if path == "/batch" else "k" + path,
+                )
             send("POST", topup, {"amount": 1000})
             for seconds in (1, None):
-                send("POST", "/api/holds", {"amount": 100, "expires_in_s": seconds, "description": "ü"})
+                send(
+                    "POST",
+                    "/api/holds",
+                    {"amount": 100, "expires_in_s": seconds, "description": "ü"},
+                )
             first, second = (f"/api/holds/{one.json['id']}" for one in answers[-2:])
             for path in (f"{first}/capture", f"{second}/capture", f"{second}/release"):
                 send("POST", path, {"amount": 40} if "capture" in path else {})
-            for path in ("/api/holds", first, "/api/account", "/api/transactions.csv", f"{history}?after=0&limit=3",
-                         f"{history}?since=2001-09-09T01:46:55Z", "/api/account?at=2001-09-09T01:46:55Z"):
+            for path in (
+                "/api/holds",
+                first,
+                "/api/account",
+                "/api/transactions.csv",
+                f"{history}?after=0&limit=3",
+                f"{history}?since=2001-09-09T01:46:55Z",
+                "/api/account?at=2001-09-09T01:46:55Z",
+            ):
                 send("GET", path)
             send("GET", f"{history}/{answers[2].json['id']}")
             send("GET", f"{history}/txn_{'a' * 16}_9")
             send("GET", "/readyz")
-            return [(answer.status, sorted(answer.headers.items()), answer.body) for answer in answers]
+            return [
+                (answer.status, sorted(answer.headers.items()), answer.body) for answer in answers
+            ]
 
     on_sqlite, on_postgres = session(file_dsn), session(postgres_dsn)
     assert on_sqlite == on_postgres
-    assert {status[:3] for status, _, _ in on_sqlite} == {"200", "201", "400", "402", "404", "409", "422"}
+    assert {status[:3] for status, _, _ in on_sqlite} == {
+        "200",
+        "201",
+        "400",
+        "402",
+        "404",
+        "409",
+        "422",
+    }
 
 
 def test_connections_that_were_cut_are_replaced_and_no_call_notices(new_schema, postgres_server):
@@ -754,7 +992,9 @@ def test_connections_that_were_cut_are_replaced_and_no_call_notices(new_schema, 
         assert wallet.account(ada.id).balance == 24
 
 
-def test_read_that_a_lock_holds_up_ends_at_the_server_too_and_others_go_on(new_schema, postgres_server, monkeypatch):
+def test_read_that_a_lock_holds_up_ends_at_the_server_too_and_others_go_on(
+    new_schema, postgres_server, monkeypatch
+):
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.5)
     dsn = new_schema(on=postgres_server)
     with Wallet(dsn) as wallet, psycopg.connect(dsn) as other, ThreadPoolExecutor(1) as thread:
@@ -771,24 +1011,75 @@ def test_read_that_a_lock_holds_up_ends_at_the_server_too_and_others_go_on(new_s
             assert time.monotonic() < deadline
 
 
-@pytest.mark.parametrize(("table", "columns"), [
-    ("wallet", "id INTEGER"), ("accounts", "id TEXT PRIMARY KEY, email TEXT"), ("transactions", "account_id TEXT"),
-])
+@pytest.mark.parametrize(
+    ("table", "columns"),
+    [
+        ("wallet", "id INTEGER"),
+        ("accounts", "id TEXT PRIMARY KEY, email TEXT"),
+        ("transactions", "account_id TEXT"),
+    ],
+)
 def test_schema_of_another_program_is_refused_and_left_as_it_was(postgres_dsn, table, columns):
     with psycopg.connect(postgres_dsn, autocommit=True) as other:
         other.execute(f"CREATE TABLE {table} ({columns})")
-        with pytest.raises(ConfigurationError, match=f"the table {table} in .* is another program's: name another"):
+        with pytest.raises(
+            ConfigurationError, match=f"the table {table} in .* is another program's: name another"
+        ):
             Wallet(postgres_dsn)
-        left = "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema"
+        left = (
+            "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema"
+        )
         assert other.execute(left).fetchall() == [(table,)]
 
-WANTING = ["SERIAL", "BIGSERIAL", "IDENTITY", "CREATE SEQUENCE", "nextval", "TRIGGER", "FUNCTION", "PROCEDURE",
-           "EXTENSION", "pg_advisory", "LISTEN", "NOTIFY", "SKIP LOCKED", "NOWAIT", "FOR UPDATE", "SAVEPOINT",
-           "DEFERRABLE", "LOCK TABLE", "xmin", "ctid", "txid", "MERGE", "TRUNCATE", "EXCLUDE", "INHERITS", "TABLESPACE"]
 
-# What SQL is put together from, apart from constants: parts of it that are, each, one of a few constants.
-SQL_PARTS = {"cache_kb", "check", "columns", "condition", "end_sql", "into", "key", "marks", "of_each", "of_type",
-             "one", "order", "table", "values", "' DESC, '.join(columns)"}
+WANTING = [
+    "SERIAL",
+    "BIGSERIAL",
+    "IDENTITY",
+    "CREATE SEQUENCE",
+    "nextval",
+    "TRIGGER",
+    "FUNCTION",
+    "PROCEDURE",
+    "EXTENSION",
+    "pg_advisory",
+    "LISTEN",
+    "NOTIFY",
+    "SKIP LOCKED",
+    "NOWAIT",
+    "FOR UPDATE",
+    "SAVEPOINT",
+    "DEFERRABLE",
+    "LOCK TABLE",
+    "xmin",
+    "ctid",
+    "txid",
+    "MERGE",
+    "TRUNCATE",
+    "EXCLUDE",
+    "INHERITS",
+    "TABLESPACE",
+]
+
+# What SQL is put together from, apart from constants: parts of it that are, each, one of a few
+# constants.
+SQL_PARTS = {
+    "cache_kb",
+    "check",
+    "columns",
+    "condition",
+    "end_sql",
+    "into",
+    "key",
+    "marks",
+    "of_each",
+    "of_type",
+    "one",
+    "order",
+    "table",
+    "values",
+    "' DESC, '.join(columns)",
+}
 
 
 def foreign_parts(source):
@@ -797,27 +1088,52 @@ def foreign_parts(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.JoinedStr):
             text = "".join(part.value for part in node.values if isinstance(part, ast.Constant))
-            if re.search(r"\b(SELECT|INSERT INTO|UPDATE \w+ SET|DELETE FROM|WHERE|ORDER BY|VALUES|PRAGMA)\b", text):
-                found |= {ast.unparse(part.value) for part in node.values if isinstance(part, ast.FormattedValue)}
+            if re.search(
+                r"\b(SELECT|INSERT INTO|UPDATE \w+ SET|DELETE FROM|WHERE|ORDER BY|VALUES|PRAGMA)\b",
+                text,
+            ):
+                found |= {
+                    ast.unparse(part.value)
+                    for part in node.values
+                    if isinstance(part, ast.FormattedValue)
+                }
         elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mod)):
-            assert not re.search(r"'[^']*\b(SELECT|INSERT INTO|DELETE FROM|WHERE)\b", ast.unparse(node))
+            assert not re.search(
+                r"'[^']*\b(SELECT|INSERT INTO|DELETE FROM|WHERE)\b", ast.unparse(node)
+            )
     return {part for part in found if not part.isupper()} - SQL_PARTS
 
 
 def test_no_value_is_ever_put_into_sql_as_text():
-    """The linter that looks for this cannot tell a constant from a value, so it leaves that to this test."""
+    """The linter that looks for this cannot tell a constant from a value, so it leaves that to this
+    test.
+    """
     source = (HERE / "wallet.py").read_text()
     assert foreign_parts(source) == set()
-    assert foreign_parts(source + "\ntx(f\"SELECT 1 FROM accounts WHERE name = '{name}'\")") == {"name"}
+    assert foreign_parts(source + "\ntx(f\"SELECT 1 FROM accounts WHERE name = '{name}'\")") == {
+        "name"
+    }
 
 
 def sql_statements():
     """Return every SQL text of wallet.py that either engine may get, and of the files of SQL."""
     tree = ast.parse((HERE / "wallet.py").read_text())
-    skipped = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "SQLiteDatabase")
-    texts = [ast.unparse(node) for part in tree.body if part is not skipped for node in ast.walk(part)
-             if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))]
-    words = r"\b(SELECT .* FROM|INSERT INTO|UPDATE \w+\s+SET|DELETE FROM|BEGIN|COMMIT|SET LOCAL|CASE)\b"
+    skipped = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "SQLiteDatabase"
+    )
+    texts = [
+        ast.unparse(node)
+        for part in tree.body
+        if part is not skipped
+        for node in ast.walk(part)
+        if isinstance(node, ast.JoinedStr)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    ]
+    words = (
+        r"\b(SELECT .* FROM|INSERT INTO|UPDATE \w+\s+SET|DELETE FROM|BEGIN|COMMIT|SET LOCAL|CASE)\b"
+    )
     found = [text for text in texts if re.search(words, text, re.DOTALL)]
     files = re.sub("--.*", "", "".join(path.read_text() for path in HERE.glob("*.sql")))
     return [*found, *files.split(";")]
@@ -825,23 +1141,34 @@ def sql_statements():
 
 def test_sql_keeps_to_what_distributed_databases_have():
     def lacking(statements):
-        return {word for word in WANTING for sql in statements if re.search(rf"\b{word}\b", sql, re.IGNORECASE)}
+        return {
+            word
+            for word in WANTING
+            for sql in statements
+            if re.search(rf"\b{word}\b", sql, re.IGNORECASE)
+        }
 
-    assert lacking(["CREATE TABLE t (id BIGSERIAL)", "SELECT 1 FOR UPDATE skip locked", "LISTEN a"]) == {
-        "BIGSERIAL", "FOR UPDATE", "SKIP LOCKED", "LISTEN"}
+    assert lacking(
+        ["CREATE TABLE t (id BIGSERIAL)", "SELECT 1 FOR UPDATE skip locked", "LISTEN a"]
+    ) == {"BIGSERIAL", "FOR UPDATE", "SKIP LOCKED", "LISTEN"}
     statements = sql_statements()
     assert len(statements) > 15
     assert lacking(statements) == set()
 
 
 def test_every_key_begins_with_the_account_id(postgres_wallet):
-    keys = postgres_wallet.database.read(lambda tx: tx("""
+    keys = postgres_wallet.database.read(
+        lambda tx: tx("""
         SELECT relname, attname, indisunique FROM pg_index JOIN pg_class ON pg_class.oid = indrelid
         JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
-        WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema()) ORDER BY 1, 2, 3"""))
+        WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema()) ORDER BY 1, 2, 3""")
+    )
     account_id = {"accounts": "id", "transactions": "account_id", "holds": "account_id"}
     assert [(table, column) for table, column, _ in keys if table in account_id] == [
-        ("accounts", "id"), *[("holds", "account_id")] * 2, *[("transactions", "account_id")] * 4]
+        ("accounts", "id"),
+        *[("holds", "account_id")] * 2,
+        *[("transactions", "account_id")] * 4,
+    ]
     assert {table for table, _, _ in keys} - account_id.keys() == {"wallet"}  # It has one row.
     assert postgres_wallet.database.read(lambda tx: tx("SELECT id FROM wallet")) == [(1,)]
 
@@ -854,14 +1181,23 @@ def test_compose_file_runs_a_wallet_over_postgres_and_holds_no_secret(postgres_s
     assert "--host=127.0.0.1" in database["healthcheck"]["test"]
     assert [volume.partition(":")[0] for volume in database["volumes"]] == list(compose["volumes"])
     assert service["ports"] == ["127.0.0.1:${WALLET_PORTS:-4000}:4000"]
-    secrets = [value for one in (service, database) for name, value in one["environment"].items() if "PASSWORD" in name]
+    secrets = [
+        value
+        for one in (service, database)
+        for name, value in one["environment"].items()
+        if "PASSWORD" in name
+    ]
     assert len(secrets) == 2
-    assert all(value.startswith("${POSTGRES_PASSWORD:?") for value in secrets)  # Without it, compose stops.
+    assert all(
+        value.startswith("${POSTGRES_PASSWORD:?") for value in secrets
+    )  # Without it, compose stops.
 
     def filled(values):
         given = [("POSTGRES_PASSWORD:\\?[^}]*", "p@ss/w%rd?"), (r"WALLET_\w+:-", "")]
         for pattern, value in given:
-            values = {name: re.sub(rf"\$\{{{pattern}\}}", value, text) for name, text in values.items()}
+            values = {
+                name: re.sub(rf"\$\{{{pattern}\}}", value, text) for name, text in values.items()
+            }
         return values
 
     given, wanted = filled(service["environment"]), filled(database["environment"])
@@ -874,6 +1210,9 @@ def test_compose_file_runs_a_wallet_over_postgres_and_holds_no_secret(postgres_s
     with served(**in_image | given | network) as server:
         assert "with its data in postgresql://postgres/wallet." in server.banner
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
-        assert send(server.url, "POST", "/api/transactions/topup", {"amount": 5}, token)[2]["balance"] == 5
+        assert (
+            send(server.url, "POST", "/api/transactions/topup", {"amount": 5}, token)[2]["balance"]
+            == 5
+        )
     wrong = command("--port", "0", **in_image | given | network | {"PGPASSWORD": "wrong"})
     assert (wrong.returncode, "password authentication failed" in wrong.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""DOC tests/test_storage"""
+"""What is kept through kills, power cuts, full disks and calls that fail."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from wallet import (
     create_app,
 )
 
-# Promise 2: a success that was answered is kept ####################################################
+# Promise 2: a success that was answered is kept ###################################################
 
 LATE = """
 import sys, wallet
@@ -75,17 +75,28 @@ sys.exit(wallet.main())
 
 
 class Crashes:
-    """A service that is killed again and again under the load of 8 clients, which journal what becomes of it."""
+    """A service that is killed again and again under the load of 8 clients, which journal what
+    becomes of it.
+    """
 
     def __init__(self, dsn, program=MODULE, database=None):
         self.arguments = "--dsn", dsn, "--log-level", "error"
         self.dsn, self.program, self.database = dsn, program, database
         self.draw = random.Random(6)
         self.tokens = []
-        self.journals = [[] for _ in range(8)]  # Each client sends its last intent until that is answered.
-        self.acknowledged, self.count, self.lost = [], 0, 0  # Since the last start, in all, and of these.
+        self.journals = [
+            [] for _ in range(8)
+        ]  # Each client sends its last intent until that is answered.
+        self.acknowledged, self.count, self.lost = (
+            [],
+            0,
+            0,
+        )  # Since the last start, in all, and of these.
         self.killed, self.killed_at, self.sound = "service", None, 0
-        self.ready_s, self.recovered_s = [], []  # After a kill of the service only, and of its database too.
+        self.ready_s, self.recovered_s = (
+            [],
+            [],
+        )  # After a kill of the service only, and of its database too.
 
     @contextmanager
     def started(self):
@@ -93,34 +104,54 @@ class Crashes:
         began = self.killed_at or time.monotonic()
         with served(*self.arguments, program=self.program) as server:
             assert send(server.url, "GET", "/readyz")[0] == 200
-            (self.ready_s if self.killed == "service" else self.recovered_s).append(time.monotonic() - began)
+            (self.ready_s if self.killed == "service" else self.recovered_s).append(
+                time.monotonic() - began
+            )
             with Wallet(self.dsn) as wallet:
                 if self.database is None:
-                    assert wallet.database.read(lambda tx: tx("PRAGMA integrity_check")) == [("ok",)]
+                    assert wallet.database.read(lambda tx: tx("PRAGMA integrity_check")) == [
+                        ("ok",)
+                    ]
                     self.sound += 1
-                self.lost += wallet.database.read(lambda tx: sum(not one.is_kept(tx) for one in self.acknowledged))
+                self.lost += wallet.database.read(
+                    lambda tx: sum(not one.is_kept(tx) for one in self.acknowledged)
+                )
             self.count += len(self.acknowledged)
             self.acknowledged = []
             yield server
 
     def crash(self, killed="service"):
-        """Start the service, and kill it under load at a random moment, and before it the database or a session."""
+        """Start the service, and kill it under load at a random moment, and before it the database
+        or a session.
+        """
         goal, enough = self.draw.randrange(250), threading.Event()
 
         def work(client):
-            journal, connection = self.journals[client], http.client.HTTPConnection(urlsplit(server.url).netloc)
-            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+            journal, connection = (
+                self.journals[client],
+                http.client.HTTPConnection(urlsplit(server.url).netloc),
+            )
+            with (
+                contextlib.closing(connection),
+                contextlib.suppress(OSError, http.client.HTTPException),
+            ):
                 while True:
                     if not journal or journal[-1].answers:
-                        journal.append(Intent.numbered(len(journal), self.tokens[client], self.tokens[client - 1]))
+                        journal.append(
+                            Intent.numbered(
+                                len(journal), self.tokens[client], self.tokens[client - 1]
+                            )
+                        )
                     if journal[-1].send(server.url, connection):
                         self.acknowledged.append(journal[-1])
                         if len(self.acknowledged) >= goal:
                             enough.set()
 
         with self.started() as server:
-            self.tokens = self.tokens or [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
-                                          for _ in self.journals]
+            self.tokens = self.tokens or [
+                send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+                for _ in self.journals
+            ]
             with ThreadPoolExecutor(len(self.journals)) as threads:
                 futures = [threads.submit(work, client) for client in range(len(self.journals))]
                 try:
@@ -140,19 +171,36 @@ class Crashes:
                     future.result()
 
     def finish(self):
-        """Start it for the last time, have all answered, and return how many effects are lost and how many doubled."""
+        """Start it for the last time, have all answered, and return how many effects are lost and
+        how many doubled.
+        """
         with self.started() as server:
-            assert all(intent.answers or intent.send(server.url) for journal in self.journals for intent in journal)
+            assert all(
+                intent.answers or intent.send(server.url)
+                for journal in self.journals
+                for intent in journal
+            )
         with Wallet(self.dsn) as wallet:
-            return count_lost_and_surplus(wallet, [intent for journal in self.journals for intent in journal])
+            return count_lost_and_surplus(
+                wallet, [intent for journal in self.journals for intent in journal]
+            )
 
 
-@pytest.mark.parametrize(("durable_dsn", "kills"), [
-    ("file", 2), torture("file", 500), ("postgres", 2), torture("postgres", 50),
-], indirect=["durable_dsn"])
+@pytest.mark.parametrize(
+    ("durable_dsn", "kills"),
+    [
+        ("file", 2),
+        torture("file", 500),
+        ("postgres", 2),
+        torture("postgres", 50),
+    ],
+    indirect=["durable_dsn"],
+)
 def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, kills, request, report):
     # The tests' own Postgres, since it is killed too.
-    database = request.getfixturevalue("postgres_server") if durable_dsn.startswith("postgres") else None
+    database = (
+        request.getfixturevalue("postgres_server") if durable_dsn.startswith("postgres") else None
+    )
     dsn = request.getfixturevalue("new_schema")(on=database) if database else durable_dsn
     crashes = Crashes(dsn, database=database)
     for number in range(kills):
@@ -160,16 +208,24 @@ def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, kills, req
     lost, doubled = crashes.finish()
     assert (crashes.lost, lost, doubled) == (0, 0, 0)
     after = {"the service": crashes.ready_s, "the database too": crashes.recovered_s}
-    report(f"{kills} kills, {crashes.count} acknowledged, {crashes.lost + lost} lost, {doubled} doubled"
-           + f", {crashes.sound} integrity checks ok" * (database is None)
-           + "".join(f"; after a kill of {what} ready in {max(times):.2f} s at most, {statistics.median(times):.2f} s"
-                     f" at the median of {len(times)}" for what, times in after.items() if times))
+    report(
+        f"{kills} kills, {crashes.count} acknowledged, {crashes.lost + lost} lost, {doubled} doubled"
+        + f", {crashes.sound} integrity checks ok" * (database is None)
+        + "".join(
+            f"; after a kill of {what} ready in {max(times):.2f} s at most, {statistics.median(times):.2f} s"
+            f" at the median of {len(times)}"
+            for what, times in after.items()
+            if times
+        )
+    )
     if kills >= 50:
         assert crashes.count >= 100 * kills
         assert max(crashes.ready_s) <= 1
 
 
-def test_control_a_service_that_answers_before_it_commits_loses_by_a_kill_what_it_answered(file_dsn):
+def test_control_a_service_that_answers_before_it_commits_loses_by_a_kill_what_it_answered(
+    file_dsn,
+):
     crashes = Crashes(file_dsn, program=("-c", LATE))
     crashes.crash()
     assert len(crashes.acknowledged) > 8 * 20  # More than the commits that it makes can hold.
@@ -190,9 +246,12 @@ def test_what_was_written_is_there_after_reopening(durable_dsn):
 
 
 def test_writer_asks_for_a_sync_at_every_commit(file_wallet):
-    pragmas = {name: file_wallet.database._writer.execute(f"PRAGMA {name}").fetchone()[0]
-               for name in ("synchronous", "journal_mode", "fullfsync", "foreign_keys")}
+    pragmas = {
+        name: file_wallet.database._writer.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("synchronous", "journal_mode", "fullfsync", "foreign_keys")
+    }
     assert pragmas == {"synchronous": 2, "journal_mode": "wal", "fullfsync": 1, "foreign_keys": 1}
+
 
 SYNCHRONOUS = """
 import sys, wallet
@@ -207,14 +266,18 @@ sys.exit(wallet.main())
 
 
 class CutDisk:
-    """What of the files in a trace is on the disk for sure, and what else a power cut may leave there.
+    """What of the files in a trace is on the disk for sure, and what else a power cut may leave
+    there.
 
-    Of each write since a file's last sync it leaves all, nothing, or any sectors of 512 bytes. A file that was made or
-    removed since the folder's last sync is there or not, whether its content was synced or not. No -shm is left.
+    Of each write since a file's last sync it leaves all, nothing, or any sectors of 512 bytes. A
+    file that was made or removed since the folder's last sync is there or not, whether its content
+    was synced or not. No -shm is left.
     """
 
     def __init__(self):
-        self.names = {}  # What each has stood for since the folder's last sync: a file, or None where it was removed.
+        # What each has stood for since the folder's last sync: a file, or None where it was
+        # removed.
+        self.names = {}
 
     def happen(self, position, kind, name, *arguments):
         versions = self.names.setdefault(name, [(-1, None)])
@@ -242,15 +305,19 @@ class CutDisk:
             end = min(offset + len(data), start - start % 512 + 512)
             if sectors():
                 content.extend(bytes(max(0, start - len(content))))
-                content[start:end] = data[start - offset:end - offset]
+                content[start:end] = data[start - offset : end - offset]
             start = end
 
     def leave(self, folder, chance, kept, torn):
-        """Make the files that a power cut may leave, where such a share of what is not synced is kept, or torn."""
+        """Make the files that a power cut may leave, where such a share of what is not synced is
+        kept, or torn.
+        """
         for old in folder.iterdir():
             old.unlink()
         for name, versions in self.names.items():
-            _, file = versions[0] if not kept else versions[-1] if kept == 1 else chance.choice(versions)
+            _, file = (
+                versions[0] if not kept else versions[-1] if kept == 1 else chance.choice(versions)
+            )
             if file is None:
                 continue
             content = bytearray(file.synced)
@@ -259,29 +326,48 @@ class CutDisk:
                     self.change(content, *written)
                 elif chance.random() < torn:
                     share = chance.random()
-                    self.change(content, *written, sectors=lambda share=share: chance.random() < share)
+                    self.change(
+                        content, *written, sectors=lambda share=share: chance.random() < share
+                    )
             (folder / name).write_bytes(content)
 
 
 def examine(folder, answered):
-    """Open what a power cut left, as a restart does. Return how much of what was answered is missing."""
+    """Open what a power cut left, as a restart does.
+
+    Return how much of what was answered is missing.
+    """
     with Wallet(f"sqlite:///{folder}/wallet.db") as wallet:
         check_books(wallet)
         accounts = wallet.database.read(lambda tx: tx("SELECT id FROM accounts"))
-        rows = wallet.database.read(lambda tx: tx(
-            "SELECT account_id, sequence, amount, balance, description FROM transactions"))
-    assert all(count == int(description.split()[0]) for description, count in Counter(row[4] for row in rows).items())
-    found = {f"txn_{id[4:]}_{sequence}": (amount, balance) for id, sequence, amount, balance, _ in rows}
-    found |= {id: (None, 0) for id, in accounts}
+        rows = wallet.database.read(
+            lambda tx: tx(
+                "SELECT account_id, sequence, amount, balance, description FROM transactions"
+            )
+        )
+    assert all(
+        count == int(description.split()[0])
+        for description, count in Counter(row[4] for row in rows).items()
+    )
+    found = {
+        f"txn_{id[4:]}_{sequence}": (amount, balance) for id, sequence, amount, balance, _ in rows
+    }
+    found |= {id: (None, 0) for (id,) in accounts}
     return sum(found.get(id) != kept for id, kept in answered.items())
 
 
 def replay(events, images, folder, chance):
-    """Cut the power at so many moments, and right after each answer. Return how many, what was lost and what broke."""
+    """Cut the power at so many moments, and right after each answer.
+
+    Return how many, what was lost and what broke.
+    """
     disk, answered, lost, broken = CutDisk(), {}, 0, []
     moments = Counter(chance.randrange(len(events)) for _ in range(images))
     for number, (position, kind, *arguments) in enumerate(events):
-        cuts = [chance.choice([(0, 0), (1, 0), (chance.random(), chance.random())]) for _ in range(moments[number])]
+        cuts = [
+            chance.choice([(0, 0), (1, 0), (chance.random(), chance.random())])
+            for _ in range(moments[number])
+        ]
         if kind == "answer":
             movements = arguments[1].get("transactions", [arguments[1]])
             answered |= {one["id"]: (one.get("amount"), one["balance"]) for one in movements}
@@ -299,12 +385,23 @@ def replay(events, images, folder, chance):
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace: apt install strace")
-@pytest.mark.parametrize(("synchronous", "recordings", "images"), [
-    ("FULL", 1, 150), ("NORMAL", 1, 30),
-    pytest.param("FULL", 40, 500, marks=pytest.mark.torture), pytest.param("NORMAL", 4, 500, marks=pytest.mark.torture),
-])
-def test_power_cut_at_any_moment_loses_nothing_that_was_answered(fast_path, synchronous, recordings, images, report):
-    program = ("-c", SYNCHRONOUS.format(synchronous)) if synchronous != "FULL" else limited(SQLITE_CHECKPOINT_PAGES=20)
+@pytest.mark.parametrize(
+    ("synchronous", "recordings", "images"),
+    [
+        ("FULL", 1, 150),
+        ("NORMAL", 1, 30),
+        pytest.param("FULL", 40, 500, marks=pytest.mark.torture),
+        pytest.param("NORMAL", 4, 500, marks=pytest.mark.torture),
+    ],
+)
+def test_power_cut_at_any_moment_loses_nothing_that_was_answered(
+    fast_path, synchronous, recordings, images, report
+):
+    program = (
+        ("-c", SYNCHRONOUS.format(synchronous))
+        if synchronous != "FULL"
+        else limited(SQLITE_CHECKPOINT_PAGES=20)
+    )
     left = fast_path / "left"
     left.mkdir()
     counts, broken = Counter(), []
@@ -312,21 +409,29 @@ def test_power_cut_at_any_moment_loses_nothing_that_was_answered(fast_path, sync
         folder, chance = fast_path / str(number), random.Random(number)
         (folder / "data").mkdir(parents=True)
         dsn = f"sqlite:///{folder}/data/wallet.db"
-        events = record(dsn, folder, program, kills=[33 + number % 20] if synchronous == "FULL" else [])
+        events = record(
+            dsn, folder, program, kills=[33 + number % 20] if synchronous == "FULL" else []
+        )
         shutil.rmtree(folder)
         found, errors = replay(events, images, left, chance)
         counts, broken = counts + found + Counter(event[1] for event in events), broken + errors
         # A disk that says that it has synced the database, and has not, would lose some.
-        unsynced = [event for event in events if event[1:3] != ("sync", "wallet.db")][:len(events) // 3]
+        unsynced = [event for event in events if event[1:3] != ("sync", "wallet.db")][
+            : len(events) // 3
+        ]
         lying, errors = replay(unsynced, 0, left, chance)
         assert lying["lost"] or errors
-    report(f"{synchronous}: {counts['images']:,} power cuts among {counts['write']:,} writes, {counts['sync']:,} syncs"
-           f" and {counts['answer']:,} answers: {counts['lost']:,} answers lost, {len(broken)} wallets broken")
+    report(
+        f"{synchronous}: {counts['images']:,} power cuts among {counts['write']:,} writes, {counts['sync']:,} syncs"
+        f" and {counts['answer']:,} answers: {counts['lost']:,} answers lost, {len(broken)} wallets broken"
+    )
     assert (counts["lost"] > 0) == (synchronous != "FULL")
     assert broken == []
 
 
-def test_write_that_waited_for_a_batch_that_failed_is_never_told_that_it_was_done(file_dsn, monkeypatch):
+def test_write_that_waited_for_a_batch_that_failed_is_never_told_that_it_was_done(
+    file_dsn, monkeypatch
+):
     class SlowWrite(wallet_module._Write):
         def __setattr__(self, name, value):
             super().__setattr__(name, value)
@@ -344,6 +449,7 @@ def test_write_that_waited_for_a_batch_that_failed_is_never_told_that_it_was_don
         other.execute("ROLLBACK")
         check_books(wallet)
 
+
 WATCHER = """
 import contextlib, sqlite3, sys
 with contextlib.closing(sqlite3.connect(sys.argv[1])) as connection:
@@ -354,8 +460,14 @@ with contextlib.closing(sqlite3.connect(sys.argv[1])) as connection:
 @pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
 def test_second_wallet_on_a_file_leaves_the_locks_of_the_first(file_dsn, tmp_path, careless):
     def watch():
-        return subprocess.run([sys.executable, "-c", WATCHER, str(tmp_path / "wallet.db")], check=True, timeout=60,
-                              capture_output=True, text=True, env=environment()).stdout
+        return subprocess.run(
+            [sys.executable, "-c", WATCHER, str(tmp_path / "wallet.db")],
+            check=True,
+            timeout=60,
+            capture_output=True,
+            text=True,
+            env=environment(),
+        ).stdout
 
     with Wallet(file_dsn) as wallet:
         ada, _ = wallet.register("Ada")
@@ -373,6 +485,7 @@ def test_second_wallet_on_a_file_leaves_the_locks_of_the_first(file_dsn, tmp_pat
 
 def test_waiting_writes_share_one_commit_and_an_error_undoes_only_its_own(sqlite_wallet):
     wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
+
     def fail(tx):
         tx("UPDATE accounts SET balance = balance + 1000")
         raise RuntimeError("a bug")
@@ -392,7 +505,9 @@ def test_waiting_writes_share_one_commit_and_an_error_undoes_only_its_own(sqlite
         assert isinstance(last.exception(), InsufficientFunds)
         assert isinstance(broken.exception(), RuntimeError)
     wallet.database._writer.set_trace_callback(None)
-    assert statements.count("COMMIT") == 2  # The first is that of the write which kept the others waiting.
+    assert (
+        statements.count("COMMIT") == 2
+    )  # The first is that of the write which kept the others waiting.
     assert wallet.account(ada.id).balance == 5
 
 
@@ -400,7 +515,9 @@ def test_commit_that_keeps_failing_is_answered_as_unknown_and_its_key_decides(fi
     ada, token = file_wallet.register("Ada")
     api = Client(create_app(file_wallet), token)
     with files_cannot_grow():
-        answer = api.send("POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key="k", status=503)
+        answer = api.send(
+            "POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key="k", status=503
+        )
         api.send("GET", "/api/account", status=200)
     assert answer.json["code"] == "outcome_unknown"
     assert answer.headers["Retry-After"] == "1"
@@ -427,6 +544,7 @@ def test_commit_that_fails_once_is_decided_by_running_it_again(file_wallet):
     assert len(runs) == 2
     assert file_wallet.account(ada.id).name == "Grace"
 
+
 CARELESS = """
 class Careless(wallet.SQLiteDatabase):
     # Takes every commit for done: the mistake that a full disk and a fault must find.
@@ -437,20 +555,32 @@ class Careless(wallet.SQLiteDatabase):
 
 @contextmanager
 def small_disk(folder, careless=False):
-    """Serve clients from a disk of 4 MB. Yield them, and a function that fills it for as long as its block runs."""
+    """Serve clients from a disk of 4 MB.
+
+    Yield them, and a function that fills it for as long as its block runs.
+    """
     mount = f'mount -t tmpfs -o size=4m wallet {folder} && exec "$@"'
     mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
     tried = subprocess.run([*mounted, "true"], capture_output=True, text=True, timeout=60)
     if tried.returncode:
         pytest.skip(f"this machine lets nobody mount: {tried.stderr.strip()}")
-    # The log must not fill the disk by itself, as it would in service with a disk of less than some 20 MB.
+    # The log must not fill the disk by itself, as it would in service with a disk of less than some
+    # 20 MB.
     program = f"import logging, sys, wallet\nlogging.disable()\nwallet.SQLITE_CHECKPOINT_PAGES = 100{CARELESS}"
     program += f"{'wallet.SQLiteDatabase = Careless' if careless else ''}\nsys.exit(wallet.main())"
-    with served("--dsn", f"sqlite:///{folder}/wallet.db", "--log-level", "error",
-                program=("-c", program), under=mounted) as server:
+    with served(
+        "--dsn",
+        f"sqlite:///{folder}/wallet.db",
+        "--log-level",
+        "error",
+        program=("-c", program),
+        under=mounted,
+    ) as server:
         # SQLite would follow this link to the folder without the disk.
         inside = Path(f"/proc/{server.pid}/root{folder}")
-        tokens = [send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)]
+        tokens = [
+            send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)
+        ]
         with open(inside / "ballast", "wb", buffering=0) as ballast:
 
             @contextmanager
@@ -471,7 +601,9 @@ def small_disk(folder, careless=False):
             shutil.copy(inside / name, folder / f"copy-of-{name}")
 
 
-@pytest.mark.skipif(not shutil.which("unshare"), reason="a small disk of its own needs Linux and unshare")
+@pytest.mark.skipif(
+    not shutil.which("unshare"), reason="a small disk of its own needs Linux and unshare"
+)
 @pytest.mark.parametrize("times", [1, torture(50)])
 def test_full_disk_refuses_clearly_loses_nothing_and_is_got_over(tmp_path, times, report):
     reads, waits = 0, []
@@ -480,27 +612,39 @@ def test_full_disk_refuses_clearly_loses_nothing_and_is_got_over(tmp_path, times
             refused = len(load.open) + 20
             with filled():
                 while len(load.open) < refused:
-                    assert send(load.url, "GET", "/api/account", token=load.tokens[reads % 4])[0] == 200
+                    assert (
+                        send(load.url, "GET", "/api/account", token=load.tokens[reads % 4])[0]
+                        == 200
+                    )
                     reads += 1
             waits.append(load.wait_for_more(count=1))
     assert load.check(f"sqlite:///{tmp_path}/copy-of-wallet.db") == 0
-    report(f"full {times} times, {len(load.kept):,} answered, {len(load.open):,} refused {load.statuses}, {reads:,}"
-           f" reads meanwhile, writing again after {max(waits):.2f} s at most")
+    report(
+        f"full {times} times, {len(load.kept):,} answered, {len(load.open):,} refused {load.statuses}, {reads:,}"
+        f" reads meanwhile, writing again after {max(waits):.2f} s at most"
+    )
     assert max(waits) < (1 if times > 1 else 10)
 
 
-@pytest.mark.skipif(not shutil.which("unshare"), reason="a small disk of its own needs Linux and unshare")
+@pytest.mark.skipif(
+    not shutil.which("unshare"), reason="a small disk of its own needs Linux and unshare"
+)
 def test_control_a_wallet_that_takes_every_commit_for_done_loses_some_on_a_full_disk(tmp_path):
     with small_disk(tmp_path, careless=True) as (load, filled), filled():
         load.wait_for_more(150)
     assert load.check(f"sqlite:///{tmp_path}/copy-of-wallet.db") > 0
 
-# Faults one at a time: each run of this makes one call of the system fail, and says what became of it.
-FAULTY = """
+
+# Faults one at a time: each run of this makes one call of the system fail, and says what became of
+# it.
+FAULTY = (
+    """
 import contextlib, io, json, logging, mmap, os, sys, wallet
 from pathlib import Path
 from wsgiref.util import setup_testing_defaults
-""" + CARELESS + """
+"""
+    + CARELESS
+    + """
 folder, failing = Path(sys.argv[1]), json.loads(sys.argv[2])
 wallet.SQLITE_CHECKPOINT_PAGES = 8
 if sys.argv[3:]:
@@ -569,7 +713,7 @@ def run(call, number):
                 ("batch", {"transactions": [{"type": "topup", "amount": 1}] * 3}), *[("topup", {"amount": 1})] * 4]):
             insist(f"/api/transactions/{path}", body)
 
-    wallet.serve = work
+    wallet._serve = work
     for _ in range(failing[call] - number):
         CALLS[call]()
     for name in "killed", "new":
@@ -588,21 +732,46 @@ for line in sys.stdin:
     in_child(prepare)
     print(in_child(run, call, int(number)), flush=True)
 """
+)
 
-# The calls of the system by which SQLite uses a file, each with a number that is more than a run makes.
-FAULTS = {"pwrite64": 360, "fdatasync": 100, "fsync": 100, "ftruncate": 25, "pread64": 250, "openat": 30, "mmap": 10,
-          "unlink": 15}
+# The calls of the system by which SQLite uses a file, each with a number that is more than a run
+# makes.
+FAULTS = {
+    "pwrite64": 360,
+    "fdatasync": 100,
+    "fsync": 100,
+    "ftruncate": 25,
+    "pread64": 250,
+    "openat": 30,
+    "mmap": 10,
+    "unlink": 15,
+}
 
 
 @contextmanager
 def faulty_disk(folder, error, calls, *careless):
-    """Yield a function that uses wallets in a folder while the so-manieth call of a kind fails, and tells what came."""
-    names = [f"{name}.db{end}" for name in ("killed", "new") for end in ("", "-wal", "-shm", "-journal")]
-    options = [option for name in ["", "burnt", "missing", *names] for option in ("-P", str(folder / name))]
-    options += [option for call in calls for option in ("-e", f"inject={call}:error={error}:when={FAULTS[call]}")]
+    """Yield a function that uses wallets in a folder while the so-manieth call of a kind fails, and
+    tells what came.
+    """
+    names = [
+        f"{name}.db{end}" for name in ("killed", "new") for end in ("", "-wal", "-shm", "-journal")
+    ]
+    options = [
+        option for name in ["", "burnt", "missing", *names] for option in ("-P", str(folder / name))
+    ]
+    options += [
+        option
+        for call in calls
+        for option in ("-e", f"inject={call}:error={error}:when={FAULTS[call]}")
+    ]
     command = strace("--seccomp-bpf", "-o", "/dev/null", "-e", f"trace={','.join(calls)}", *options)
-    with subprocess.Popen([*command, sys.executable, "-c", FAULTY, str(folder), json.dumps(FAULTS), *careless],
-                          text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as process:
+    with subprocess.Popen(
+        [*command, sys.executable, "-c", FAULTY, str(folder), json.dumps(FAULTS), *careless],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment(),
+    ) as process:
 
         def run(call, number):
             print(call, number, file=process.stdin, flush=True)
@@ -612,31 +781,58 @@ def faulty_disk(folder, error, calls, *careless):
 
 
 def judge(folder, outcome):
-    """Assert that one fault did no harm, and that all went on at once. Return how many starts and requests failed."""
+    """Assert that one fault did no harm, and that all went on at once.
+
+    Return how many starts and requests failed.
+    """
     failed_starts = [start for start in outcome["starts"] if start[1] != 0]
-    assert all(code == 2 and re.fullmatch("wallet: .+\n", told) for _, code, told in failed_starts), failed_starts
+    assert all(
+        code == 2 and re.fullmatch("wallet: .+\n", told) for _, code, told in failed_starts
+    ), failed_starts
     failed = [answer for answer in outcome["answers"] if answer[2] >= 300]
     assert all(status == 503 for _, _, status, _ in failed), failed
     assert len(failed_starts) + len(failed) <= outcome["faulted"], (failed_starts, failed)
     answered, lost = 0, 0
     for name, before in ("killed", 3), ("new", 0):
-        done = [answer for start, method, status, answer in outcome["answers"]
-                if method == "POST" and status == 201 and outcome["starts"][start][0] == name]
-        movements = [one for answer in done for one in answer.get("transactions", [answer]) if "amount" in one]
+        done = [
+            answer
+            for start, method, status, answer in outcome["answers"]
+            if method == "POST" and status == 201 and outcome["starts"][start][0] == name
+        ]
+        movements = [
+            one
+            for answer in done
+            for one in answer.get("transactions", [answer])
+            if "amount" in one
+        ]
         with Wallet(f"sqlite:///{folder}/{name}.db") as wallet:
             check_books(wallet)
-            rows = wallet.database.read(lambda tx: tx("SELECT account_id, sequence, amount, balance FROM transactions"))
-        found = {f"txn_{id[4:]}_{sequence}": (amount, balance) for id, sequence, amount, balance in rows}
+            rows = wallet.database.read(
+                lambda tx: tx("SELECT account_id, sequence, amount, balance FROM transactions")
+            )
+        found = {
+            f"txn_{id[4:]}_{sequence}": (amount, balance) for id, sequence, amount, balance in rows
+        }
         lost += sum(found.get(one["id"]) != (one["amount"], one["balance"]) for one in movements)
         answered += len(movements)
-        assert len(found) == before + len(movements) + sum(one["type"] == "transfer_out" for one in movements)
+        assert len(found) == before + len(movements) + sum(
+            one["type"] == "transfer_out" for one in movements
+        )
     assert (answered, lost) == (20, 0)
-    return Counter(faults=outcome["faulted"], starts=len(failed_starts), requests=len(failed), answered=answered,
-                   lost=lost)
+    return Counter(
+        faults=outcome["faulted"],
+        starts=len(failed_starts),
+        requests=len(failed),
+        answered=answered,
+        lost=lost,
+    )
 
 
 def sweep(folder, error, numbers, *careless):
-    """Let each of these calls fail, of a kind as many as there are. Return how many faults, starts and requests did."""
+    """Let each of these calls fail, of a kind as many as there are.
+
+    Return how many faults, starts and requests did.
+    """
     counts = Counter()
     with faulty_disk(folder, error, numbers, *careless) as run:
         for call in numbers:
@@ -647,7 +843,13 @@ def sweep(folder, error, numbers, *careless):
                     break
     return counts
 
-SOME_FAULTS = {"pwrite64": (60, 150, 250), "fdatasync": (20, 45), "ftruncate": (10,), "pread64": (50, 120)}
+
+SOME_FAULTS = {
+    "pwrite64": (60, 150, 250),
+    "fdatasync": (20, 45),
+    "ftruncate": (10,),
+    "pread64": (50, 120),
+}
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace: apt install strace")
@@ -667,8 +869,10 @@ def test_control_a_wallet_that_takes_every_commit_for_done_loses_some_at_a_fault
 def test_every_call_that_may_fail_does_so_once_and_no_harm_is_done(fast_path, call, error, report):
     counts = sweep(fast_path, error, {call: range(1, FAULTS[call])})
     assert counts["faults"] < FAULTS[call] - 1  # There were no more.
-    report(f"{counts['faults']:,} faults, one at a time: {counts['starts']} starts and {counts['requests']} requests"
-           f" refused as they should be, {counts['answered']:,} movements answered, {counts['lost']} lost")
+    report(
+        f"{counts['faults']:,} faults, one at a time: {counts['starts']} starts and {counts['requests']} requests"
+        f" refused as they should be, {counts['answered']:,} movements answered, {counts['lost']} lost"
+    )
 
 
 def test_database_that_is_full_is_unavailable_and_changes_nothing(sqlite_wallet):
@@ -748,7 +952,9 @@ def test_write_inside_a_write_is_refused_and_does_not_wait_for_itself(sqlite_wal
     assert wallet.topup(ada.id, 1).balance == 1
 
 
-def test_file_that_was_removed_or_replaced_is_noticed_and_does_not_come_back_empty(file_dsn, tmp_path):
+def test_file_that_was_removed_or_replaced_is_noticed_and_does_not_come_back_empty(
+    file_dsn, tmp_path
+):
     with Wallet(file_dsn) as wallet:
         api = Client(create_app(wallet))
         api.send("GET", "/readyz", status=200)
@@ -768,11 +974,15 @@ def test_relative_path_stays_the_same_file_wherever_the_process_goes(tmp_path, m
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
         Wallet("sqlite:///wallet.db").close()
-        assert wallet.database.read(lambda _: wallet.account(ada.id)) == ada  # The second reader is opened now.
+        assert (
+            wallet.database.read(lambda _: wallet.account(ada.id)) == ada
+        )  # The second reader is opened now.
         wallet.database.ping()
 
 
-@pytest.mark.parametrize("name", ["a b.db", "a#b.db", "a%20b.db", "ä.db", "a&mode=memory.db", "file:x.db"])
+@pytest.mark.parametrize(
+    "name", ["a b.db", "a#b.db", "a%20b.db", "ä.db", "a&mode=memory.db", "file:x.db"]
+)
 def test_odd_file_name_is_that_file(tmp_path, name):
     with Wallet(f"sqlite:///{tmp_path}/{name}") as wallet:
         ada, _ = wallet.register("Ada")
@@ -801,7 +1011,9 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert w.topup(ada.id, 1).balance == 1
 w.close()
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, env=environment(), timeout=60)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], check=True, env=environment(), timeout=60
+    )
 
 
 def test_interrupted_write_that_waits_is_never_done(sqlite_wallet):
@@ -814,7 +1026,9 @@ def test_interrupted_write_that_waits_is_never_done(sqlite_wallet):
 
     interrupter = threading.Thread(target=interrupt)
     interrupter.start()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background ignores it.
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # A job in the background ignores it.
     try:
         with pytest.raises(KeyboardInterrupt):
             wallet.topup(ada.id, 5)
@@ -828,6 +1042,7 @@ def test_interrupted_write_that_waits_is_never_done(sqlite_wallet):
 
 def test_interrupted_commit_leaves_no_write_half_done(sqlite_wallet):
     wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
+
     def interrupt(tx):
         tx("UPDATE accounts SET balance = 1000")
         raise KeyboardInterrupt
@@ -846,7 +1061,9 @@ def test_interrupted_commit_leaves_no_write_half_done(sqlite_wallet):
 
 
 @pytest.mark.parametrize("moment", ["_appoint_leader", "_commit"])
-def test_interrupt_before_anything_is_done_leaves_nobody_waiting(sqlite_wallet, monkeypatch, moment):
+def test_interrupt_before_anything_is_done_leaves_nobody_waiting(
+    sqlite_wallet, monkeypatch, moment
+):
     wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
     plain, calls = getattr(wallet.database, moment), itertools.count()
 
@@ -861,8 +1078,11 @@ def test_interrupt_before_anything_is_done_leaves_nobody_waiting(sqlite_wallet, 
     assert wallet.topup(ada.id, 1).balance == 1
 
 
-def test_interrupt_of_who_commits_for_others_leaves_none_of_them_waiting(sqlite_wallet, monkeypatch):
+def test_interrupt_of_who_commits_for_others_leaves_none_of_them_waiting(
+    sqlite_wallet, monkeypatch
+):
     wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
+
     def interrupted(batch):
         raise KeyboardInterrupt
 
@@ -874,20 +1094,33 @@ def test_interrupt_of_who_commits_for_others_leaves_none_of_them_waiting(sqlite_
             wait_for_queue(wallet, len(waiting))
         monkeypatch.setattr(wallet.database, "_commit", interrupted)
         release()
-        assert {type(one.exception(timeout=30)) for one in waiting} == {KeyboardInterrupt, OutcomeUnknown}
+        assert {type(one.exception(timeout=30)) for one in waiting} == {
+            KeyboardInterrupt,
+            OutcomeUnknown,
+        }
     monkeypatch.undo()
     assert wallet.topup(ada.id, 1).balance == 1
 
 
-# Opening a database ################################################################################
+# Opening a database ###############################################################################
 
 
-@pytest.mark.parametrize(("bad_dsn", "message"), [
-    ("wallet.db", "a DSN looks like sqlite:///wallet.db"), ("", "a DSN looks"), ("sqlite:wallet.db", "a DSN looks"),
-    ("mysql://u:secret@host/db", "unknown kind of DSN, mysql://; known are"), ("sqlite://wallet.db", "three slashes"),
-    ("sqlite:///", "three slashes"), ("sqlite:///x?mode=ro", "without parameters"), ("sqlite:////no/such/x", "No such"),
-    ("sqlite:////dev", "unable to open"), ("sqlite:////proc/wallet.db", "cannot open"), ("sqlite:///\0", "cannot open"),
-])
+@pytest.mark.parametrize(
+    ("bad_dsn", "message"),
+    [
+        ("wallet.db", "a DSN looks like sqlite:///wallet.db"),
+        ("", "a DSN looks"),
+        ("sqlite:wallet.db", "a DSN looks"),
+        ("mysql://u:secret@host/db", "unknown kind of DSN, mysql://; known are"),
+        ("sqlite://wallet.db", "three slashes"),
+        ("sqlite:///", "three slashes"),
+        ("sqlite:///x?mode=ro", "without parameters"),
+        ("sqlite:////no/such/x", "No such"),
+        ("sqlite:////dev", "unable to open"),
+        ("sqlite:////proc/wallet.db", "cannot open"),
+        ("sqlite:///\0", "cannot open"),
+    ],
+)
 def test_bad_dsn_is_refused_with_advice_and_without_its_secret(bad_dsn, message):
     with pytest.raises(ConfigurationError, match=message) as refusal:
         Wallet(bad_dsn)
@@ -902,7 +1135,10 @@ def test_memory_has_two_names():
 
 
 def test_file_of_another_program_is_refused_and_left_as_it_was(tmp_path):
-    for name, content in (("notes.db", b"These are notes, and no database.\n" * 100), ("other.db", None)):
+    for name, content in (
+        ("notes.db", b"These are notes, and no database.\n" * 100),
+        ("other.db", None),
+    ):
         path = tmp_path / name
         if content is None:
             with contextlib.closing(sqlite3.connect(path)) as other:
@@ -933,9 +1169,14 @@ def test_damaged_file_is_refused_in_one_line_and_unavailable_while_it_runs(tmp_p
     content = (tmp_path / "wallet.db").read_bytes()
     page = len(content) // pages
     for number in range(1, pages):
-        (tmp_path / "wallet.db").write_bytes(content[: page * number] + b"\xff" * page + content[page * (number + 1) :])
+        (tmp_path / "wallet.db").write_bytes(
+            content[: page * number] + b"\xff" * page + content[page * (number + 1) :]
+        )
         with contextlib.suppress(ConfigurationError), Wallet(file_dsn) as wallet:
-            for call in (lambda wallet: wallet.topup(ada.id, 1), lambda wallet: wallet.account(ada.id)):
+            for call in (
+                lambda wallet: wallet.topup(ada.id, 1),
+                lambda wallet: wallet.account(ada.id),
+            ):
                 with contextlib.suppress(Unavailable):
                     call(wallet)
     (tmp_path / "wallet.db").write_bytes(content[:page] + b"\xff" * (len(content) - page))
@@ -944,16 +1185,32 @@ def test_damaged_file_is_refused_in_one_line_and_unavailable_while_it_runs(tmp_p
     assert re.fullmatch(r"wallet: cannot [^\n]+malformed[^\n]*\n", done.stderr)
 
 
-@pytest.mark.parametrize(("version", "warned"), [
-    ((3, 40, 1), True), ((3, 44, 5), True), ((3, 44, 6), False), ((3, 46, 1), True), ((3, 50, 6), True),
-    ((3, 50, 7), False), ((3, 51, 2), True), ((3, 51, 3), False), ((3, 53, 0), False)])
-def test_sqlite_with_a_bug_for_two_processes_is_warned_of(file_dsn, monkeypatch, caplog, version, warned):
+@pytest.mark.parametrize(
+    ("version", "warned"),
+    [
+        ((3, 40, 1), True),
+        ((3, 44, 5), True),
+        ((3, 44, 6), False),
+        ((3, 46, 1), True),
+        ((3, 50, 6), True),
+        ((3, 50, 7), False),
+        ((3, 51, 2), True),
+        ((3, 51, 3), False),
+        ((3, 53, 0), False),
+    ],
+)
+def test_sqlite_with_a_bug_for_two_processes_is_warned_of(
+    file_dsn, monkeypatch, caplog, version, warned
+):
     monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
     monkeypatch.setenv("WALLET_DSN", file_dsn)
     create_app().wallet.close()
     for dsn in ("sqlite://", "postgresql://127.0.0.1/wallet"):  # There it cannot be.
         wallet_module._warn_of_wal_reset_bug(dsn)
-    assert caplog.text.count("let no second process write to the file, or install SQLite 3.51.3") == warned
+    assert (
+        caplog.text.count("let no second process write to the file, or install SQLite 3.51.3")
+        == warned
+    )
 
 
 def test_missing_schema_is_refused(monkeypatch, tmp_path, file_dsn, capsys):
@@ -983,7 +1240,9 @@ def test_sqlite_too_old_is_refused(monkeypatch):
 
 
 def test_new_file_that_another_process_is_opening_is_waited_for(file_dsn, monkeypatch):
-    with contextlib.closing(sqlite3.connect(file_dsn[10:], check_same_thread=False, isolation_level=None)) as other:
+    with contextlib.closing(
+        sqlite3.connect(file_dsn[10:], check_same_thread=False, isolation_level=None)
+    ) as other:
         other.execute("BEGIN IMMEDIATE")
         with ThreadPoolExecutor(1) as thread:
             opening = thread.submit(Wallet, file_dsn)
@@ -1006,8 +1265,15 @@ with wallet.Wallet({durable_dsn!r}) as w:
     ada, _ = w.register("Ada")
     for _ in range(50): w.topup(ada.id, 1)
 """
-    processes = [subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  env=environment()) for _ in range(4)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+        )
+        for _ in range(4)
+    ]
     for process in processes:
         process.stdin.write(b"go\n")
         process.stdin.flush()
