@@ -13,7 +13,6 @@ USER wallet
 VOLUME /data
 EXPOSE 4000
 ENV WALLET_HOST=0.0.0.0 \
-    WALLET_SERVER=granian \
     WALLET_DSN=sqlite:////data/wallet.db \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1

@@ -28,6 +28,7 @@ import html
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -40,8 +41,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, closing, suppress
 from datetime import date
 from functools import cached_property, partial
 from itertools import cycle, islice
@@ -50,6 +51,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from bottle import Bottle, response
+from waitress import create_server
 
 import wallet
 from wallet import Wallet
@@ -299,8 +301,10 @@ def check_installed(server: str) -> None:
 def start_wallet(server: str, tokens: Sequence[str], dsn: str) -> Server:
     """Start the wallet as a user would. Raises LeftOut."""
     check_installed(server)
-    option = ["--server", server] if server == "granian" else []
-    return Server(["wallet.py", "--port", "0", "--dsn", dsn, "--log-level", "warning", *option], tokens, dsn)
+    command = ["wallet.py", "--port", "0", "--dsn", dsn, "--log-level", "warning"]
+    if server == "granian":
+        command = [__file__, "--serve-by-granian", "wallet:create_app"]
+    return Server(command, tokens, dsn, WALLET_DSN=dsn)
 
 
 def answers(url: str) -> bool:
@@ -399,26 +403,38 @@ def pgbench(program: str, dsn: str, script: Path) -> Target:
     return run
 
 
-@contextmanager
-def bare_app() -> Iterator[Bottle]:
-    """Yield the bare routes, which send what the wallet once sent."""
+def make_bare_app() -> Bottle:
+    """Return the bare routes, which send what the wallet once sent."""
     app = Bottle()
     app.get("/livez", callback=lambda: {"status": "ok"})
     for route, (status, headers, document) in json.loads(os.environ["BENCH_ANSWERS"]).items():
         app.route(*reversed(route.split()), callback=partial(answer_bare, status, headers, document))
-    yield app
+    return app
 
 
-def serve_bare(server: str) -> None:
-    """Serve the bare routes as wallet.py serves its own."""
-    with wallet._listen("127.0.0.1", 0) as listener:
-        address = listener.getsockname()
-        banner = f"bare routes listen on {wallet._url_of(*address)}"
-        if server == "waitress":
-            with bare_app() as app:
-                wallet._serve(app, listener, wallet._load_settings()["threads"], banner)
-    if server == "granian":
-        wallet._serve_granian(bare_app, address, 1, banner)
+def serve_bare_by_waitress() -> None:
+    """Serve the bare routes with waitress as it comes, with as many threads as the wallet has."""
+    wallet._pin_process()
+    threads = wallet._load_settings()["threads"]
+    with wallet._bind("127.0.0.1", 0) as bound:
+        server = create_server(make_bare_app(), sockets=[bound], threads=threads,
+                               connection_limit=wallet.CONNECTIONS_MAX, asyncore_use_poll=True)
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+        print(f"bare routes listen on {wallet._url_of(bound)}", flush=True)
+        server.run()
+
+
+def serve_by_granian(factory: str) -> None:
+    """Serve what a factory makes with Granian as it comes, on one processor."""
+    from granian import Granian
+
+    with wallet._bind("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+    wallet._pin_process()
+    print(f"{factory} listens on http://127.0.0.1:{port}", flush=True)
+    options: dict[str, Any] = {"interface": "wsgi", "http": "1", "log_level": "error"}
+    Granian(factory, "127.0.0.1", port, factory=True, blocking_threads=64, backpressure=1024,
+            websockets=False, **options).serve()
 
 
 def answer_bare(status: int, headers: dict[str, str], document: dict[str, Any]) -> dict[str, Any]:
@@ -600,7 +616,10 @@ class Bench:
     def _bare(self, server: str) -> Target:
         check_installed(server)
         tokens = [wallet._make_token("acc_" + wallet._random_base62(16)) for _ in range(ACCOUNTS)]
-        return self._keep(Server([__file__, "--serve-bare", server], tokens, BENCH_ANSWERS=real_answers())).run
+        command = [__file__, "--serve-bare"]
+        if server == "granian":
+            command = [__file__, "--serve-by-granian", "bench_wallet:make_bare_app"]
+        return self._keep(Server(command, tokens, BENCH_ANSWERS=real_answers())).run
 
     def _start(self, name: str) -> Target:
         check_installed(name)
@@ -753,7 +772,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--plot", metavar="FILE.svg", help="also measure and draw throughput by connections")
     parser.add_argument("--cache", metavar="DIR", help="where the database of 10,000,000 transactions is kept")
     parser.add_argument("--postgres", metavar="DSN", help="a server to use instead of a private one")
-    parser.add_argument("--serve-bare", metavar="SERVER", help=argparse.SUPPRESS)
+    parser.add_argument("--serve-bare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve-by-granian", metavar="FACTORY", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -786,7 +806,10 @@ def main() -> int:
     """Run the command line. Return 0, 1 where --check finds a bar that is missed, or 2 where it cannot go on."""
     options = parse_options()
     if options.serve_bare:
-        serve_bare(options.serve_bare)
+        serve_bare_by_waitress()
+        return 0
+    if options.serve_by_granian:
+        serve_by_granian(options.serve_by_granian)
         return 0
     # Not in /tmp, which is often in memory, where a sync costs nothing. A folder of our own is made in it.
     place = "/var/tmp" if os.path.isdir("/var/tmp") else None  # nosec B108

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["bottle==0.13.4", "granian==2.8.7", "prometheus-client==0.26.0",
-#                 "psycopg[binary]==3.3.9", "psycopg-pool==3.3.3", "waitress==3.0.2"]
+# dependencies = ["bottle==0.13.4", "prometheus-client==0.26.0", "psycopg[binary]==3.3.9",
+#                 "psycopg-pool==3.3.3", "waitress==3.0.2"]
 # ///
 """Wallet: a small service that keeps money balances and is trusted with them.
 
@@ -38,7 +38,7 @@ The sections, in the order in which a reader needs them:
     Wallet                the money rules, and all SQL about money
     Databases             where the money is kept, and how a write is committed
     HTTP                  the routes, and the one place where answers are made
-    Serving               waitress or Granian, within their limits
+    Serving               waitress, within limits
     Command line          the settings, the commands and the logs of `python wallet.py`
 
 What `__all__` names is public. Everything else is internal, and may change at any time.
@@ -47,7 +47,6 @@ What `__all__` names is public. Everything else is internal, and may change at a
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import copy
 import csv
@@ -74,7 +73,6 @@ import zlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -109,7 +107,7 @@ from waitress.server import TcpWSGIServer
 from waitress.task import WSGITask
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from typing_extensions import Unpack
 
 __version__ = "0.2.0"
@@ -162,7 +160,6 @@ IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients
 STOP_TIMEOUT_S = 10  # To finish when the server is told to stop. Supervisors often kill after 30 s.
 STOP_IDLE_S = 0.5  # A connection that was used so recently may be sending its next request.
 QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take.
-GRANIAN_THREADS = 64  # As many calls may wait for their commit or for Postgres.
 
 # Metrics.
 DURATION_BUCKETS_S = .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10
@@ -237,10 +234,6 @@ SETTINGS = (
     _Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
     _Setting("threads", "8", "how many connections to Postgres are kept, and how many requests"
              " waitress works on at once", range(1, 65)),
-    _Setting("server", "waitress", "what serves HTTP: waitress, or granian, which is faster",
-             ("waitress", "granian")),
-    _Setting("workers", "1", "how many processes serve; more than one need granian and Postgres,"
-             " each with its threads", range(1, 65)),
     _Setting("currency", "",
              "three capital letters, fixed when the database is made; USD if not given then"),
     _Setting("issuer-token", "", "at least 32 characters: only who sends them makes accounts and"
@@ -1399,7 +1392,8 @@ class Wallet:
                     report(copied)
             if any(_digest_table(tx, table) != _digest_table(self._read, table)
                    for table in KEY_COLUMNS):
-                raise ConfigurationError("the wallet changed while it was copied: stop it first")
+                raise ConfigurationError(
+                    "the wallet was changed while it was copied: stop it first")
             _verify_books(tx)
             if target.currency != self.currency:
                 tx("UPDATE wallet SET currency = ?", self.currency)
@@ -1454,7 +1448,7 @@ class Wallet:
                     raise ConfigurationError(
                         f"the table {table} in {self.database.location} is another program's:"
                         " name another database, or another schema as the search_path")
-            for statement in _split_sql(_read_file("schema.sql").decode()):
+            for statement in _read_sql("schema.sql"):
                 self.database.write(partial(_run, statement))
             self.database.write(lambda tx: tx(
                 "INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING",
@@ -1539,7 +1533,7 @@ def _migrate(tx: _Execute) -> int:
         "UPDATE wallet SET schema_version = schema_version RETURNING schema_version")
     if version not in MIGRATIONS:
         return int(version)
-    for statement in _split_sql(MIGRATIONS[version]):
+    for statement in MIGRATIONS[version].split(";"):
         tx(statement)
     tx("UPDATE wallet SET schema_version = ?", version + 1)
     return int(version) + 1
@@ -1547,7 +1541,7 @@ def _migrate(tx: _Execute) -> int:
 
 def _verify_books(tx: _Execute, report: _Report = lambda done, total: None) -> tuple[int, int]:
     """Return how many accounts and entries there are, all as they should be. Raises WrongBooks."""
-    checks = _split_sql(_read_file("checks.sql").decode())
+    checks = _read_sql("checks.sql")
     ((total, end),) = tx("""
         SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (
             SELECT coalesce(max(id), '') FROM (
@@ -1578,9 +1572,9 @@ def _insert_rows(tx: _Execute, into: str, rows: Sequence[_Row]) -> None:
     tx(f"INSERT INTO {into} VALUES {values}", *(value for row in rows for value in row))
 
 
-def _split_sql(script: str) -> list[str]:
-    """Return the statements of a script. No semicolon stands anywhere but at their ends."""
-    return script.rstrip("; \n").split(";")
+def _read_sql(name: str) -> list[str]:
+    """Return the statements of a file. No semicolon stands anywhere but at their ends."""
+    return _read_file(name).decode().rstrip("; \n").split(";")
 
 
 def _read_table(tx: _Execute, table: str) -> Iterator[list[_Row]]:
@@ -1682,7 +1676,7 @@ def open_database(dsn: str, connections: int, create: bool, read_only: bool = Fa
     if path in ("", "/:memory:"):
         return SQLiteDatabase(None, create, read_only)
     if not path.startswith("/") or path == "/" or "?" in path:
-        raise ConfigurationError("a DSN of SQLite has three slashes and a path, and no parameters")
+        raise ConfigurationError("a DSN of SQLite has three slashes and a path, without parameters")
     return SQLiteDatabase(path[1:], create, read_only)
 
 
@@ -2552,7 +2546,6 @@ class _Metrics:
 # In the environ: the error with which the server asks to refuse the request, and what App notes
 # there for the log and the metrics.
 REFUSAL, ROUTE, CALLER = "wallet.refusal", "wallet.route", "wallet.caller"
-TOO_MANY = "Too many requests wait, and nothing was changed."
 TOO_MANY_STATEMENTS = "Enough statements are being sent already, so try again."
 
 
@@ -2727,6 +2720,13 @@ def _loggable(text: str) -> str:
     return _hide_tokens(re.sub("[^ -~]", "?", text))
 
 
+class _SafeLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # 3.10 takes no argument.
+    """A logger for lines that clients have a say in."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[str, Any]:
+        return _loggable(str(msg)), kwargs
+
+
 def _hide_tokens(text: str) -> str:
     """Return text without what is or could be most of a token."""
     return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", text)
@@ -2798,6 +2798,8 @@ class _Task(WSGITask):
     a proxy may see the end of such a body elsewhere.
     """
 
+    wrote_header = False
+
     def start(self) -> None:
         super().start()
         self.channel.answered += 1
@@ -2805,6 +2807,15 @@ class _Task(WSGITask):
         if is_last or self.request.error or self.request.chunked:
             self.set_close_on_finish()
             self.request.headers.pop("CONNECTION", None)  # Else HTTP/1.0 is promised the contrary.
+
+    def write(self, data: bytes) -> None:
+        """Send the headers and a whole body in one piece."""
+        if not data or self.wrote_header or self.content_length != len(data):
+            super().write(data)
+            return
+        head = self.build_response_header()
+        self.wrote_header, self.content_bytes_written = True, len(data)
+        self.channel.write_soon(head + data)
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
@@ -2814,7 +2825,9 @@ class _Task(WSGITask):
             malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
             environ[REFUSAL] = refusals.get(error.code, malformed)
         elif time.monotonic() - self.channel.queued_at > QUEUE_TIMEOUT_S:
-            environ[REFUSAL] = Unavailable(TOO_MANY)
+            environ[REFUSAL] = Unavailable("Too many requests wait, and nothing was changed.")
+        elif self.request.path == STATEMENT_PATH and self.channel.server.is_spooling():
+            environ[REFUSAL] = Unavailable(TOO_MANY_STATEMENTS)
         return environ
 
 
@@ -2822,8 +2835,9 @@ class _Channel(HTTPChannel):
     """A connection. `step` is what its client has to do next, since `step_at`."""
 
     parser_class, task_class, error_task_class = _Parser, _Task, _Task
+    logger = _SafeLogger(logging.getLogger("waitress"), {})
     will_close = lingering = False
-    answered, queued_at, step, step_at = 0, 0.0, (0, 0), 0.0
+    answered, queued_at, step, step_at = 0, 0.0, (-1, 0), 0.0
 
     def received(self, data: bytes) -> bool:
         return self.lingering or bool(super().received(data))
@@ -2839,12 +2853,13 @@ class _Channel(HTTPChannel):
 
     def is_late(self, now: float, idle_s: float) -> bool:
         """Has the client taken too long to read on, to complete a request, or to begin one?"""
-        unread, is_sending = self.total_outbufs_len, bool(self.request or self.lingering)
-        step = (self.answered, unread // UNREAD_BYTES_MAX + 1 if unread else -is_sending)
+        unread = self.total_outbufs_len
+        step = (self.answered, unread // UNREAD_BYTES_MAX + 1 if unread else -bool(self.request))
         if self.step != step or (self.requests and not unread):
             self.step, self.step_at = step, now
-        limit_s = idle_s if self.lingering else REQUEST_TIMEOUT_S if is_sending else idle_s
-        return now - self.step_at > (ANSWER_TIMEOUT_S if unread else min(limit_s, idle_s))
+        idle_s = min(idle_s, REQUEST_TIMEOUT_S) if self.lingering else idle_s
+        limit_s = ANSWER_TIMEOUT_S if unread else REQUEST_TIMEOUT_S if self.request else idle_s
+        return now - self.step_at > limit_s
 
 
 class _Server(TcpWSGIServer):
@@ -2869,6 +2884,12 @@ class _Server(TcpWSGIServer):
         task.queued_at = time.monotonic()
         (self.probes.append if task.requests[0].path == "/livez" else super().add_task)(task)
 
+    def is_spooling(self) -> bool:
+        """Are there as many long answers that clients have not read as there may be?"""
+        channels = list(self.active_channels.values())
+        unread = sum(channel.total_outbufs_len > UNREAD_BYTES_MAX for channel in channels)
+        return bool(unread >= STATEMENTS_MAX)
+
     def turn(self, timeout_s: float, idle_s: float) -> None:
         """Handle what happens next. Each second, close the connections of clients that are late."""
         wasyncore.loop(timeout_s, use_poll=True, map=self.sockets, count=1)
@@ -2878,6 +2899,8 @@ class _Server(TcpWSGIServer):
             self.looked_at = now
             for channel in list(self.active_channels.values()):
                 if channel.is_late(now, idle_s):
+                    if channel.request or channel.total_outbufs_len:
+                        logger.info("closed a connection that was too slow")
                     channel.lingering = True
                     channel.handle_close()
 
@@ -2900,137 +2923,6 @@ class _Server(TcpWSGIServer):
         """Make `run` return. Any thread may call it, and a signal handler."""
         self.stopping = True
         self.pull_trigger()
-
-
-def _serve_waitress(app: App, bound: socket.socket, threads: int, banner: str) -> None:
-    """Serve with waitress until SIGTERM or Ctrl-C. A second signal ends it at once."""
-    _pin_process()
-    server = _Server(app, bound, threads)
-
-    def stop(*_: object) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-        server.stop()
-
-    signals = signal.SIGTERM, signal.SIGINT
-    for number in signals:
-        signal.signal(number, stop)
-    print(banner, flush=True)
-    server.run()
-
-
-# Granian is faster. It calls this front on its RSGI interface, which calls the application.
-
-
-class _GranianFront:
-    """Awaits each request's body without a thread, then lets one of a pool call the application."""
-
-    def __init__(self, load: Callable[[], AbstractContextManager[WSGIApplication]]) -> None:
-        self.opened, self.unread = ExitStack(), 0
-        self.app = self.opened.enter_context(load())
-        self.pool = self.opened.enter_context(ThreadPoolExecutor(GRANIAN_THREADS, "wallet"))
-
-    def __rsgi_del__(self, loop: object) -> None:
-        """Finish what runs, and close the wallet."""
-        self.opened.close()
-        logger.info("stopped")
-
-    async def __rsgi__(self, scope: Any, protocol: Any) -> None:
-        """Answer one request."""
-        environ = _rsgi_environ(scope)
-        try:
-            body = await asyncio.wait_for(_receive(environ, protocol), REQUEST_TIMEOUT_S)
-            environ["wsgi.input"] = io.BytesIO(body)
-        except asyncio.TimeoutError:
-            environ[REFUSAL] = MalformedRequest("The body took too long to arrive.")
-        except WalletError as error:
-            environ[REFUSAL] = error
-        if scope.path == STATEMENT_PATH and self.unread >= STATEMENTS_MAX:
-            environ[REFUSAL] = Unavailable(TOO_MANY_STATEMENTS)
-        run = partial(asyncio.get_running_loop().run_in_executor, self.pool)
-        if scope.path == "/livez":  # It is answered even while all threads are busy.
-            status, headers, chunks = self.call(environ)
-        else:
-            status, headers, chunks = await run(self.call, environ, time.monotonic())
-        if REFUSAL in environ or "HTTP_TRANSFER_ENCODING" in environ:
-            headers.append(("Connection", "close"))
-        if isinstance(chunks, list):
-            protocol.response_bytes(status, headers, b"".join(chunks))
-            return
-        self.unread += 1
-        try:
-            with tempfile.TemporaryFile() as file:  # So that a slow reader keeps no thread,
-                await run(file.writelines, chunks)
-                headers.append(("Content-Length", str(file.tell())))  # and a part shows as such.
-                file.seek(0)
-                transport = protocol.response_stream(status, headers)
-                while chunk := file.read(UNREAD_BYTES_MAX):
-                    await asyncio.wait_for(transport.send_bytes(chunk), ANSWER_TIMEOUT_S)
-        finally:
-            self.unread -= 1
-
-    def call(self, environ: WSGIEnvironment, queued_at: float = math.inf) -> tuple[int, Any, Any]:
-        """Return the status, the headers and the body that the application answers with."""
-        if time.monotonic() - queued_at > QUEUE_TIMEOUT_S:
-            environ[REFUSAL] = Unavailable(TOO_MANY)
-        begun: list[Any] = []
-        chunks = self.app(environ, lambda *args: begun.extend(args))  # type: ignore[arg-type]
-        return int(begun[0][:3]), begun[1], chunks
-
-
-def _rsgi_environ(scope: Any) -> WSGIEnvironment:
-    """Return what a WSGI application is told of a request (PEP 3333)."""
-    environ: WSGIEnvironment = {
-        "REQUEST_METHOD": scope.method, "SCRIPT_NAME": "", "QUERY_STRING": scope.query_string,
-        "PATH_INFO": scope.path.encode().decode("latin-1"), "SERVER_NAME": "wallet",
-        "SERVER_PORT": "0", "SERVER_PROTOCOL": f"HTTP/{scope.http_version}",
-        "REMOTE_ADDR": scope.client.rpartition(":")[0].strip("[]"), "wsgi.version": (1, 0),
-        "wsgi.url_scheme": scope.scheme, "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr,
-        "wsgi.multithread": True, "wsgi.multiprocess": True, "wsgi.run_once": False,
-        "wsgi.input_terminated": True}
-    for name, value in scope.headers.items():
-        if "_" not in name:  # Else it could pass for one with hyphens.
-            key = name.upper().replace("-", "_")
-            key = key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
-            environ[key] = f"{environ[key]},{value}" if key in environ else value
-    return environ
-
-
-async def _receive(environ: WSGIEnvironment, protocol: Any) -> bytes:
-    """Return the body. One that is too large is heard out first, else its client would lose the
-    answer, but for a client that waits to be told to go on. Raises BodyTooLarge, MalformedRequest.
-    """
-    if environ.get("HTTP_TRANSFER_ENCODING", "chunked").lower() != "chunked":
-        raise MalformedRequest("The request is not valid HTTP: only chunks are understood.")
-    bytes_max = BATCH_BODY_BYTES_MAX if environ["PATH_INFO"] == BATCH_PATH else BODY_BYTES_MAX
-    if "HTTP_EXPECT" in environ and int(environ.get("CONTENT_LENGTH", 0)) > bytes_max:
-        raise BodyTooLarge()
-    body, length = [], 0
-    async for chunk in protocol:
-        length += len(chunk)
-        body.append(chunk if length <= bytes_max else b"")
-    if length > bytes_max:
-        raise BodyTooLarge()
-    return b"".join(body)
-
-
-def _serve_granian(load: Callable[[], AbstractContextManager[WSGIApplication]],
-                   address: tuple[str, int], workers: int, banner: str) -> None:
-    """Serve with Granian until SIGTERM or Ctrl-C. `load` opens the application in each process."""
-    from granian import Granian
-    from granian.http import HTTP1Settings
-
-    options: dict[str, Any] = {
-        "interface": "rsgi", "workers": workers, "http": "1", "websockets": False,
-        "loop": "asyncio", "backlog": CONNECTIONS_MAX, "backpressure": CONNECTIONS_MAX,
-        "workers_kill_timeout": STOP_TIMEOUT_S + 5, "log_level": "error",
-        "log_dictconfig": {"handlers": {}, "loggers": {"_granian": {"propagate": True}}}}
-    http1 = HTTP1Settings(header_read_timeout=IDLE_TIMEOUT_S * 1000,
-                          max_buffer_size=HEADER_BYTES_MAX)
-    server = Granian("wallet", *address, http1_settings=http1, **options)
-    server.on_startup(partial(print, banner, flush=True))
-    load_front: Any = partial(_GranianFront, load)
-    server.serve(target_loader=load_front, wrap_loader=False)
 
 
 def _pin_process() -> None:
@@ -3160,16 +3052,6 @@ def _open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
                   **options)
 
 
-@contextmanager
-def _load_app(settings: Mapping[str, Any]) -> Iterator[App]:
-    """Open the application in a process of Granian's."""
-    _configure_logging(settings["log-level"])
-    _pin_process()
-    with _open_wallet(settings) as wallet:
-        yield create_app(wallet, settings["issuer-token"], settings["metrics"],
-                         settings["trusted-proxy"])
-
-
 def _warn_of_wal_reset_bug(dsn: str) -> None:
     """Log that this SQLite may damage a file to which several processes write, if it may."""
     _, minor, patch = sqlite3.sqlite_version_info
@@ -3181,23 +3063,6 @@ def _warn_of_wal_reset_bug(dsn: str) -> None:
                        sqlite3.sqlite_version)
 
 
-def _check_server(settings: Mapping[str, Any]) -> None:
-    """Raise ConfigurationError if what serves is not there, or cannot serve like this."""
-    if settings["workers"] > 1 and settings["server"] == "waitress":
-        raise ConfigurationError("more than one worker needs Granian: add --server granian")
-    if settings["workers"] > 1 and settings["dsn"].startswith("sqlite:"):
-        raise ConfigurationError("more than one worker needs Postgres: over SQLite one process is"
-                                 " faster, so leave --workers at 1")
-    if settings["server"] == "granian":
-        _check_installed("granian", "--server granian")
-    if settings["metrics"]:
-        _check_installed("prometheus-client", "--metrics")
-        if settings["workers"] > 1:
-            raise ConfigurationError(
-                "--metrics 1 shows one process, and never which of several: leave --workers at 1,"
-                " and start as many wallets with a port each")
-
-
 def _check_installed(package: str, whose: str) -> None:
     """Raise ConfigurationError if a package is not installed that something needs."""
     if find_spec(package.replace("-", "_")) is None:
@@ -3205,11 +3070,7 @@ def _check_installed(package: str, whose: str) -> None:
 
 
 class _LineFormatter(logging.Formatter):
-    """A line for people. Whatever logs, no line shows a token, or looks like another line."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = _loggable(record.message)
-        return super().formatMessage(record)
+    """A line for people."""
 
     def formatException(self, ei: Any) -> str:
         return _hide_tokens(super().formatException(ei))
@@ -3221,7 +3082,7 @@ class _JSONFormatter(_LineFormatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, timezone.utc)
         document = {"time": _format_time(moment), "level": record.levelname, "logger": record.name,
-                    "message": _loggable(record.getMessage())}
+                    "message": record.getMessage()}
         if record.name == access_logger.name:
             document |= {name: vars(record)[name] for name in REQUEST_FIELDS}
         if record.exc_info:
@@ -3312,17 +3173,28 @@ def _run_copy(settings: Mapping[str, Any]) -> None:
 
 def _run_server(settings: Mapping[str, Any]) -> None:
     """Serve until it is told to stop."""
-    _check_server(settings)
-    with (_bind(settings["host"], settings["port"]) as bound,
-          _open_wallet(settings) as wallet):
+    with _bind(settings["host"], settings["port"]) as bound, _open_wallet(settings) as wallet:
         _warn_of_wal_reset_bug(settings["dsn"])
         app = create_app(wallet, settings["issuer-token"], settings["metrics"],
                          settings["trusted-proxy"])
-        banner, address = _make_banner(app, _url_of(bound)), bound.getsockname()[:2]
-        if settings["server"] == "waitress":
-            _serve_waitress(app, bound, settings["threads"], banner)
-    if settings["server"] == "granian":  # It opens the wallet anew: none crosses a fork.
-        _serve_granian(partial(_load_app, settings), address, settings["workers"], banner)
+        _serve(app, bound, settings["threads"])
+
+
+def _serve(app: App, bound: socket.socket, threads: int) -> None:
+    """Serve until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
+    _pin_process()
+    server = _Server(app, bound, threads)
+
+    def stop(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+        server.stop()
+
+    signals = signal.SIGTERM, signal.SIGINT
+    for number in signals:
+        signal.signal(number, stop)
+    print(_make_banner(app, server.url), flush=True)
+    server.run()
 
 
 def _make_banner(app: App, address: str) -> str:

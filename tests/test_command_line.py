@@ -1,0 +1,276 @@
+"""DOC tests/test_command_line"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import pytest
+
+import wallet as wallet_module
+from tests.support import (
+    CONTRACT,
+    HERE,
+    command,
+    complaints,
+    connect,
+    limited,
+    log_lines,
+    send,
+    served,
+    torture,
+    workers_of,
+)
+from wallet import SETTINGS, Wallet, running
+
+# Settings and the command line #####################################################################
+
+
+def test_help_names_every_setting_with_its_variable_and_default():
+    shown = " ".join(command("--help").stdout.split())
+    for setting in SETTINGS:
+        assert f"--{setting.name} VALUE {setting.meaning} [{setting.variable}={setting.default}]" in shown
+    assert "Example: python wallet.py" in shown
+
+
+def test_version_is_told():
+    assert command("--version").stdout == f"wallet {wallet_module.__version__}\n"
+    assert CONTRACT["info"]["version"] == wallet_module.__version__
+
+
+@pytest.mark.parametrize(("arguments", "settings", "message"), [
+    (["--port", "x"], {}, "wallet: --port or WALLET_PORT must be an integer from 0 to 65535, not 'x'; see --help"),
+    (["--port", "65536"], {}, "WALLET_PORT must be an integer from 0 to 65535"),
+    (["--threads", "0"], {}, "WALLET_THREADS must be an integer from 1 to 64"),
+    (["--metrics", "yes"], {}, "WALLET_METRICS must be an integer from 0 to 1, not 'yes'"),
+    (["--trusted-proxy", "*"], {}, "WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted,"),
+    ([], {"WALLET_TRUSTED_PROXY": "10.0.0.0/8"}, "WALLET_TRUSTED_PROXY must be the IP address of one proxy"),
+    (["--log-level", "loud"], {}, "WALLET_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
+    ([], {"WALLET_PORT": "tcp://10.0.0.1:4000"}, "WALLET_PORT must be an integer"),
+    ([], {"WALLET_CURRENCY": "Dollar"}, "three capital letters"),
+    (["--por"], {}, "wallet: unrecognized arguments: --por; see --help"),
+    (["--por", "4000"], {}, "wallet: no command, or the value of an unknown option: '4000' (choose from "),
+    (["copy", "--from", "sqlite://"], {}, "wallet: the following arguments are required: --to; see --help"),
+    (["--dsn", "mongodb://u:secret@x"], {}, "unknown kind of DSN, mongodb://"),
+    (["--dsn", "sqlite:////no/such/folder/wallet.db"], {}, "cannot open /no/such/folder/wallet.db: No such file"),
+    (["--host", "203.0.113.1", "--port", "0"], {}, "cannot listen on 203.0.113.1 port 0: "),
+    (["--host", "no.such.host.invalid"], {}, "cannot listen on no.such.host.invalid port 0: "),
+])
+def test_bad_start_is_one_line_and_exit_code_2(refusal, arguments, settings, message):
+    told = refusal(*arguments, **{"WALLET_PORT": "0", **settings})
+    assert message in told
+    assert "secret" not in told
+
+
+def test_port_in_use_is_one_line_and_exit_code_2(tmp_path):
+    with served("--dsn", "sqlite://") as server:
+        port = urlsplit(server.url).port
+        done = command("--port", str(port), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"wallet: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+
+
+def test_command_line_comes_before_the_environment(monkeypatch):
+    monkeypatch.setenv("WALLET_THREADS", "3")
+    assert wallet_module._load_settings()["threads"] == 3
+    assert wallet_module._load_settings(["--threads", "4"])["threads"] == 4
+    assert wallet_module._load_settings() == {
+        "dsn": "sqlite:///wallet.db", "host": "127.0.0.1", "port": 4000, "threads": 3, "currency": "",
+        "issuer-token": "", "log-level": "info", "command": None, "metrics": 0,
+        "trusted-proxy": "",
+    }
+
+
+def test_it_serves_says_where_and_its_curls_can_be_pasted(tmp_path):
+    with served(program=(HERE / "wallet.py",), cwd=tmp_path) as server:  # As users run it.
+        first_line, _, pasted = server.banner.partition("\n")
+        assert first_line == f"wallet {wallet_module.__version__} listens on {server.url}, with its data in " \
+                             f"{tmp_path}/wallet.db. Open the address in a browser, or try it from another terminal:"
+        assert pasted.count("curl ") == 3
+        done = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, timeout=60)
+        assert json.loads(done.stderr)["name"] == "Ada"
+        assert [json.loads(line).get("code") for line in done.stdout.splitlines()] == [None, "insufficient_funds"]
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=30)
+    account = f"acc_{re.search('wlt_(.{16})', done.stderr)[1]} 127.0.0.1"
+    lines = log_lines(complaints(log))
+    assert [re.sub(r"\d+\.\d ms [0-9a-f]{16}|\d+ connections", "_", line) for line in lines] == [
+        "INFO wallet.access: POST /api/register 201 _ - 127.0.0.1",
+        f"INFO wallet.access: POST /api/transactions/topup 201 _ {account}",
+        f"INFO wallet.access: POST /api/transactions/charge 402 _ {account}",
+        "INFO wallet: stopping: _ are open",
+        "INFO wallet: stopped",
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_finishes_what_runs_closes_the_database_and_exits_0(tmp_path, number):
+    with served("--log-level", "warning", cwd=tmp_path) as server:
+        parts = urlsplit(server.url)
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        idle = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+        assert send(server.url, "GET", "/livez", connection=idle)[0] == 200
+        slow = socket.create_connection((parts.hostname, parts.port), timeout=30)
+        head = f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n" \
+               "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+        slow.sendall(head.encode() + b'{"amount"')
+        assert send(server.url, "GET", "/livez")[0] == 200  # By now the server has read the half request.
+        server.send_signal(number)
+        assert idle.sock.recv(1) == b""
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection((parts.hostname, parts.port), timeout=30)
+        slow.sendall(b": 5}")
+        answer = b""
+        while chunk := slow.recv(65536):
+            answer += chunk
+        slow.close()
+        idle.close()
+        assert answer.startswith(b"HTTP/1.1 201")
+        assert b"connection: close" in answer.lower()
+        assert server.wait(timeout=30) == 0
+        assert complaints(server.stderr.read()) == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"wallet.db"}  # Closed: the log is folded into the file.
+    with Wallet(f"sqlite:///{tmp_path}/wallet.db") as wallet:
+        assert wallet.authenticate(token).balance == 5
+
+
+def stop_under_load(dsn, **limits):
+    """Stop a server under load.
+
+    Return how many requests were answered, what became of those that were dropped, and how many had an unknown effect.
+    """
+    # No client pauses here for as long as STOP_IDLE_S, however busy the machine is, so each hears that it is the end.
+    program = limited(STOP_IDLE_S=10, WATCH_INTERVAL_S=1, **limits)
+    with served("--log-level", "warning", "--dsn", dsn, program=program) as server:
+        parts = urlsplit(server.url)
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        acknowledged, dropped, enough = [], [], threading.Event()
+
+        def work(_):
+            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+            while True:
+                taken = False
+                try:
+                    connection.connect()
+                except OSError:
+                    return
+                try:
+                    while True:
+                        answer = send(server.url, "POST", "/api/transactions/topup", {"amount": 1}, token, connection)
+                        acknowledged.append(answer[0])
+                        taken = True
+                        enough.set() if len(acknowledged) >= 100 else None
+                        if answer[1]["Connection"] == "close":
+                            break
+                except (OSError, http.client.HTTPException) as error:
+                    if taken:  # Else it is a connection that came as the listener closed, and no server had.
+                        dropped.append(error)
+                finally:
+                    connection.close()
+
+        with ThreadPoolExecutor(8) as threads:
+            futures = [threads.submit(work, number) for number in range(8)]
+            assert enough.wait(timeout=60)
+            server.send_signal(signal.SIGTERM)
+            for future in futures:
+                future.result()
+        assert server.wait(timeout=8) == 0  # Who has no clients left waits no longer for any, as it would for them.
+    assert set(acknowledged) == {201}
+    with Wallet(dsn) as wallet:
+        return len(acknowledged), dropped, wallet.authenticate(token).balance - len(acknowledged)
+
+
+@pytest.mark.parametrize("stops", [1, torture(100)])
+def test_stop_under_load_drops_no_request_that_was_taken(durable_dsn, stops, report):
+    answered, dropped = 0, []
+    for _ in range(stops):
+        count, errors, unknown = stop_under_load(durable_dsn)
+        answered, dropped = answered + count, dropped + errors
+        assert unknown == 0
+    report(f"{stops} times SIGTERM under load, {answered:,} requests answered, {len(dropped)} dropped")
+    assert dropped == []
+
+
+def test_control_a_stop_that_waits_for_nobody_drops_requests(file_dsn):
+    assert any(stop_under_load(file_dsn, STOP_TIMEOUT_S=0)[1] for _ in range(20))
+
+
+def test_stop_answers_the_connections_that_only_the_kernel_has_taken(tmp_path):
+    with served("--log-level", "warning", cwd=tmp_path) as server:
+        (process,) = workers_of(server)
+        os.kill(process, signal.SIGSTOP)
+        waiting = [connect(server.url) for _ in range(5)]
+        for connection in waiting:
+            connection.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        server.send_signal(signal.SIGTERM)
+        os.kill(process, signal.SIGCONT)
+        for connection in waiting:
+            with connection:
+                assert connection.recv(12) == b"HTTP/1.1 200"
+        assert server.wait(timeout=30) == 0
+
+
+def test_stop_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(wallet_module, "STOP_TIMEOUT_S", 0.1)
+    with contextlib.ExitStack() as stack:
+        with running() as url:
+            half = stack.enter_context(connect(url))
+            half.sendall(b"POST /api/register HTTP/1.1\r\n")
+            assert send(url, "GET", "/livez")[0] == 200
+        assert half.recv(1) == b""
+
+
+def is_refused(url):
+    try:
+        socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=30).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # It had waited to be accepted when the listener was closed.
+        pass
+    return False
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_it_at_once(tmp_path, second):
+    with served(cwd=tmp_path) as server:
+        parts = urlsplit(server.url)
+        with socket.create_connection((parts.hostname, parts.port), timeout=30) as half:
+            half.sendall(b"POST /api/register HTTP/1.1\r\n")
+            assert send(server.url, "GET", "/livez")[0] == 200
+            server.send_signal(signal.SIGTERM)
+            while not is_refused(server.url):
+                pass
+            server.send_signal(second)
+            assert server.wait(timeout=5) == -second
+
+
+
+
+
+
+
+
+
+
+
+
+def test_it_listens_on_every_address_and_on_ipv6_if_asked(tmp_path):
+    for host, listens, url in (("0.0.0.0", "0.0.0.0", "127.0.0.1"), ("::1", "[::1]", "[::1]"),
+                               ("::", "[::]", "[::1]"), ("localhost", "127.0.0.1", "127.0.0.1")):
+        with served("--host", host, "--dsn", "sqlite://", cwd=tmp_path) as server:
+            assert f"listens on http://{listens}:" in server.banner
+            assert server.url.startswith(f"http://{url}:")
+            assert "memory, gone when it stops" in server.banner
+            with urllib.request.urlopen(f"{server.url}/readyz", timeout=30) as answer:
+                assert json.load(answer) == {"status": "ok"}
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,293 @@
+"""DOC tests/test_documents"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from uv import find_uv_bin
+
+import wallet as wallet_module
+from tests.support import (
+    CONTRACT,
+    HERE,
+    OPEN_ROUTES,
+    README,
+    ROUTES,
+    environment,
+    load_yaml,
+    raw_requests,
+    readme_table,
+    served,
+    torture,
+)
+from wallet import SETTINGS, ConfigurationError, Wallet, WalletError, running
+
+# The documents, held to the code ###################################################################
+
+
+def test_readme_lists_every_setting():
+    assert readme_table("Settings") == [
+        [f"`--{setting.name}`", f"`{setting.variable}`", setting.default and f"`{setting.default}`", setting.meaning]
+        for setting in SETTINGS
+    ]
+
+
+def test_readme_lists_every_command():
+    assert readme_table("Commands") == [
+        [f"`{one.name}`", one.meaning, f"`python wallet.py {one.example}`"] for one in wallet_module.COMMANDS]
+
+
+def error_classes(base=WalletError):
+    for one in base.__subclasses__():
+        if one.__module__ == "wallet" and one is not ConfigurationError:
+            yield one
+            yield from error_classes(one)
+
+
+def test_readme_and_contract_list_every_error():
+    known = sorted((one.status, one.code) for one in error_classes())
+    named = sorted((one.status, one.code, one.__name__) for one in error_classes())
+    assert sorted((int(row[0]), row[1].strip("`"), row[2].strip("`")) for row in readme_table("Errors")) == named
+    declared = CONTRACT["components"]["schemas"]["Problem"]["properties"]["code"]["enum"]
+    assert sorted(declared) == sorted(code for _, code in known)
+
+
+def test_readme_and_contract_list_every_route():
+    known = {re.sub("<.*>", "{id}", name) for name in ROUTES}
+    assert {row[0].strip("`").partition("?")[0] for row in readme_table("Routes")} == known
+    assert {f"{method.upper()} {path}" for path, item in CONTRACT["paths"].items() for method in item} == known
+
+
+def documents_in(node):
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from documents_in(child)
+
+
+def test_examples_in_the_documents_are_real():
+    classes = {one.code: one for one in error_classes()}
+    problems = [one for one in documents_in(CONTRACT) if isinstance(one.get("title"), str) and "detail" in one]
+    assert len(problems) >= 10
+    for problem in problems:
+        known = classes[problem["code"]]
+        assert (problem["status"], problem["title"]) == (known.status, known.title)
+        assert problem["detail"] == known.advice or not known.advice or "(" in problem["detail"]
+    tokens = re.findall("wlt_[0-9A-Za-z]{20,}", README + (HERE / "openapi.yaml").read_text())
+    assert len(tokens) == 2
+    assert all(wallet_module._checksum(token[:-6]) == token[-6:] for token in tokens)
+
+
+def test_contract_opens_the_routes_that_are_open():
+    declared = {f"{method.upper()} {path}" for path, item in CONTRACT["paths"].items()
+                for method, operation in item.items() if operation.get("security") in ([], [{}, {"token": []}])}
+    assert declared == OPEN_ROUTES
+
+
+def test_readme_names_a_test_for_every_promise():
+    named = [re.findall(r"`(test_\w+)`", row[1]) for row in readme_table("What it promises")]
+    assert len(named) == 5
+    assert all(names and {*names} <= globals().keys() for names in named)
+    promises = re.sub(r"\s+", " ", wallet_module.__doc__)
+    for number, row in enumerate(readme_table("What it promises"), 1):
+        assert f"{number}. {row[0]}" in promises
+
+
+def test_readme_names_the_run_behind_each_piece_of_evidence():
+    mine = ast.parse(Path(__file__).read_text()).body
+    tests = {node.name: node for node in mine if isinstance(node, ast.FunctionDef)}
+    rows = readme_table("The evidence")
+    assert len(rows) >= 12
+    complete = []  # Whose short form is all there is.
+    for promise, _, found, name in rows:
+        assert re.search(r"\d", found), promise
+        decorators = " ".join(ast.unparse(one) for one in tests[name.strip("`")].decorator_list)
+        complete += [name] if "torture" not in decorators.lower() else []
+    assert len(complete) == 2
+    assert f"{len(list(raw_requests()))} requests with a second one" in README
+
+
+def test_readme_tells_the_versions_whose_advisories_were_read():
+    told = " ".join(row[0] for row in readme_table("What else keeps it safe")).replace(",", "").split()
+    pinned = re.sub(r"\[.*?\]", "", (HERE / "requirements.txt").read_text()).replace("==", " ").split()
+    assert set(told) == set(pinned)
+
+
+def normalized(text):
+    """Replace what differs from run to run."""
+    for pattern, same in ((r"(acc|wlt|txn|hld)_[0-9A-Za-z]+", r"\1_"), (r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME"),
+                          (r"127\.0\.0\.1:\d+", "HOST")):
+        text = re.sub(pattern, same, text)
+    return text.strip()
+
+
+def test_readme_sessions_run_as_they_stand_and_show_what_comes(tmp_path):
+    sessions = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    assert len(sessions) >= 2
+    with running() as url:
+        token = ""
+        for session in sessions:
+            lines = session.replace("\\\n", "\\\0").splitlines()
+            commands = "\n".join(line[2:].replace("\0", "\n") for line in lines if line.startswith("$ "))
+            shown = "\n".join(line for line in lines if not line.startswith("$ "))
+            script = f"TOKEN={token}\n" + commands.replace("http://127.0.0.1:4000", url) + "\necho TOKEN=$TOKEN"
+            done = subprocess.run(["bash", "-c", f"exec 2>&1\n{script}"], stdout=subprocess.PIPE, text=True, timeout=60,
+                                  cwd=tmp_path)
+            output, _, token = done.stdout.rpartition("TOKEN=")
+            token = token.strip()
+            assert normalized(output) == normalized(shown)
+    assert any("insufficient_funds" in session for session in sessions[:1])
+
+
+def test_versions_are_pinned_once_and_the_commands_are_the_same_everywhere():
+    pinned = (HERE / "requirements.txt").read_text().split()
+    names = {re.split(r"[\[=]", line)[0] for line in pinned}
+    for name in names - {"psycopg"}:  # Of which the driver in C is another part, of the same version.
+        needed = [Requirement(line) for line in importlib.metadata.requires(name) or []]
+        assert {one.name.replace("-", "_") for one in needed if not one.marker or one.marker.evaluate({"extra": ""})} \
+            <= {one.replace("-", "_") for one in names}
+    inline = re.search(r"# dependencies = (\[.*?\])\n# ///", (HERE / "wallet.py").read_text(), re.DOTALL)[1]
+    assert json.loads(inline.replace("#", "")) == pinned
+    developers = (HERE / "requirements-dev.txt").read_text().splitlines()
+    assert developers[0] == "-r requirements.txt"
+    assert all("==" in line for line in developers[1:])
+    test_command = next(line for line in README.splitlines() if "requirements-dev.txt" in line)
+    assert test_command in (HERE / ".ci" / "run").read_text()
+
+
+def test_uv_runs_the_one_file_with_what_it_says_it_needs(tmp_path):
+    for name in ("wallet.py", "schema.sql"):
+        shutil.copy(HERE / name, tmp_path)
+    with served(python=(find_uv_bin(), "run"), program=(str(tmp_path / "wallet.py"),), cwd=tmp_path,
+                PYTHONPATH="") as server:
+        with urllib.request.urlopen(f"{server.url}/readyz") as answer:
+            assert json.load(answer) == {"status": "ok"}
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=20) == 0
+    assert (tmp_path / "wallet.db").exists()
+
+
+def run_bench(*arguments, **settings):
+    command = [sys.executable, str(HERE / "bench_wallet.py"), "--rounds", "1", "--seconds", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(**settings))
+
+
+def test_bench_says_how_to_install_what_it_needs_and_prints_ratios():
+    missing = run_bench("--only", "waitress: account reads", PATH="/nowhere")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr.splitlines()[-1].startswith("bench: wrk is missing; install it with: apt-get install wrk")
+    found = json.loads(run_bench("--only", "in process: topups in memory", "--json", PATH="/nowhere").stdout)
+    (row,) = found["rows"]
+    assert row["ratio"] == pytest.approx(row["rate_per_s"] / row["limit_per_s"])
+    assert row["met"] == (row["ratio"] >= row["bar"])
+    assert run_bench("--only", "no such row").stdout.startswith("| measure")
+
+
+def test_image_has_every_file_that_the_service_reads():
+    dockerfile = (HERE / "Dockerfile").read_text()
+    copied = set(re.findall(r"[\w.]+\.\w+", " ".join(re.findall(r"(?m)^COPY (.*)$", dockerfile))))
+    assert copied == {"requirements.txt", "wallet.py", "schema.sql", "checks.sql", "openapi.yaml", "wallet.html"}
+
+
+def test_contract_is_valid():
+    from openapi_spec_validator import validate  # Which each worker would have to load.
+
+    validate(CONTRACT)
+
+
+def test_contract_is_served(api):
+    answer = api.send("GET", "/openapi.yaml", status=200)
+    assert load_yaml(answer.text) == CONTRACT
+    assert answer.headers["Content-Type"] == "application/yaml"
+
+
+def test_file_that_was_not_installed_is_not_found(api, monkeypatch, tmp_path):
+    monkeypatch.setattr(wallet_module, "__file__", str(tmp_path / "wallet.py"))
+    problem = api.send("GET", "/openapi.yaml", status=404).json
+    assert problem["detail"] == "openapi.yaml is not installed beside wallet.py."
+
+SCHEMATHESIS = """
+[[operations]]
+include-path = "/api/account/token"
+enabled = false
+
+[[operations]]  # Without metrics there is no such route, so that no method of it is told from another.
+include-path = "/metrics"
+checks.unsupported_method.enabled = false
+"""
+
+REFUSED = {  # Though valid by its form, for the money, the account, the state or an earlier request.
+    "/api/transactions/topup": [201, 422], "/api/transactions/charge": [201, 402, 422],
+    "/api/transactions/transfer": [201, 402, 404, 422], "/api/transactions/batch": [201, 402, 422],
+    "/api/transactions/{id}/refund": [201, 404, 422], "/api/transactions": [200, 400],
+    "/api/holds": [200, 201, 400, 402, 422], "/api/holds/{id}/capture": [201, 404, 409, 422],
+    "/api/holds/{id}/release": [201, 404, 409, 422],
+}
+
+SCHEMATHESIS += "".join(f"""
+[[operations]]
+include-path = "{path}"
+checks.positive_data_acceptance.expected-statuses = {statuses}
+""" for path, statuses in REFUSED.items())
+
+
+def run_schemathesis(folder, url, token, examples, *arguments):
+    """Return what schemathesis says of a server. Its stateful phase makes requests of what earlier answers had."""
+    # Replacing the token would end the rest: other tests do that.
+    phases = f"[phases.stateful]\ngeneration.max-examples = {5 * examples}\n"
+    if examples < 10:  # All that is wrong on purpose would take most of the time: fuzzing sends some of it too.
+        phases += '[phases.coverage]\ngeneration.mode = "positive"\n'
+    (folder / "schemathesis.toml").write_text(phases + SCHEMATHESIS)
+    strict = load_yaml((HERE / "openapi.yaml").read_text())
+    for item in strict["paths"].values():
+        for operation in item.values():
+            del operation["responses"]["default"]  # Every status must be one that the operation names.
+    (folder / "openapi.json").write_text(json.dumps(strict))
+    return subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", url,
+         "--output-sanitize=false", "--max-examples", str(examples), "--no-color", "--seed", "1",
+         "--header", f"Authorization: Bearer {token}", *arguments],
+        capture_output=True, text=True, cwd=folder, timeout=3600, env={**os.environ, "PYTHONWARNINGS": ""})
+
+
+@pytest.mark.parametrize(("examples", "options"), [  # With a time, it begins anew until that is over.
+    (2, []), torture(100, ["--max-time", "240"])])
+def test_service_keeps_to_its_contract_whatever_schemathesis_sends(serving, file_wallet, tmp_path, examples, options,
+                                                                   report):
+    ada, token = file_wallet.register("Ada")
+    file_wallet.topup(ada.id, 10**12)
+    with serving(file_wallet) as url:
+        done = run_schemathesis(tmp_path, url, token, examples, "--continue-on-failure", *options)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    generated = int(re.search(r"(\d+) generated", done.stdout)[1])
+    scenarios, links = map(int, re.search(r"Scenarios: +(\d+)\s+API Links: +(\d+) covered", done.stdout).groups())
+    least = (5, 1) if examples == 2 else (50, 10)
+    assert (generated > 300, scenarios >= least[0], links >= least[1]) == (True, True, True), done.stdout
+    report(f"{generated:,} requests, {scenarios:,} of its scenarios, {links} links, and the contract was kept")
+
+
+@pytest.mark.parametrize("serving", ["waitress"], indirect=True)
+def test_control_a_fault_behind_an_earlier_answer_is_found_by_schemathesis(serving, file_wallet, tmp_path, monkeypatch):
+    def careless(wallet, account_id, hold_id, **options):
+        wallet.get_hold(account_id, hold_id)
+        raise RuntimeError
+
+    monkeypatch.setattr(Wallet, "release", careless)
+    ada, token = file_wallet.register("Ada")
+    file_wallet.topup(ada.id, 10**12)
+    with serving(file_wallet) as url:
+        done = run_schemathesis(tmp_path, url, token, 2, "--phases", "stateful", "--no-shrink",
+                                 "--max-failures", "1", "--include-path-regex", "^/api/holds/.*/release|^/api/holds$")
+    assert (done.returncode, "Server error" in done.stdout) == (1, True), done.stdout[-5000:] + done.stderr[-2000:]
