@@ -149,6 +149,7 @@ BATCH_BODY_BYTES_MAX = 1024 * 1024  # A kilobyte for each movement of a batch.
 HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
 JSON_DEPTH_MAX = 10  # Nested arrays and objects. A batch has four; a parser recurses as deep.
 CONNECTIONS_MAX = 2000  # At once. Each costs a file descriptor and a few kilobytes.
+FILES_SPARE = 100  # Descriptors for the database and all else.
 REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last.
 ANSWER_TIMEOUT_S = 30  # For a client to read an answer, or UNREAD_BYTES_MAX more of a long one.
 UNREAD_BYTES_MAX = 256 * 1024
@@ -2655,7 +2656,8 @@ class App:
         if self.has_issuer:
             by_issuer = secrets.compare_digest(_hash_token(token), self._issuer_token_hash)
             if by_issuer and not issuer_may:
-                raise Forbidden("This route needs an account's token, and this is the issuer's.")
+                raise Forbidden(
+                    "This route needs the token of an account, and this is the issuer's.")
             if by_issuer:
                 return None
             if issuer_may == "instead":
@@ -2870,7 +2872,7 @@ class _Server(TcpWSGIServer):
         self.url, self.sockets = _url_of(bound), dict[int, Any]()
         self.probes: deque[_Channel] = deque()
         settings = Adjustments(
-            ident="", backlog=CONNECTIONS_MAX, connection_limit=CONNECTIONS_MAX, threads=threads,
+            ident="", backlog=CONNECTIONS_MAX, connection_limit=_connections_max(), threads=threads,
             max_request_header_size=HEADER_BYTES_MAX + 1, max_request_body_size=BODY_BYTES_MAX + 1,
             outbuf_high_watermark=sys.maxsize,  # What is not read yet is spooled, not waited for.
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
@@ -2930,6 +2932,20 @@ def _pin_process() -> None:
     with suppress(AttributeError, OSError):  # Only Linux has it, and a sandbox may forbid it.
         processors = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
+
+
+def _connections_max(raised: bool = False) -> int:
+    """Return how many connections this process has descriptors for, if asked after raising that."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit.
+        import resource
+
+        wanted, limits = CONNECTIONS_MAX + FILES_SPARE, resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft, hard = (wanted if one < 0 else one for one in limits)  # Below 0 there is none.
+        if raised and soft < wanted:
+            soft = min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+        return max(1, min(CONNECTIONS_MAX, soft - FILES_SPARE))
+    return CONNECTIONS_MAX
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -3173,6 +3189,8 @@ def _run_copy(settings: Mapping[str, Any]) -> None:
 
 def _run_server(settings: Mapping[str, Any]) -> None:
     """Serve until it is told to stop."""
+    if settings["metrics"]:
+        _check_installed("prometheus-client", "--metrics")
     with _bind(settings["host"], settings["port"]) as bound, _open_wallet(settings) as wallet:
         _warn_of_wal_reset_bug(settings["dsn"])
         app = create_app(wallet, settings["issuer-token"], settings["metrics"],
@@ -3183,6 +3201,7 @@ def _run_server(settings: Mapping[str, Any]) -> None:
 def _serve(app: App, bound: socket.socket, threads: int) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
     _pin_process()
+    _connections_max(raised=True)
     server = _Server(app, bound, threads)
 
     def stop(*_: object) -> None:

@@ -43,7 +43,8 @@ from wallet import AMOUNT_MAX, Wallet, WalletError, create_app, running
 
 HERE = Path(__file__).parent.parent
 
-README = (HERE / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md")))}
+README = "\n".join(PAGES.values())  # All that there is to read, as if it were one.
 
 load_yaml = partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # In C it is ten times as fast.
 

@@ -20,6 +20,7 @@ from uv import find_uv_bin
 
 import wallet as wallet_module
 from tests.support import (
+    PAGES,
     CONTRACT,
     HERE,
     OPEN_ROUTES,
@@ -97,17 +98,37 @@ def test_contract_opens_the_routes_that_are_open():
 
 
 def test_readme_names_a_test_for_every_promise():
-    named = [re.findall(r"`(test_\w+)`", row[1]) for row in readme_table("What it promises")]
+    named = [re.findall(r"`(test_\w+)`", row[2]) for row in readme_table("What it promises")]
     assert len(named) == 5
-    assert all(names and {*names} <= globals().keys() for names in named)
+    assert all(names and {*names} <= all_tests().keys() for names in named)
     promises = re.sub(r"\s+", " ", wallet_module.__doc__)
     for number, row in enumerate(readme_table("What it promises"), 1):
         assert f"{number}. {row[0]}" in promises
 
 
+def all_tests():
+    """Return every test of the project, parsed, by its name."""
+    files = HERE / "test_wallet.py", *(HERE / "tests").glob("test_*.py")
+    return {node.name: node for file in files for node in ast.parse(file.read_text()).body
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+def test_readme_has_at_most_200_lines_and_its_links_lead_somewhere():
+    assert PAGES["README.md"].count("\n") <= 200
+    for name, text in PAGES.items():
+        folder = HERE if name == "README.md" else HERE / "docs"
+        links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+        assert [link for link in links if not (folder / link).exists()] == [], name
+
+
+def test_no_page_says_what_another_says():
+    sentences = {name: set(re.findall(r"[A-Z][^.|`]{60,}\.", re.sub(r"\s+", " ", text))) for name, text in PAGES.items()}
+    for one, other in itertools.combinations(sentences, 2):
+        assert not sentences[one] & sentences[other], (one, other)
+
+
 def test_readme_names_the_run_behind_each_piece_of_evidence():
-    mine = ast.parse(Path(__file__).read_text()).body
-    tests = {node.name: node for node in mine if isinstance(node, ast.FunctionDef)}
+    tests = all_tests()
     rows = readme_table("The evidence")
     assert len(rows) >= 12
     complete = []  # Whose short form is all there is.

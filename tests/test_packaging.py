@@ -279,15 +279,11 @@ def project(tmp_path):
 
 
 @WAYS
-def test_fixtures_come_with_an_installed_wallet(installed, tmp_path, way):
-    (tmp_path / "test_shop.py").write_text(FIXTURE_TESTS)
-    assert "3 passed" in installed.run(*way, "-W", "error", cwd=tmp_path)
-
-
-def test_fixtures_say_what_they_are(installed, tmp_path):
-    shown = installed.run("pytest", "--fixtures", cwd=tmp_path)
-    assert re.search(r"(?m)^wallet -- .*\n    A new wallet in memory", shown)
-    assert re.search(r"(?m)^wallet_url -- .*\n    The URL of a server", shown)
+def test_fixtures_come_with_an_installed_wallet_and_work_as_documented(installed, tmp_path, way):
+    documented = (HERE / "docs" / "embedding.md").read_text().partition("fixtures for pytest")[2]
+    (tmp_path / "test_documented.py").write_text(documented.split("```")[1].removeprefix("python"))
+    (tmp_path / "test_fixtures.py").write_text(FIXTURE_TESTS)
+    assert "5 passed" in installed.run(*way, "-W", "error", cwd=tmp_path)
 
 
 @WAYS
