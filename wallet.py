@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["bottle==0.13.4", "prometheus-client==0.26.0", "psycopg[binary]==3.3.9",
-#                 "psycopg-pool==3.3.3", "waitress==3.0.2"]
+#                 "psycopg-pool==3.3.3", "typing_extensions==4.16.0", "waitress==3.0.2"]
 # ///
 """Wallet: a small service that keeps money balances and is trusted with them.
 

@@ -170,7 +170,7 @@ def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, kills, req
 
 
 def test_control_a_service_that_answers_before_it_commits_loses_by_a_kill_what_it_answered(file_dsn):
-    crashes = Crashes(file_dsn, "waitress", program=("-c", LATE))
+    crashes = Crashes(file_dsn, program=("-c", LATE))
     crashes.crash()
     assert len(crashes.acknowledged) > 8 * 20  # More than the commits that it makes can hold.
     with crashes.started():
@@ -491,7 +491,7 @@ def test_full_disk_refuses_clearly_loses_nothing_and_is_got_over(tmp_path, times
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="a small disk of its own needs Linux and unshare")
 def test_control_a_wallet_that_takes_every_commit_for_done_loses_some_on_a_full_disk(tmp_path):
-    with small_disk(tmp_path, "waitress", careless=True) as (load, filled), filled():
+    with small_disk(tmp_path, careless=True) as (load, filled), filled():
         load.wait_for_more(150)
     assert load.check(f"sqlite:///{tmp_path}/copy-of-wallet.db") > 0
 

@@ -535,8 +535,9 @@ def test_secrets_are_found_nowhere_but_in_the_answer_that_shows_one(
         postgres_server.query(f"GRANT ALL ON SCHEMA {schema} TO {role}")
         durable_dsn = durable_dsn.replace("postgres@", f"{role}:{password}@")
     arguments = ["--issuer-token", issuer] if change else []  # Where all processes of the machine can see it.
-    with served(*arguments, program=("-c", f"{BUGGY}{change}\nsys.exit(wallet.main())"), WALLET_DSN=durable_dsn,
-                **settings) as server:
+    program = "-c", f"{BUGGY}{change}\nsys.exit(wallet.main())"
+    with open(tmp_path / "log", "wb") as log, served(  # A pipe would be full before it is read.
+            *arguments, program=program, stderr=log, WALLET_DSN=durable_dsn, **settings) as server:
         assert server.banner.endswith("Only the issuer's token makes and fills accounts.\n")
         made = send(server.url, "POST", "/api/register", {"name": "Ada in the file"}, issuer)[2]
         replaced, id = made["token"], made["id"]
@@ -567,10 +568,10 @@ def test_secrets_are_found_nowhere_but_in_the_answer_that_shows_one(
                   "banner": server.banner.encode()}
         for process in workers_of(server):
             os.kill(process, signal.SIGKILL)
-        places["log"] = "".join(server.communicate(timeout=30)).encode()
+        places["log"] = server.communicate(timeout=30)[0].encode() + (tmp_path / "log").read_bytes()
     if durable_dsn.startswith("sqlite"):
         places["database"] = b"".join(path.read_bytes() for path in tmp_path.glob("wallet.db*"))
-        assert {path.name for path in tmp_path.iterdir()} == {"wallet.db", "wallet.db-wal", "wallet.db-shm"}
+        assert {path.name for path in tmp_path.iterdir()} == {"log", "wallet.db", "wallet.db-wal", "wallet.db-shm"}
         with contextlib.closing(sqlite3.connect(tmp_path / "wallet.db")) as database:
             with contextlib.closing(sqlite3.connect(tmp_path / "backup.db")) as backup:
                 database.backup(backup)
