@@ -95,6 +95,9 @@ from typing import (
 )
 from urllib.parse import parse_qsl, quote, urlencode
 
+# Bottle and waitress have no types. These lines say so to mypy in a project that has this file.
+# mypy: disable-error-code="import-untyped,import-not-found"
+# mypy: allow-subclassing-any, allow-untyped-decorators
 from bottle import Bottle, HTTPError
 from waitress import wasyncore
 from waitress.adjustments import Adjustments

