@@ -2950,17 +2950,19 @@ def _connections_max(raised: bool = False) -> int:
 
 def _bind(host: str, port: int) -> socket.socket:
     """Return a socket with this address that does not listen yet. Raises ConfigurationError."""
-    try:
-        bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if ":" in host:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        bound.bind((host, port))
+    with ExitStack() as failed:
+        try:
+            bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            failed.callback(bound.close)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if ":" in host:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            bound.bind((host, port))
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen on {host} port {port}: {error.strerror}") from error
+        failed.pop_all()
         return bound
-    except OSError as error:
-        bound.close()
-        raise ConfigurationError(
-            f"cannot listen on {host} port {port}: {error.strerror}") from error
 
 
 def _url_of(bound: socket.socket) -> str:
