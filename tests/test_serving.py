@@ -965,6 +965,32 @@ def test_client_that_sends_half_a_body_and_then_nothing_is_let_go(serving, befor
         assert send(url, "GET", "/livez")[0] == 200
 
 
+def test_control_a_server_that_looks_at_nobody_keeps_a_slow_sender(serving, monkeypatch):
+    """The negative control of the tests about slow clients."""
+    monkeypatch.setattr(wallet_module._Channel, "is_late", lambda *_: False)
+    with serving(REQUEST_TIMEOUT_S=0.5, IDLE_TIMEOUT_S=0.5) as url, connect(url) as slow:
+        slow.sendall(POST + b"Content-Length: 9999\r\n\r\n")
+        slow.settimeout(3)
+        with pytest.raises(TimeoutError):
+            slow.recv(1)
+
+
+def test_connection_above_the_limit_waits_until_another_ends(serving):
+    asking, limit = b"GET /livez HTTP/1.1\r\n\r\n", 4  # Of which waitress itself has two.
+    with serving(CONNECTIONS_MAX=limit) as url, contextlib.ExitStack() as stack:
+        first, second, third = (stack.enter_context(connect(url)) for _ in range(3))
+        for served_at_once in (first, second):
+            served_at_once.sendall(asking)
+            assert served_at_once.recv(65536).startswith(b"HTTP/1.1 200")
+        third.sendall(asking)
+        third.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            third.recv(1)
+        first.close()
+        third.settimeout(30)
+        assert third.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def test_half_request_behind_one_that_takes_its_time_is_not_blamed_for_it(file_wallet, serving):
     _, token = file_wallet.register("Ada")
     head = (
