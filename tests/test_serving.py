@@ -108,14 +108,27 @@ def get_statement(url, token, receive_buffer_bytes=4096):
 
 
 def test_readers_of_statements_never_take_all_threads(long_history, serving):
-    with serving(long_history.wallet) as url, contextlib.ExitStack() as stack:
-        for _ in range(wallet_module.STATEMENTS_MAX):
-            stack.enter_context(get_statement(url, long_history.token))
+    statements, most = wallet_module._statements, wallet_module.STATEMENTS_MAX
+
+    def is_refused(url):
         status, headers, problem = send(
             url, "GET", "/api/transactions.csv", token=long_history.token
         )
         assert (status, headers["Retry-After"], problem["code"]) == (503, "1", "unavailable")
         assert send(url, "GET", "/api/account", token=long_history.token)[0] == 200
+
+    with serving(long_history.wallet) as url, contextlib.ExitStack() as stack:
+        for change in (statements.acquire, statements.release):
+            for _ in range(most):
+                change()
+            if change == statements.acquire:  # As while so many are being made.
+                is_refused(url)
+        for _ in range(most):
+            stack.enter_context(get_statement(url, long_history.token))
+        for change in (statements.acquire, statements.release):
+            for _ in range(most):
+                change()
+        is_refused(url)  # All are made by now, and wait for their readers.
         stack.close()
         deadline = time.monotonic() + 20
         while (
