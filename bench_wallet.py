@@ -58,6 +58,7 @@ from bottle import Bottle, response
 from waitress import create_server
 
 import wallet
+import wallet_cli
 from wallet import Wallet
 
 HERE = Path(__file__).resolve().parent
@@ -420,7 +421,7 @@ class Server:
             self.process.terminate()
         if self.dsn:
             with Wallet(self.dsn, read_only=True) as books:
-                books.verify()
+                wallet_cli.verify(books)
 
     def _count(self) -> int:
         """Return the number of transactions, once what was under way has ended."""
@@ -662,7 +663,7 @@ def make_bare_app() -> Bottle:
 
 def serve_bare_by_waitress() -> None:
     """Serve the bare routes with waitress as it comes, with as many threads as the wallet has."""
-    wallet._pin_process()
+    wallet_cli._pin_process()
     threads = wallet._load_settings()["threads"]
     with wallet._bind("127.0.0.1", 0) as bound:
         server = create_server(
@@ -683,7 +684,7 @@ def serve_by_granian(factory: str) -> None:
 
     with wallet._bind("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
-    wallet._pin_process()
+    wallet_cli._pin_process()
     print(f"{factory} listens on http://127.0.0.1:{port}", flush=True)
     options: dict[str, Any] = {"interface": "wsgi", "http": "1", "log_level": "error"}
     Granian(

@@ -39,14 +39,12 @@ The sections, in the order in which a reader needs them:
     Databases             where the money is kept, and how a write is committed
     HTTP                  the routes, and the one place where answers are made
     Serving               waitress, within limits
-    Command line          the settings, the commands and the logs of `python wallet.py`
 
-What `__all__` names is public. Everything else is internal, and may change at any time.
+The command line is in wallet_cli.py. What `__all__` names is public, and nothing else is.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import copy
 import csv
@@ -59,13 +57,10 @@ import os
 import random
 import re
 import secrets
-import shlex
-import signal
 import socket
 import sqlite3
 import string
 import sys
-import tempfile
 import threading
 import time
 import unicodedata
@@ -73,26 +68,15 @@ import zlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from http.client import responses as REASONS
-from importlib.util import find_spec
 from ipaddress import ip_address
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TextIO,
-    TypedDict,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
 # Bottle and waitress have no types. These lines say so to mypy in a project that has this file.
@@ -118,7 +102,7 @@ __all__ = [
     "MalformedRequest", "MethodNotAllowed", "NotFound", "NotRefundable", "OutcomeUnknown", "Page",
     "RefundExceedsCharge", "Transaction", "TransactionType", "Unauthorized", "Unavailable",
     "UnsupportedMediaType", "ValidationFailed", "Wallet", "WalletError", "WrongBooks",
-    "__version__", "create_app", "main", "running",
+    "__version__", "create_app", "running",
 ]
 T = TypeVar("T")
 logger = logging.getLogger("wallet")
@@ -153,6 +137,7 @@ FILES_SPARE = 100  # Descriptors for the database and all else.
 REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last.
 ANSWER_TIMEOUT_S = 30  # For a client to read an answer, or UNREAD_BYTES_MAX more of a long one.
 UNREAD_BYTES_MAX = 256 * 1024
+SEND_BYTES = 16 * 1024  # An answer of less is sent at once, and not headers first.
 SOCKET_OPTIONS = [
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     # The kernel would keep megabytes for a slow reader, and what it has read would show late.
@@ -180,10 +165,8 @@ POSTGRES_DEFAULTS = {  # libpq's options, where the DSN has none: a dead line is
     "fallback_application_name": "wallet",
     "connect_timeout": os.environ.get("PGCONNECT_TIMEOUT", "3"),
     "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-COPY_TIMEOUT_S = 24 * 3600  # For all of a wallet, in one transaction.
-COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
-VERIFY_ACCOUNTS = 100  # To a statement, which is one step of the progress bar.
-BACKUP_PAGES = 5000  # At a time, 20 MB. Ctrl-C is heard in between.
+LONG_TIMEOUT_S = 24 * 3600  # To migrate or copy all of a wallet, in one transaction.
+ACCOUNTS_ROWS = 500  # Read at once, when all accounts are listed.
 SQLITE_CHECKPOINT_PAGES = 4000  # 16 MB of log. Moving it into the database takes syncs too.
 SQLITE_CACHE_KB = 8_000  # For the writer: the pages that hundreds of busy accounts write to.
 SQLITE_READER_CACHE_KB = 500  # For each reader. The system keeps the file in memory anyway.
@@ -192,6 +175,7 @@ SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
 SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Minor version of 3.x: first patch with the fix.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 2
+MIGRATIONS = range(1, SCHEMA_VERSION)  # From each of these, migrations/N.sql leads to the next.
 
 SECURITY_HEADERS = {  # On every answer: no browser keeps it, runs it, or shows it to another site.
     "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
@@ -214,8 +198,13 @@ class _Setting(NamedTuple):
         """The name of its environment variable."""
         return "WALLET_" + self.name.upper().replace("-", "_")
 
+    @property
+    def fallback(self) -> str:
+        """What holds where the command line has nothing. An empty variable is none."""
+        return os.environ.get(self.variable) or self.default
+
     def parse(self, text: str) -> Any:
-        """Return the value that `text` stands for. Raises ArgumentTypeError."""
+        """Return the value that `text` stands for. Raises ConfigurationError."""
         if isinstance(self.allowed, range):
             if re.fullmatch("[0-9]{1,9}", text) and int(text) in self.allowed:
                 return int(text)
@@ -224,7 +213,7 @@ class _Setting(NamedTuple):
             if not self.allowed or text in self.allowed:
                 return text
             rule = f"one of {', '.join(self.allowed)}"
-        raise argparse.ArgumentTypeError(f"or {self.variable} must be {rule}, not {text!r}")
+        raise ConfigurationError(f"--{self.name} or {self.variable} must be {rule}, not {text!r}")
 
 
 SETTINGS = (
@@ -261,8 +250,9 @@ class WalletError(Exception):
     status, code, title, advice = 500, "wallet_error", "The wallet cannot do this.", ""
     headers: Mapping[str, str] = {}
 
-    def __init_subclass__(cls, status: int, code: str, title: str) -> None:
-        cls.status, cls.code, cls.title = status, code, title
+    def __init_subclass__(cls, status: int, title: str) -> None:
+        cls.status, cls.title = status, title
+        cls.code = re.sub("(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
     def __init__(self, detail: str = "", *, headers: Mapping[str, str] | None = None,
                  **members: Any) -> None:
@@ -278,13 +268,11 @@ class WalletError(Exception):
         return self
 
 
-class MalformedRequest(WalletError, status=400, code="malformed_request",
-                       title="The request is malformed."):
+class MalformedRequest(WalletError, status=400, title="The request is malformed."):
     """It is not HTTP or JSON as the contract has it, or a header or parameter is bad."""
 
 
-class Unauthorized(WalletError, status=401, code="unauthorized",
-                   title="A valid bearer token is needed."):
+class Unauthorized(WalletError, status=401, title="A valid bearer token is needed."):
     """No valid token was sent (RFC 6750). Unknown account and wrong secret answer alike."""
 
     advice = ("Send the header 'Authorization: Bearer ...', with the token of the account, or of"
@@ -295,8 +283,7 @@ class Unauthorized(WalletError, status=401, code="unauthorized",
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer realm="wallet", error="invalid_token"'}
 
 
-class InsufficientFunds(WalletError, status=402, code="insufficient_funds",
-                        title="The balance is too low."):
+class InsufficientFunds(WalletError, status=402, title="The balance is too low."):
     """Less is available than this needs, and nothing changed. All amounts are in minor units."""
 
     balance: int
@@ -304,121 +291,106 @@ class InsufficientFunds(WalletError, status=402, code="insufficient_funds",
     required: int
 
 
-class Forbidden(WalletError, status=403, code="forbidden",
-                title="This token does not allow that."):
+class Forbidden(WalletError, status=403, title="This token does not allow that."):
     """Where there is an issuer, its token makes and fills accounts. Their own do the rest."""
 
 
-class AccountFrozen(WalletError, status=403, code="account_frozen", title="The account is frozen."):
+class AccountFrozen(WalletError, status=403, title="The account is frozen."):
     """It can be read, and receives nothing and spends nothing."""
 
     advice = "The account is frozen. Whoever runs the wallet can unfreeze it."
 
 
-class NotFound(WalletError, status=404, code="not_found", title="There is nothing here."):
+class NotFound(WalletError, status=404, title="There is nothing here."):
     """There is no such route, transaction or hold, or it is not this account's."""
 
 
-class AccountNotFound(NotFound, status=404, code="account_not_found",
-                      title="There is no such account."):
+class AccountNotFound(NotFound, status=404, title="There is no such account."):
     """No account has this id."""
 
 
-class MethodNotAllowed(WalletError, status=405, code="method_not_allowed",
-                       title="Another method is needed."):
+class MethodNotAllowed(WalletError, status=405, title="Another method is needed."):
     """The route exists, for the methods that `Allow` names."""
 
 
-class HoldNotActive(WalletError, status=409, code="hold_not_active",
-                    title="The hold is not active."):
+class HoldNotActive(WalletError, status=409, title="The hold is not active."):
     """It was captured or released, or it has expired. `hold_status` says which."""
 
     hold_status: HoldStatus
 
 
-class BodyTooLarge(WalletError, status=413, code="body_too_large", title="The body is too large."):
+class BodyTooLarge(WalletError, status=413, title="The body is too large."):
     """It has more than BODY_BYTES_MAX bytes, or BATCH_BODY_BYTES_MAX for a batch."""
 
     advice = (f"A body may have at most {BODY_BYTES_MAX} bytes, and that of a batch"
               f" {BATCH_BODY_BYTES_MAX}.")
 
 
-class UnsupportedMediaType(WalletError, status=415, code="unsupported_media_type",
-                           title="The body must be JSON."):
+class UnsupportedMediaType(WalletError, status=415, title="The body must be JSON."):
     """The body does not come with `Content-Type: application/json`."""
 
     advice = "Send the header 'Content-Type: application/json', and a JSON object."
 
 
-class ValidationFailed(WalletError, status=422, code="validation_failed",
-                       title="A field is out of its rules."):
+class ValidationFailed(WalletError, status=422, title="A field is out of its rules."):
     """`errors` has every wrong field, each with a JSON pointer and what it must be."""
 
     errors: list[dict[str, str]]
 
 
-class BalanceLimitExceeded(WalletError, status=422, code="balance_limit_exceeded",
-                           title="The balance is too high."):
+class BalanceLimitExceeded(WalletError, status=422, title="The balance is too high."):
     """It would be above AMOUNT_MAX. `balance` is None where it is another account's."""
 
     balance: int | None = None
 
 
-class NotRefundable(WalletError, status=422, code="not_refundable",
-                    title="This cannot be refunded."):
+class NotRefundable(WalletError, status=422, title="This cannot be refunded."):
     """Only a charge can be refunded."""
 
 
-class RefundExceedsCharge(WalletError, status=422, code="refund_exceeds_charge",
-                          title="The refund is too high."):
+class RefundExceedsCharge(WalletError, status=422, title="The refund is too high."):
     """All refunds of a charge would exceed it. `refundable` is what is left, in minor units."""
 
     refundable: int
 
 
-class IdempotencyKeyReused(WalletError, status=422, code="idempotency_key_reused",
-                           title="The key was used before."):
+class IdempotencyKeyReused(WalletError, status=422, title="The key was used before."):
     """It was sent with another request."""
 
     advice = ("This Idempotency-Key came with another request before. A new request needs a new"
               " key.")
 
 
-class HeadersTooLarge(WalletError, status=431, code="headers_too_large",
-                      title="The headers are too large."):
+class HeadersTooLarge(WalletError, status=431, title="The headers are too large."):
     """The request line and the headers have more than HEADER_BYTES_MAX bytes."""
 
     advice = f"The request line and the headers may have at most {HEADER_BYTES_MAX} bytes."
 
 
-class InternalError(WalletError, status=500, code="internal_error",
-                    title="The wallet has a fault."):
+class InternalError(WalletError, status=500, title="The wallet has a fault."):
     """A bug. The log has its traceback, under the request id."""
 
     advice = "The wallet's log says why, under this answer's X-Request-Id."
 
 
-class Unavailable(WalletError, status=503, code="unavailable",
-                  title="The wallet cannot do this now."):
+class Unavailable(WalletError, status=503, title="The wallet cannot do this now."):
     """It is busy, full, broken or away. Nothing was changed, so the same can be tried again."""
 
     headers = {"Retry-After": "1"}
 
 
-class OutcomeUnknown(Unavailable, status=503, code="outcome_unknown",
-                     title="It is not known whether this was done."):
+class OutcomeUnknown(Unavailable, status=503, title="It is not known whether this was done."):
     """The commit failed in a way that does not tell whether it is kept."""
 
     advice = ("Send the same request again, with the same Idempotency-Key: it has its effect"
               " once.")
 
 
-class ConfigurationError(WalletError, status=500, code="configuration",
-                         title="The wallet cannot start like this."):
+class ConfigurationError(WalletError, status=500, title="The wallet cannot start like this."):
     """It cannot be opened, started or copied as it was asked to. No request raises it."""
 
 
-class WrongBooks(ConfigurationError, status=500, code="wrong_books", title="The books are wrong."):
+class WrongBooks(ConfigurationError, status=500, title="The books are wrong."):
     """What is kept contradicts itself, or is damaged. No request raises it."""
 
 
@@ -552,7 +524,6 @@ class _Entry(NamedTuple):
 
 
 def _random_base62(length: int) -> str:
-    """Return random letters and digits that nobody can guess, 5.95 bits each."""
     return "".join(secrets.choice(BASE62) for _ in range(length))
 
 
@@ -577,32 +548,28 @@ def _parse_token(token: object) -> str:
 
 
 def _hash_token(token: str) -> str:
-    """Return the SHA-256 of a token, in hex: all that is ever stored of it."""
+    """Return a token's SHA-256: all that is ever stored of it."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def _make_entry_id(kind: str, account_id: str, sequence: int) -> str:
-    """Return the id of an account's n-th entry. It is unique, and the primary key finds it."""
+    """Return the id of an account's n-th entry: the primary key finds it."""
     return f"{kind}_{account_id.removeprefix('acc_')}_{sequence}"
 
 
 def _now_us() -> int:
-    """Return the time as the tables have it."""
     return time.time_ns() // 1000
 
 
-def _as_us(moment: datetime) -> int:
-    """Return a time as the tables have it, in microseconds since 1970."""
+def _as_us(moment: datetime) -> int:  # Microseconds since 1970, as in the tables.
     return (moment - EPOCH) // timedelta(microseconds=1)
 
 
 def _as_time(time_us: int) -> datetime:
-    """Return a time of the tables, in UTC."""
     return EPOCH + timedelta(microseconds=time_us)
 
 
 def _as_transaction(account_id: str, row: _Row, replayed: bool = False) -> Transaction:
-    """Return the transaction in a row of TRANSACTION_COLUMNS."""
     sequence, type, amount, balance, description, metadata, reference, created_at_us = row
     return Transaction(
         _make_entry_id("txn", account_id, sequence), type, amount, balance, description,
@@ -610,17 +577,13 @@ def _as_transaction(account_id: str, row: _Row, replayed: bool = False) -> Trans
 
 
 def _parse_account_id(value: object) -> str:
-    """Return a well-formed account id. Raises AccountNotFound."""
     if isinstance(value, str) and re.fullmatch("acc_[0-9A-Za-z]{16}", value):
         return value
     raise AccountNotFound()
 
 
 def _parse_entry_id(kind: str, account_id: str, value: object) -> int:
-    """Return the sequence number in the id of a transaction or hold of this account.
-
-    Raises NotFound.
-    """
+    """Return the sequence number in the id of an account's entry. Raises NotFound."""
     pattern = "([a-z]{3}_[0-9A-Za-z]{16}_)([1-9][0-9]{0,17})"
     match = re.fullmatch(pattern, value) if isinstance(value, str) else None
     if match and match[1] == _make_entry_id(kind, _parse_account_id(account_id), 0)[:-1]:
@@ -629,7 +592,6 @@ def _parse_entry_id(kind: str, account_id: str, value: object) -> int:
 
 
 def _parse_cursor(kind: str, account_id: str, value: str) -> int:
-    """Return the sequence number at which a page begins. Raises MalformedRequest."""
     try:
         return _parse_entry_id(kind, account_id, value)
     except NotFound:
@@ -673,7 +635,6 @@ def _reserve_key(text: str) -> str:
 
 
 def _parse_limit(value: int | str) -> int:
-    """Return the number of entries to a page. Raises MalformedRequest."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value):
         value = int(value)
     if type(value) is int and 1 <= value <= PAGE_LIMIT_MAX:
@@ -688,7 +649,6 @@ _Rules = Mapping[str, _Rule]
 
 
 def _optional(rule: _Rule, default: object = None) -> _Rule:
-    """Return a rule for a field that may be missing or null."""
     return lambda value: default if value is None else rule(value)
 
 
@@ -722,7 +682,6 @@ def _text(maximum: int, minimum: int = 0, *, trimmed: bool = False) -> _Rule:
 
 
 def _parse_metadata(value: object) -> dict[str, str]:
-    """Return metadata as it was given. Raises ValueError."""
     if not isinstance(value, dict) or len(value) > METADATA_ENTRIES_MAX:
         raise ValueError(f"must be an object of at most {METADATA_ENTRIES_MAX} strings")
     parse_name = _text(METADATA_NAME_CHARACTERS_MAX, 1)
@@ -734,14 +693,12 @@ def _parse_metadata(value: object) -> dict[str, str]:
 
 
 def _parse_account(value: object) -> str:
-    """Return an account id. Raises ValueError, or AccountNotFound for a string that is no id."""
     if not isinstance(value, str):
         raise ValueError("must be the id of an account")
     return _parse_account_id(value)
 
 
 def _parse_batch_type(value: object) -> object:
-    """Return the type of a movement in a batch. Raises ValueError."""
     if value not in ("topup", "charge"):
         raise ValueError("must be topup or charge")
     return value
@@ -881,10 +838,9 @@ class Wallet:
         if currency and not re.fullmatch("[A-Z]{3}", currency):
             raise ConfigurationError("the currency must be three capital letters, such as USD")
         create = create and not read_only
-        _check_files("checks.sql")
         self.database = open_database(dsn, connections, create, read_only)
         try:
-            self.currency = self._prepare(currency, create, {} if read_only else MIGRATIONS)
+            self.currency = self._prepare(currency, create, range(0) if read_only else MIGRATIONS)
         except BaseException as error:
             self.database.close()
             if isinstance(error, (OSError, NotFound, Unavailable)):
@@ -950,7 +906,7 @@ class Wallet:
 
     def accounts(self) -> Iterator[Account]:
         """Yield all accounts in the order of their ids, few of them in memory at a time."""
-        sql = f"{ACCOUNT} WHERE id > ? ORDER BY id LIMIT {COPY_ROWS}"
+        sql = f"{ACCOUNT} WHERE id > ? ORDER BY id LIMIT {ACCOUNTS_ROWS}"
         last_id = ""
         while rows := self._read(sql, _now_us(), last_id):
             yield from (self._as_account(*row) for _, *row in rows)
@@ -1282,10 +1238,8 @@ class Wallet:
            status, captured, account_id, _parse_entry_id("hld", account_id, hold_id))
         return hold
 
-    def _read(self, sql: str, *parameters: str | int | None,
-              timeout_s: float | None = None) -> list[_Row]:
-        """Run one statement that reads."""
-        return self.database.read(lambda tx: tx(sql, *parameters), timeout_s)
+    def _read(self, sql: str, *parameters: str | int | None) -> list[_Row]:
+        return self.database.read(lambda tx: tx(sql, *parameters))
 
     def _account(self, tx: _Execute, account_id: str,
                  now_us: int | None = None) -> tuple[str, Account]:
@@ -1370,61 +1324,7 @@ class Wallet:
         return len(entries) if time_us is None else bisect_left(
             entries, time_us, key=lambda sequence: int(tx(sql, account_id, sequence)[0][0]))
 
-    def copy_to(self, target: Wallet,
-                report: Callable[[dict[str, int]], None] = lambda copied: None) -> None:
-        """Copy everything to an empty wallet in one transaction, and compare it all at the end.
-
-        `report` is told now and then how many rows of each table are copied. Raises
-        ConfigurationError, and changes nothing, where the target holds data, or where this wallet
-        was changed meanwhile or is wrong.
-        """
-        first = "SELECT id FROM accounts LIMIT 1"
-        if target._read(first):
-            raise ConfigurationError(
-                f"{target.database.location} already holds accounts: name an empty database")
-
-        def copy(tx: _Execute) -> None:
-            copied = dict.fromkeys(KEY_COLUMNS, 0)
-            # All may be there already, if an earlier COMMIT was not answered.
-            for table in KEY_COLUMNS if not tx(first) else ():
-                for rows in _read_table(self._read, table):
-                    _insert_rows(tx, table, rows)
-                    copied[table] += len(rows)
-                    report(copied)
-            if any(_digest_table(tx, table) != _digest_table(self._read, table)
-                   for table in KEY_COLUMNS):
-                raise ConfigurationError(
-                    "the wallet was changed while it was copied: stop it first")
-            _verify_books(tx)
-            if target.currency != self.currency:
-                tx("UPDATE wallet SET currency = ?", self.currency)
-
-        target.database.write(copy, COPY_TIMEOUT_S)
-        target.currency = self.currency
-
-    def verify(self, report: _Report = lambda done, total: None) -> tuple[int, int]:
-        """Recompute every balance, sequence, hold, refund and transfer.
-
-        Return how many accounts and entries there are. This writes nothing, and others may write
-        meanwhile. `report` is told now and then how much of how much is done. Raises WrongBooks,
-        which names the first row that is wrong.
-        """
-        if fault := self.database.find_fault():
-            raise WrongBooks(f"{self.database.location} is damaged: {fault}")
-        return _verify_books(partial(self._read, timeout_s=COPY_TIMEOUT_S), report)
-
-    def backup(self, path: str, report: _Report = lambda done, total: None) -> tuple[int, int]:
-        """Copy a wallet on SQLite to a new file, as of one moment. Return what `verify` does.
-
-        Others may write meanwhile. The file appears whole, verified and synced, or not at all.
-        Raises WrongBooks, and ConfigurationError, also where there is a file of that name.
-        """
-        with (self.database.backup(os.path.abspath(path), report) as file,
-              Wallet(f"sqlite:///{file}", read_only=True) as copy):
-            copy.database.location = self.database.location  # What is wrong there is wrong here.
-            return copy.verify(report)
-
-    def _prepare(self, currency: str | None, create: bool, migrations: Mapping[int, str]) -> str:
+    def _prepare(self, currency: str | None, create: bool, migrations: range) -> str:
         """Make the tables, or bring those of an older version to this one. Return the currency.
 
         The row of `wallet` comes last: where it is, all is. So where it is, nothing is made.
@@ -1457,7 +1357,7 @@ class Wallet:
             rows = self._read("SELECT schema_version, currency FROM wallet")
         ((version, kept),) = rows
         while version in migrations:
-            version = self.database.write(_migrate, COPY_TIMEOUT_S)
+            version = self.database.write(_migrate, LONG_TIMEOUT_S)
         if version != SCHEMA_VERSION:
             raise ConfigurationError(
                 f"the database has schema version {version}, and this wallet has {SCHEMA_VERSION}:"
@@ -1468,107 +1368,19 @@ class Wallet:
         return str(kept)
 
 
-# Each table's key, which its first columns are.
-KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"),
-               "holds": ("account_id", "sequence")}
-# What makes the tables of a version those of the next. A step is frozen: it never changes again,
-# and it never reads schema.sql, which describes the newest version only.
-MIGRATIONS = {1: """
-    DROP INDEX transactions_by_type;
-    ALTER TABLE transactions RENAME TO transactions_1;
-    ALTER TABLE accounts RENAME TO accounts_1;
-    CREATE TABLE accounts (
-        id             TEXT    NOT NULL PRIMARY KEY,
-        name           TEXT    NOT NULL CHECK (length(name) BETWEEN 1 AND 100),
-        token_hash     TEXT    NOT NULL CHECK (length(token_hash) = 64),
-        balance        BIGINT  NOT NULL CHECK (balance BETWEEN 0 AND 9007199254740991),
-        held           BIGINT  NOT NULL CHECK (held BETWEEN 0 AND balance),
-        last_sequence  BIGINT  NOT NULL CHECK (last_sequence >= 0),
-        frozen         INTEGER NOT NULL CHECK (frozen IN (0, 1)),
-        created_at     BIGINT  NOT NULL,
-        updated_at     BIGINT  NOT NULL
-    );
-    CREATE TABLE transactions (
-        account_id      TEXT   NOT NULL REFERENCES accounts (id),
-        sequence        BIGINT NOT NULL CHECK (sequence >= 1),
-        type            TEXT   NOT NULL CHECK (type IN (
-            'topup', 'charge', 'refund', 'transfer_in', 'transfer_out', 'hold', 'release')),
-        amount          BIGINT NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
-        balance         BIGINT NOT NULL CHECK (balance BETWEEN 0 AND 9007199254740991),
-        description     TEXT   CHECK (length(description) <= 500),
-        metadata        TEXT,
-        reference       TEXT,
-        idempotency_key TEXT   NOT NULL CHECK (length(idempotency_key) BETWEEN 1 AND 255),
-        fingerprint     TEXT   NOT NULL CHECK (length(fingerprint) = 64),
-        created_at      BIGINT NOT NULL,
-        PRIMARY KEY (account_id, sequence),
-        UNIQUE (account_id, idempotency_key)
-    );
-    CREATE INDEX transactions_by_type ON transactions (account_id, type, sequence);
-    CREATE INDEX refunds_by_charge ON transactions (account_id, reference) WHERE type = 'refund';
-    CREATE TABLE holds (
-        account_id TEXT   NOT NULL REFERENCES accounts (id),
-        sequence   BIGINT NOT NULL CHECK (sequence >= 1),
-        amount     BIGINT NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
-        expires_at BIGINT NOT NULL,
-        status     TEXT   NOT NULL CHECK (status IN ('active', 'captured', 'released', 'expired')),
-        captured   BIGINT NOT NULL CHECK (captured BETWEEN 0 AND amount),
-        PRIMARY KEY (account_id, sequence),
-        CHECK ((status = 'captured') = (captured > 0))
-    );
-    CREATE INDEX active_holds ON holds (account_id, expires_at) WHERE status = 'active';
-    INSERT INTO accounts SELECT id, name, token_hash, balance, 0, last_sequence, 0, created_at,
-        coalesce((SELECT max(created_at) FROM transactions_1 WHERE account_id = id), created_at)
-        FROM accounts_1;
-    INSERT INTO transactions SELECT account_id, sequence, type, amount, balance, description,
-        NULL, NULL, idempotency_key, fingerprint,
-        max(created_at) OVER (PARTITION BY account_id ORDER BY sequence) FROM transactions_1;
-    DROP TABLE transactions_1;
-    DROP TABLE accounts_1
-"""}
-
-
 def _migrate(tx: _Execute) -> int:
     """Make the tables those of the next version, unless another process has. Return the version."""
     ((version,),) = tx(
         "UPDATE wallet SET schema_version = schema_version RETURNING schema_version")
     if version not in MIGRATIONS:
         return int(version)
-    for statement in MIGRATIONS[version].split(";"):
+    for statement in _read_sql(f"migrations/{version}.sql"):
         tx(statement)
     tx("UPDATE wallet SET schema_version = ?", version + 1)
     return int(version) + 1
 
 
-def _verify_books(tx: _Execute, report: _Report = lambda done, total: None) -> tuple[int, int]:
-    """Return how many accounts and entries there are, all as they should be. Raises WrongBooks."""
-    checks = _read_sql("checks.sql")
-    ((total, end),) = tx("""
-        SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (
-            SELECT coalesce(max(id), '') FROM (
-                SELECT max(id) AS id FROM accounts UNION ALL
-                SELECT max(account_id) FROM transactions UNION ALL
-                SELECT max(account_id) FROM holds) AS ends) FROM accounts""")
-    low, accounts, entries = "", 0, 0
-    while low != end:
-        page = tx(f"""SELECT id, last_sequence FROM accounts WHERE id > ? AND id <= ?
-                      ORDER BY id LIMIT {VERIFY_ACCOUNTS}""", low, end)
-        # The last part has what belongs to no account too.
-        high = page[-1][0] if len(page) == VERIFY_ACCOUNTS else end
-        for check in checks:
-            pairs = check.count("?") // 2  # A check without any looks at all accounts, once.
-            found = tx(f"{check} LIMIT 1", *(low, high) * pairs) if pairs or high == end else []
-            for table, account_id, sequence, wrong in found:
-                row = account_id if sequence is None else f"{account_id}, {sequence}"
-                raise WrongBooks(f"{table} ({row}): {wrong}")
-        low, accounts = high, accounts + len(page)
-        entries += sum(row[1] for row in page)
-        report(accounts + entries, total)
-    return accounts, entries
-
-
 def _insert_rows(tx: _Execute, into: str, rows: Sequence[_Row]) -> None:
-    """Insert some rows by one statement."""
     values = ", ".join([f"({', '.join('?' * len(rows[0]))})"] * len(rows))
     tx(f"INSERT INTO {into} VALUES {values}", *(value for row in rows for value in row))
 
@@ -1578,29 +1390,9 @@ def _read_sql(name: str) -> list[str]:
     return _read_file(name).decode().rstrip("; \n").split(";")
 
 
-def _read_table(tx: _Execute, table: str) -> Iterator[list[_Row]]:
-    """Yield all rows that are there now, some at a time, in the order of the key."""
-    columns = KEY_COLUMNS[table]
-    key, marks = ", ".join(columns), ", ".join("?" * len(columns))
-    end = tx(f"SELECT {key} FROM {table} ORDER BY {' DESC, '.join(columns)} DESC LIMIT 1")
-    sql = (f"SELECT * FROM {table} WHERE ({key}) > ({marks}) AND ({key}) <= ({marks})"
-           f" ORDER BY {key} LIMIT {COPY_ROWS}")
-    last: _Row = ("", 0)[: len(columns)]
-    while end and (rows := tx(sql, *last, *end[0])):
-        yield rows
-        last = rows[-1][: len(columns)]
-
-
-def _digest_table(tx: _Execute, table: str) -> int:
-    """Return a number that is the same for the same rows, whatever order an engine has."""
-    return sum(int.from_bytes(hashlib.sha256(repr(row).encode()).digest(), "big")
-               for rows in _read_table(tx, table) for row in rows)
-
-
 # Databases ########################################################################################
 
 _Row = tuple[Any, ...]
-_Report = Callable[[int, int], None]  # It is told how much is done of how much.
 
 
 class _Execute(Protocol):
@@ -1643,16 +1435,6 @@ class Database(Protocol):
         self.observe([error])
         return error
 
-    def find_fault(self) -> str:
-        """Return the first fault that the engine knows of in what it keeps, or nothing."""
-        return ""
-
-    def backup(self, path: str, report: _Report) -> AbstractContextManager[str]:
-        """Copy what is committed to a file, which becomes `path` when the context ends well.
-
-        Raises ConfigurationError.
-        """
-
     def close(self) -> None:
         """Let the write that runs finish, and let go of everything."""
 
@@ -1694,8 +1476,8 @@ class SQLiteDatabase(Database):
             needed = ".".join(map(str, SQLITE_VERSION_MIN))
             raise ConfigurationError(f"SQLite {needed} or newer is needed; this Python has"
                                      f" {sqlite3.sqlite_version}")
-        self._path = os.path.abspath(path) if path else None  # Wherever the process moves.
-        self.location = self._path or "memory, gone when it stops"
+        self.path = os.path.abspath(path) if path else None  # Wherever the process moves.
+        self.location = self.path or "memory, gone when it stops"
         self._read_only = read_only
         self._process_id = os.getpid()
         self._lock = threading.Lock()
@@ -1709,7 +1491,7 @@ class SQLiteDatabase(Database):
         try:
             self._writer = self._open_writer(create)
         except (OSError, ValueError, sqlite3.Error) as error:
-            is_missing = self._path and not os.path.exists(self._path)
+            is_missing = self.path and not os.path.exists(self.path)
             reason = getattr(error, "strerror", None) or (
                 "there is no such file" if is_missing else error)
             raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
@@ -1751,7 +1533,7 @@ class SQLiteDatabase(Database):
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` beside the writer. In memory there is one connection: take turns."""
-        if self._path is None:
+        if self.path is None:
             return self.write(function)
         with self._lock:
             _check_usable(self._process_id, self._closed)
@@ -1759,7 +1541,7 @@ class SQLiteDatabase(Database):
             self._reading += 1
         try:
             if not reader:
-                reader = self._connect()
+                reader = self.connect()
                 reader.execute("PRAGMA query_only = ON")
                 cache_kb = SQLITE_VERIFY_CACHE_KB if self._read_only else SQLITE_READER_CACHE_KB
                 reader.execute(f"PRAGMA cache_size = -{cache_kb}")
@@ -1777,9 +1559,9 @@ class SQLiteDatabase(Database):
     def ping(self) -> None:
         """See too that the file is the one that was opened."""
         super().ping()
-        if self._path and self._file:
+        if self.path and self._file:
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(self._path), self._file):
+                if os.path.samestat(os.stat(self.path), self._file):
                     return
             raise self.failed(Unavailable(f"{self.location} was removed or replaced. Stop this"
                                           " wallet before you do that."))
@@ -1788,39 +1570,6 @@ class SQLiteDatabase(Database):
         """Tell it of the readers. What waits is a write, for the commit before it."""
         return {"idle": len(self._idle_readers), "in_use": self._reading,
                 "waiting": len(self._queue)}
-
-    def find_fault(self) -> str:
-        """Look at the whole file, and see that each index has what its table has."""
-        ((found,),) = self.read(lambda tx: tx("PRAGMA integrity_check(1)"))
-        return "" if found == "ok" else " ".join(found.split())
-
-    @contextmanager
-    def backup(self, path: str, report: _Report) -> Iterator[str]:
-        """Copy the file by a connection of its own, which only reads (see Database)."""
-        if self._path is None:
-            raise ConfigurationError(
-                "a wallet in memory is gone when it stops: there is nothing to back up")
-        if os.path.lexists(path):
-            raise ConfigurationError(f"{path} is there already: name a new file")
-        try:
-            with tempfile.TemporaryDirectory(
-                    prefix=".wallet-backup-", dir=os.path.dirname(path)) as folder:
-                temporary = os.path.join(folder, "wallet.db")
-                Path(temporary).touch(0o600)
-                with (closing(self._connect()) as source,
-                      closing(sqlite3.connect(temporary)) as target):
-                    source.execute("BEGIN")
-                    source.execute("SELECT currency FROM wallet")  # From here on nothing new shows.
-                    source.backup(target, pages=BACKUP_PAGES,
-                                  progress=lambda _, left, total: report(total - left, total))
-                    target.execute("PRAGMA journal_mode = DELETE")  # One file, without a log.
-                yield temporary
-                _sync(temporary)
-                os.link(temporary, path)  # Unlike a rename, this never replaces a file.
-                _sync(os.path.dirname(path))
-        except (OSError, sqlite3.Error) as error:
-            reason = getattr(error, "strerror", error)
-            raise ConfigurationError(f"cannot back up to {path}: {reason}") from error
 
     def close(self) -> None:
         """Wait DATABASE_TIMEOUT_S for the writes that are begun; then close what is not in use."""
@@ -1896,20 +1645,20 @@ class SQLiteDatabase(Database):
         return write.error is None
 
     def _open_writer(self, create: bool) -> sqlite3.Connection:
-        if self._path is not None and create:
+        if self.path is not None and create:
             # The -wal and -shm get this mode too: money is nobody else's to read. A file that is
             # there is not opened here: closing it would end the locks that another connection of
             # this process holds.
             with suppress(FileExistsError):
-                Path(self._path).touch(0o600, exist_ok=False)
-        connection = self._connect()
+                Path(self.path).touch(0o600, exist_ok=False)
+        connection = self.connect()
         try:
-            self._file = os.stat(self._path) if self._path else None
+            self._file = os.stat(self.path) if self.path else None
             ((owner,),) = connection.execute("PRAGMA application_id").fetchall()
             ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
             if owner != SQLITE_APPLICATION_ID and (owner or tables):
                 raise ConfigurationError(
-                    f"{self._path} is the database of another program: name another file")
+                    f"{self.path} is the database of another program: name another file")
             if self._read_only:
                 return connection
             self._use_wal(connection)
@@ -1937,10 +1686,11 @@ class SQLiteDatabase(Database):
                     raise
             time.sleep(random.uniform(0, RETRY_PAUSE_MAX_S))
 
-    def _connect(self) -> sqlite3.Connection:
+    def connect(self) -> sqlite3.Connection:
+        """Return a new connection to the file."""
         # Only `_open_writer` makes the file: one that was removed must not come back empty.
         mode = "ro" if self._read_only else "rw"
-        database = f"{Path(self._path).as_uri()}?mode={mode}" if self._path else ":memory:"
+        database = f"{Path(self.path).as_uri()}?mode={mode}" if self.path else ":memory:"
         connection = sqlite3.connect(database, uri=True, timeout=DATABASE_TIMEOUT_S,
                                      isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
@@ -1962,17 +1712,7 @@ class _Write:
         self.turn.acquire()
 
 
-def _sync(path: str) -> None:
-    """Wait until a file, or what a folder lists, is on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
 def _check_usable(process_id: int, closed: bool) -> None:
-    """Raise Unavailable for a database that is closed, or was opened by another process."""
     if closed:
         raise Unavailable("This wallet is closed.")
     if os.getpid() != process_id:
@@ -2031,7 +1771,7 @@ class PostgresDatabase(Database):
                 "the DSN is malformed: it looks like postgresql://USER:PASSWORD@HOST:PORT/DATABASE,"
                 " with %40 for an @ in the password, and other special characters likewise")
         self.location = f"postgresql://{host}{port and f':{port}'}/{database}"
-        self._public_dsn = make_conninfo(
+        self.public_dsn = make_conninfo(
             **{name: str(given[name]) for name in given if "password" not in name})
         self._process_id = os.getpid()
         self._away_until = 0.0
@@ -2059,15 +1799,6 @@ class PostgresDatabase(Database):
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function`, each statement in a transaction of its own."""
         return self._call(function, False, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
-
-    def backup(self, path: str, report: _Report) -> NoReturn:
-        """Say which commands do it."""
-        database, file = shlex.quote(self._public_dsn), shlex.quote(path)
-        raise ConfigurationError(
-            "Postgres is backed up while it serves by\n"
-            f"pg_dump --format=custom --file={file} --dbname={database}\n"
-            "and restored with all wallets stopped, to a database that is empty, by\n"
-            f"pg_restore --exit-on-error --single-transaction --dbname={database} {file}")
 
     def usage(self) -> dict[str, int]:
         """Tell it of the pool."""
@@ -2285,20 +2016,17 @@ def _get_statement(wallet: Wallet, caller: Account, **filters: Any) -> _Response
 
 @_routes.get("/livez", public=True)
 def _get_livez(wallet: Wallet, caller: None) -> _Response:
-    """Say that the process answers."""
     return _Response(200, {"status": "ok"})
 
 
 @_routes.get("/readyz", public=True)
 def _get_readyz(wallet: Wallet, caller: None) -> _Response:
-    """Say that the database answers too."""
     wallet.database.ping()
     return _Response(200, {"status": "ok"})
 
 
 @_routes.get("/openapi.yaml", public=True)
 def _get_openapi(wallet: Wallet, caller: None) -> _Response:
-    """Serve the contract."""
     return _Response(200, _read_file("openapi.yaml"), {"Content-Type": "application/yaml"})
 
 
@@ -2316,7 +2044,6 @@ def _get_page(wallet: Wallet, caller: None) -> _Response:
 
 
 def _to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
-    """Return a record as JSON has it."""
     return {name: _format_time(value) if isinstance(value, datetime) else value
             for name, value in vars(record).items() if name != "replayed"}
 
@@ -2372,7 +2099,7 @@ def _error_response(error: WalletError) -> _Response:
 def _read_file(name: str) -> bytes:
     """Return a file that lies beside this module. Raises NotFound if it is not installed."""
     try:
-        return Path(__file__).with_name(name).read_bytes()
+        return (Path(__file__).parent / name).read_bytes()
     except FileNotFoundError:
         raise NotFound(f"{name} is not installed beside wallet.py.") from None
 
@@ -2464,6 +2191,15 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
                          parse_int=lambda digits: int(digits[:20]))
 
 
+def _import_prometheus() -> Any:
+    try:
+        import prometheus_client
+    except ImportError:
+        raise ConfigurationError(
+            "metrics need another package: pip install prometheus-client") from None
+    return prometheus_client
+
+
 class _Metrics:
     """What an App and its database do, for Prometheus (https://prometheus.io/docs/practices).
 
@@ -2472,13 +2208,12 @@ class _Metrics:
     """
 
     def __init__(self, database: Database) -> None:
-        _check_installed("prometheus-client", "the setting metrics")
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
-        histogram = partial(Histogram, registry=registry)
+        prometheus = _import_prometheus()
+        self.registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self.registry)
+        counter = partial(prometheus.Counter, registry=self.registry)
+        gauge = partial(prometheus.Gauge, registry=self.registry)
+        histogram = partial(prometheus.Histogram, registry=self.registry)
         self.requests = counter(
             "wallet_requests", "answers; other is what no route takes, or what was refused before",
             ["route", "method", "status"])
@@ -2487,15 +2222,14 @@ class _Metrics:
             buckets=DURATION_BUCKETS_S)
         self.movements = counter(
             "wallet_movements", "transactions that were made, by requests", ["type"])
-        self.amounts = counter(
-            "wallet_movement_amount", "their amounts, in minor units", ["type"])
+        self.amounts = counter("wallet_movement_amount", "their amounts, in minor units", ["type"])
         self.refused = counter(
             "wallet_charges_refused", "charges and captures that got a 4xx", ["code"])
         self.commits = histogram(
             "wallet_commit_writes", "writes to a commit, of which SQLite's have several",
             buckets=WRITES_BUCKETS)
-        self.errors = counter("wallet_database_errors",
-                              "reads and writes that failed in the database", ["code"])
+        self.errors = counter(
+            "wallet_database_errors", "reads and writes that failed in the database", ["code"])
         connections = gauge("wallet_pool_connections",
                             "connections to Postgres, or those that read SQLite", ["state"])
         for state in ("idle", "in_use"):
@@ -2734,6 +2468,58 @@ def _hide_tokens(text: str) -> str:
     return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", text)
 
 
+def _load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Return every setting: as it is given, else from the environment, else its default.
+
+    Raises ConfigurationError.
+    """
+    settings = {one.name: one.parse(given.get(one.name, one.fallback)) for one in SETTINGS}
+    _check_issuer_token(settings["issuer-token"])
+    _parse_proxy(settings["trusted-proxy"])
+    return settings
+
+
+def _check_issuer_token(token: str | None) -> None:
+    """Raise ConfigurationError, without showing it, for a token that is too short or unsendable."""
+    if token and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", token):
+        raise ConfigurationError(
+            f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
+            " printable ASCII without spaces, as from: openssl rand -hex 32")
+
+
+def _parse_proxy(text: str) -> str:
+    """Return the address of the trusted proxy, "" for none. Raises ConfigurationError."""
+    try:
+        return text and _parse_address(text)
+    except ValueError:
+        raise ConfigurationError(
+            "WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted, as by"
+            " *, whoever reaches the wallet could forge an address") from None
+
+
+def _parse_address(text: str) -> str:
+    """Return an IP address in its one form, so that equal ones compare equal. Raises ValueError."""
+    address = ip_address(text.strip().partition("%")[0])  # What follows is a network interface.
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def _open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
+    """Return the wallet that the settings name, to be served unless there are options.
+
+    Logs that this SQLite may damage a file to which several processes write, if it may.
+    """
+    wallet = Wallet(settings["dsn"], currency=settings["currency"],
+                    connections=settings["threads"], **options)
+    _, minor, patch = sqlite3.sqlite_version_info
+    is_fixed = (minor > max(SQLITE_WAL_RESET_FIXES)
+                or patch >= SQLITE_WAL_RESET_FIXES.get(minor, sys.maxsize))
+    if settings["dsn"].startswith("sqlite:///") and not (is_fixed or options):
+        logger.warning("SQLite %s has a rare bug: let no second process write to the file, or"
+                       " install SQLite 3.51.3 (sqlite.org/wal.html#walresetbug)",
+                       sqlite3.sqlite_version)
+    return wallet
+
+
 def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
                metrics: bool = False, trusted_proxy: str = "") -> App:
     """Return the WSGI application of a wallet, or of what the environment's WALLET_... name.
@@ -2747,7 +2533,6 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
         wallet, issuer_token = _open_wallet(settings), issuer_token or settings["issuer-token"]
         metrics = metrics or settings["metrics"]
         trusted_proxy = trusted_proxy or settings["trusted-proxy"]
-        _warn_of_wal_reset_bug(settings["dsn"])
     return App(wallet, issuer_token, metrics, trusted_proxy)
 
 
@@ -2772,12 +2557,6 @@ class _Parser(HTTPRequestParser):
     command = path = "-"  # A request that is refused before these are known is logged all the same.
     request_uri = query = url_scheme = ""
 
-    def received(self, data: bytes) -> int:
-        consumed: int = super().received(data)
-        if self.completed:
-            self.expect_continue = False  # Else a request without a body waits for one.
-        return consumed
-
     def parse_header(self, header_plus: bytes) -> None:
         for pattern, reason in MALFORMED.items():
             if re.search(pattern, header_plus, re.IGNORECASE):
@@ -2794,30 +2573,16 @@ class _Parser(HTTPRequestParser):
 
 
 class _Task(WSGITask):
-    """Lets the application answer even what the parser refused.
-
-    Then the connection ends, and so it does after a body in chunks: waitress ignores trailers, and
-    a proxy may see the end of such a body elsewhere.
-    """
-
-    wrote_header = False
+    """Lets the application answer even what the parser refused. That ends the connection."""
 
     def start(self) -> None:
         super().start()
         self.channel.answered += 1
         is_last = self.channel.server.stopping and len(self.channel.requests) == 1
+        # Of a body in chunks, waitress ignores trailers: a proxy may see its end elsewhere.
         if is_last or self.request.error or self.request.chunked:
             self.set_close_on_finish()
             self.request.headers.pop("CONNECTION", None)  # Else HTTP/1.0 is promised the contrary.
-
-    def write(self, data: bytes) -> None:
-        """Send the headers and a whole body in one piece."""
-        if not data or self.wrote_header or self.content_length != len(data):
-            super().write(data)
-            return
-        head = self.build_response_header()
-        self.wrote_header, self.content_bytes_written = True, len(data)
-        self.channel.write_soon(head + data)
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
@@ -2840,6 +2605,10 @@ class _Channel(HTTPChannel):
     logger = _SafeLogger(logging.getLogger("waitress"), {})
     will_close = lingering = False
     answered, queued_at, step, step_at = 0, 0.0, (-1, 0), 0.0
+
+    def send_continue(self) -> None:
+        if not self.request.completed:  # It may be refused, or have no body.
+            super().send_continue()
 
     def received(self, data: bytes) -> bool:
         return self.lingering or bool(super().received(data))
@@ -2876,7 +2645,7 @@ class _Server(TcpWSGIServer):
             max_request_header_size=HEADER_BYTES_MAX + 1, max_request_body_size=BODY_BYTES_MAX + 1,
             outbuf_high_watermark=sys.maxsize,  # What is not read yet is spooled, not waited for.
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
-        settings.socket_options = SOCKET_OPTIONS
+        settings.socket_options, settings.send_bytes = SOCKET_OPTIONS, SEND_BYTES
         super().__init__(app, map=self.sockets, _sock=bound, bind_socket=False, adj=settings,
                          sockinfo=(bound.family, bound.type, bound.proto, bound.getsockname()))
         self.task_dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)
@@ -2927,25 +2696,14 @@ class _Server(TcpWSGIServer):
         self.pull_trigger()
 
 
-def _pin_process() -> None:
-    """Stay on one processor. Python's threads run one at a time anyway, and take turns cheaper."""
-    with suppress(AttributeError, OSError):  # Only Linux has it, and a sandbox may forbid it.
-        processors = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
-
-
-def _connections_max(raised: bool = False) -> int:
-    """Return how many connections this process has descriptors for, if asked after raising that."""
-    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit.
+def _connections_max() -> int:
+    """Return how many connections this process has descriptors for."""
+    try:
         import resource
-
-        wanted, limits = CONNECTIONS_MAX + FILES_SPARE, resource.getrlimit(resource.RLIMIT_NOFILE)
-        soft, hard = (wanted if one < 0 else one for one in limits)  # Below 0 there is none.
-        if raised and soft < wanted:
-            soft = min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
-        return max(1, min(CONNECTIONS_MAX, soft - FILES_SPARE))
-    return CONNECTIONS_MAX
+    except ImportError:  # Windows has no such limit.
+        return CONNECTIONS_MAX
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # Below 0 there is none.
+    return CONNECTIONS_MAX if soft < 0 else max(1, min(CONNECTIONS_MAX, soft - FILES_SPARE))
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -2966,7 +2724,6 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _url_of(bound: socket.socket) -> str:
-    """Return the URL of a socket's address."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -2984,315 +2741,8 @@ def running(wallet: Wallet | None = None, issuer_token: str | None = None) -> It
         yield server.url
 
 
-# Command line #####################################################################################
+if __name__ == "__main__":  # As a script this module has no other name, and it is loaded once.
+    sys.modules["wallet"] = sys.modules[__name__]
+    from wallet_cli import main
 
-TRY = """\
-Open the address in a browser, or try it from another terminal:
-
-TOKEN=$(curl -s {url}/api/register -H Content-Type:application/json -d '{{"name": "Ada"}}' \
-| tee /dev/stderr | grep -o 'wlt_[0-9A-Za-z]*')
-curl -s {url}/api/transactions/topup -H "Authorization: Bearer $TOKEN" \
--H Content-Type:application/json -d '{{"amount": 1250}}'
-curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" \
--H Content-Type:application/json -d '{{"amount": 2000}}'
-"""
-
-
-class _ArgumentParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        message = message.replace("argument COMMAND: invalid choice:",
-                                  "no command, or the value of an unknown option:")
-        message = re.sub("^argument (--[a-z-]+):", r"\1", message)
-        raise ConfigurationError(f"{message}; see --help")
-
-
-def _load_settings(arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """Return every setting: from the command line, else the environment, else its default.
-
-    `command` is the command that is given, None for none. Raises ConfigurationError for an unknown
-    option or a bad value.
-    """
-    parser = _ArgumentParser(
-        "wallet.py", description="Keep money balances, and answer about them over HTTP.",
-        epilog="Example: python wallet.py --port 8080 --dsn sqlite:////var/lib/wallet/wallet.db",
-        allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"wallet {__version__}")
-    for setting in SETTINGS:
-        parser.add_argument(
-            f"--{setting.name}", dest=setting.name, metavar="VALUE", type=setting.parse,
-            default=os.environ.get(setting.variable) or setting.default,
-            help=f"{setting.meaning} [{setting.variable}={setting.default}]")
-    commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", title="commands, instead of serving")
-    for command in COMMANDS:
-        taken = commands.add_parser(
-            command.name, help=command.meaning, description=command.meaning, allow_abbrev=False,
-            epilog="The options of `python wallet.py --help`, such as --dsn, may come here too."
-                   f" Example: python wallet.py {command.example}")
-        for name, options in command.arguments.items():
-            taken.add_argument(name, **options)
-        for setting in SETTINGS:
-            taken.add_argument(f"--{setting.name}", dest=setting.name, type=setting.parse,
-                               default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    settings = vars(parser.parse_args(arguments))
-    _check_issuer_token(settings["issuer-token"])
-    _parse_proxy(settings["trusted-proxy"])
-    return settings
-
-
-def _check_issuer_token(token: str | None) -> None:
-    """Raise ConfigurationError, without showing it, for a token that is too short or unsendable."""
-    if token and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", token):
-        raise ConfigurationError(
-            f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
-            " printable ASCII without spaces, as from: openssl rand -hex 32")
-
-
-def _parse_proxy(text: str) -> str:
-    """Return the address of the trusted proxy, "" for none. Raises ConfigurationError."""
-    try:
-        return text and _parse_address(text)
-    except ValueError:
-        raise ConfigurationError(
-            "WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted, as by"
-            " *, whoever reaches the wallet could forge an address") from None
-
-
-def _parse_address(text: str) -> str:
-    """Return an IP address in its one form, so that equal ones compare equal. Raises ValueError."""
-    address = ip_address(text.strip().partition("%")[0])  # What follows is a network interface.
-    return str(getattr(address, "ipv4_mapped", None) or address)
-
-
-def _open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
-    """Return the wallet that the settings name. Raises ConfigurationError."""
-    return Wallet(settings["dsn"], currency=settings["currency"], connections=settings["threads"],
-                  **options)
-
-
-def _warn_of_wal_reset_bug(dsn: str) -> None:
-    """Log that this SQLite may damage a file to which several processes write, if it may."""
-    _, minor, patch = sqlite3.sqlite_version_info
-    is_fixed = (minor > max(SQLITE_WAL_RESET_FIXES)
-                or patch >= SQLITE_WAL_RESET_FIXES.get(minor, sys.maxsize))
-    if dsn.startswith("sqlite:///") and not is_fixed:
-        logger.warning("SQLite %s has a rare bug: let no second process write to the file, or"
-                       " install SQLite 3.51.3 (sqlite.org/wal.html#walresetbug)",
-                       sqlite3.sqlite_version)
-
-
-def _check_installed(package: str, whose: str) -> None:
-    """Raise ConfigurationError if a package is not installed that something needs."""
-    if find_spec(package.replace("-", "_")) is None:
-        raise ConfigurationError(f"{whose} needs another package: pip install {package}")
-
-
-class _LineFormatter(logging.Formatter):
-    """A line for people."""
-
-    def formatException(self, ei: Any) -> str:
-        return _hide_tokens(super().formatException(ei))
-
-
-class _JSONFormatter(_LineFormatter):
-    """A JSON object in a line, for programs. It has what `_log_access` knows of a request."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        moment = datetime.fromtimestamp(record.created, timezone.utc)
-        document = {"time": _format_time(moment), "level": record.levelname, "logger": record.name,
-                    "message": record.getMessage()}
-        if record.name == access_logger.name:
-            document |= {name: vars(record)[name] for name in REQUEST_FIELDS}
-        if record.exc_info:
-            document["exception"] = self.formatException(record.exc_info)
-        return json.dumps(document)
-
-
-def _is_terminal(stream: TextIO | None) -> bool:
-    """Is this a terminal? (It is None when it was closed before the start.)"""
-    return stream is not None and stream.isatty()
-
-
-def _configure_logging(level: str) -> None:
-    """Log to stderr: lines for people on a terminal, elsewhere JSON."""
-    handler = logging.StreamHandler()
-    line = _LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
-    handler.setFormatter(line if _is_terminal(sys.stderr) else _JSONFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("psycopg").setLevel(logging.ERROR)  # Else, in an outage, many lines a second.
-
-
-def _show_progress(done: int, total: int) -> None:
-    """Draw a bar on stderr, if that is a terminal. What is printed next takes its place."""
-    if _is_terminal(sys.stderr):
-        bar = "#" * (20 * done // max(done, total, 1))
-        print(f"[{bar:20}]", end="\r", file=sys.stderr, flush=True)
-
-
-def _run_verify(settings: Mapping[str, Any]) -> None:
-    with _open_wallet(settings, read_only=True) as wallet:
-        accounts, entries = wallet.verify(_show_progress)
-        print(f"verified: {wallet.database.location} has {accounts:,} accounts and {entries:,}"
-              " entries that agree")
-
-
-def _run_backup(settings: Mapping[str, Any]) -> None:
-    file = settings["file"]
-    with _open_wallet(settings, read_only=True) as wallet:
-        accounts, entries = wallet.backup(file, _show_progress)
-    print(f"verified: {file} has {os.path.getsize(file):,} bytes, {accounts:,} accounts and"
-          f" {entries:,} entries")
-
-
-def _run_accounts(settings: Mapping[str, Any]) -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    line = ("{id:20} {balance:>16} {available:>16} {frozen:6} {created_at:27} {name}").format_map
-    with _open_wallet(settings, create=False, read_only=True) as wallet:
-        if not settings["json"]:
-            print(line({name: name for name in Account.__annotations__}))
-        for account in wallet.accounts():
-            shown = _to_json(account)
-            if settings["json"]:
-                print(json.dumps(shown))
-            else:  # The name comes last: nobody knows how wide a terminal shows it.
-                name = "".join(
-                    one if one.isprintable() else ascii(one)[1:-1] for one in account.name)
-                frozen = "frozen" if account.frozen else ""
-                print(line(shown | {"name": name, "frozen": frozen}))
-
-
-def _run_token(settings: Mapping[str, Any]) -> None:
-    with _open_wallet(settings, create=False) as wallet:
-        print(wallet.replace_token(settings["account"]), flush=True)
-    print(f"wallet: this is the token of {settings['account']} from now on, and the old one is"
-          " dead", file=sys.stderr)
-
-
-def _run_freeze(settings: Mapping[str, Any]) -> None:
-    frozen = settings["command"] == "freeze"
-    with _open_wallet(settings, create=False) as wallet:
-        wallet.freeze(settings["account"], frozen)
-    print(settings["account"], "is frozen" if frozen else "is not frozen")
-
-
-def _run_copy(settings: Mapping[str, Any]) -> None:
-    def report(copied: dict[str, int]) -> None:
-        rows = " and ".join(f"{count:,} {table}" for table, count in copied.items())
-        print(f"\rcopied {rows}", end="", file=sys.stderr, flush=True)
-
-    if settings["target"] in ("sqlite://", "sqlite:///:memory:"):
-        raise ConfigurationError("a copy in memory would be gone at once: name a file")
-    with (Wallet(settings["source"], create=False) as source,
-          Wallet(settings["target"]) as target):
-        source.copy_to(target, report)
-        print(f"\nverified: {target.database.location} has every row of {source.database.location},"
-              " but for what is written there from now on", file=sys.stderr)
-
-
-def _run_server(settings: Mapping[str, Any]) -> None:
-    """Serve until it is told to stop."""
-    if settings["metrics"]:
-        _check_installed("prometheus-client", "--metrics")
-    with _bind(settings["host"], settings["port"]) as bound, _open_wallet(settings) as wallet:
-        _warn_of_wal_reset_bug(settings["dsn"])
-        app = create_app(wallet, settings["issuer-token"], settings["metrics"],
-                         settings["trusted-proxy"])
-        _serve(app, bound, settings["threads"])
-
-
-def _serve(app: App, bound: socket.socket, threads: int) -> None:
-    """Serve until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
-    _pin_process()
-    _connections_max(raised=True)
-    server = _Server(app, bound, threads)
-
-    def stop(*_: object) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-        server.stop()
-
-    signals = signal.SIGTERM, signal.SIGINT
-    for number in signals:
-        signal.signal(number, stop)
-    print(_make_banner(app, server.url), flush=True)
-    server.run()
-
-
-def _make_banner(app: App, address: str) -> str:
-    """Return what is printed at the start."""
-    url = address.replace("//0.0.0.0", "//127.0.0.1").replace("[::]", "[::1]")
-    issued = "Only the issuer's token makes and fills accounts."
-    return (f"wallet {__version__} listens on {address}, with its data in"
-            f" {app.wallet.database.location}. {issued if app.has_issuer else TRY.format(url=url)}")
-
-
-class _Command(NamedTuple):
-    """What the command line does instead of serving. The arguments are those of argparse."""
-
-    name: str
-    meaning: str
-    example: str
-    run: Callable[[Mapping[str, Any]], None]
-    arguments: Mapping[str, Mapping[str, Any]]
-
-
-ACCOUNT_ID = {"account": {"metavar": "ACCOUNT", "help": "the id of the account"}}
-COMMANDS = (
-    _Command("verify", "recompute every balance, sequence, hold, refund and transfer, and name the"
-             " first wrong row", "verify", _run_verify, {}),
-    _Command("backup", "copy a wallet on SQLite to a new file while it serves, and verify the copy",
-             "backup backup.db", _run_backup,
-             {"file": {"metavar": "FILE", "help": "the file, which must not be there"}}),
-    _Command("accounts", "list all accounts, with amounts in minor units", "accounts --json",
-             _run_accounts,
-             {"--json": {"action": "store_true", "help": "print one JSON object a line"}}),
-    _Command("token", "print a new token of an account, whose old one is dead from then on",
-             "token acc_4fKq0ZbT9xWm2Lr7", _run_token, ACCOUNT_ID),
-    _Command("freeze", "let an account receive nothing and spend nothing",
-             "freeze acc_4fKq0ZbT9xWm2Lr7", _run_freeze, ACCOUNT_ID),
-    _Command("unfreeze", "undo freeze", "unfreeze acc_4fKq0ZbT9xWm2Lr7", _run_freeze, ACCOUNT_ID),
-    _Command("copy", "copy a stopped wallet to another database, and verify the copy",
-             "copy --from sqlite:///wallet.db --to postgresql://db/wallet", _run_copy,
-             {"--from": {"dest": "source", "metavar": "DSN", "required": True,
-                         "help": "the wallet, which must be stopped"},
-              "--to": {"dest": "target", "metavar": "DSN", "required": True,
-                       "help": "the database, which must be empty"}}),
-)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, and return its exit code: see docs/operating.md."""
-    settings: dict[str, Any] = {}
-    try:
-        settings = _load_settings(sys.argv[1:] if arguments is None else arguments)
-        _configure_logging(settings["log-level"])
-        runs = {command.name: command.run for command in COMMANDS}
-        if settings["command"]:
-            if sys.stdout is None:
-                raise ConfigurationError("stdout is closed, and a command writes to it")
-            # So that a backup leaves nothing behind then either.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        runs.get(settings["command"], _run_server)(settings)
-        print(end="", flush=True)
-        return 0
-    except WalletError as error:
-        print(f"wallet: {error}", file=sys.stderr)
-        damage = re.search("image is malformed|malformed database", str(error))
-        is_wrong = isinstance(error, WrongBooks) or damage
-        return 1 if is_wrong and settings["command"] == "verify" else 2
-    except KeyboardInterrupt:
-        print("wallet: interrupted", file=sys.stderr)
-        return 130  # As a shell has it: 128 and the number of SIGINT.
-    except OSError as error:  # Of the output, which Python would try to write again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # The reader has had enough, as `head` has.
-            return 141  # 128 and the number of SIGPIPE.
-        print(f"wallet: {error}", file=sys.stderr)
-        return 2
-    except Exception:  # Python would exit with 1, as if the books were wrong.
-        logger.exception("a fault of the wallet")
-        return 2
-
-
-if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from wallet import main
+from wallet.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -39,6 +39,7 @@ from hypothesis import strategies as st
 from webtest import TestApp
 
 import wallet as wallet_module
+import wallet_cli
 from wallet import AMOUNT_MAX, Wallet, WalletError, create_app, running
 
 HERE = Path(__file__).parent.parent
@@ -126,7 +127,7 @@ def check_books(wallet):
     check_holds(read, rows, {account_id: held for account_id, *_, held in accounts})
     if isinstance(wallet.database, wallet_module.SQLiteDatabase):
         assert read("PRAGMA integrity_check") == [("ok",)]
-    wallet.verify()
+    wallet_cli.verify(wallet)
 
 
 class PostgresServer:
@@ -528,7 +529,7 @@ def served(
     )
     try:
         lines = (
-            1 if settings.get("WALLET_ISSUER_TOKEN") else len(wallet_module.TRY.splitlines()) + 1
+            1 if settings.get("WALLET_ISSUER_TOKEN") else len(wallet_cli.TRY.splitlines()) + 1
         )
         process.banner = "".join(process.stdout.readline() for _ in range(lines))
         assert "listens on" in process.banner, process.stderr.read()
@@ -561,7 +562,7 @@ def limited(**limits):
     often.
     """
     limits = {"WATCH_INTERVAL_S": 0.2, "STOP_IDLE_S": 0.05, **limits}
-    return "-c", f"import sys, wallet; vars(wallet).update({limits}); sys.exit(wallet.main())"
+    return "-c", f"import sys, wallet, wallet_cli; vars(wallet).update({limits}); sys.exit(wallet_cli.main())"
 
 
 @pytest.fixture
@@ -594,7 +595,7 @@ def refusal(monkeypatch, capsys, caplog, tmp_path):
         monkeypatch.chdir(tmp_path)
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        assert wallet_module.main(arguments) == 2
+        assert wallet_cli.main(arguments) == 2
         out, err = capsys.readouterr()
         assert (out, caplog.text, list(tmp_path.iterdir())) == ("", "", [])
         assert re.fullmatch(r"wallet: [^\n]+\n", err)
@@ -1522,7 +1523,7 @@ def find_secrets(places, secrets):
 
 
 BUGGY = """
-import sys, wallet
+import sys, wallet, wallet_cli
 wallet.DATABASE_TIMEOUT_S, wallet.IDLE_TIMEOUT_S = 1, 1
 def balance_at(self, *arguments): raise RuntimeError("a bug", arguments)
 wallet.Wallet.balance_at = balance_at

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import wallet as wallet_module
+import wallet_cli
 from tests.support import (
     CONTRACT,
     HERE,
@@ -57,7 +58,7 @@ def test_version_is_told():
         (
             ["--port", "x"],
             {},
-            "wallet: --port or WALLET_PORT must be an integer from 0 to 65535, not 'x'; see --help",
+            "wallet: --port or WALLET_PORT must be an integer from 0 to 65535, not 'x'",
         ),
         (["--port", "65536"], {}, "WALLET_PORT must be an integer from 0 to 65535"),
         (["--threads", "0"], {}, "WALLET_THREADS must be an integer from 1 to 64"),
@@ -119,8 +120,8 @@ def test_port_in_use_is_one_line_and_exit_code_2(tmp_path):
 def test_command_line_comes_before_the_environment(monkeypatch):
     monkeypatch.setenv("WALLET_THREADS", "3")
     assert wallet_module._load_settings()["threads"] == 3
-    assert wallet_module._load_settings(["--threads", "4"])["threads"] == 4
-    assert wallet_module._load_settings() == {
+    assert wallet_cli._parse_arguments(["--threads", "4"])["threads"] == 4
+    assert wallet_cli._parse_arguments([]) == {
         "dsn": "sqlite:///wallet.db",
         "host": "127.0.0.1",
         "port": 4000,

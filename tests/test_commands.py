@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 
 import wallet as wallet_module
+import wallet_cli
 from tests.support import (
     MODULE,
     Intent,
@@ -99,7 +100,7 @@ def full_dsn(full_file, durable_dsn):
         shutil.copy(full_file, durable_dsn.removeprefix("sqlite:///"))
     else:
         with Wallet(f"sqlite:///{full_file}") as source, Wallet(durable_dsn) as target:
-            source.copy_to(target)
+            wallet_cli.copy_wallet(source, target)
     return durable_dsn
 
 
@@ -174,7 +175,7 @@ def test_wallet_that_cannot_be_read_now_is_not_said_to_be_missing(
 
 def test_copy_brings_the_currency_to_an_empty_database(full_dsn, postgres_dsn):
     with Wallet(full_dsn) as source, Wallet(postgres_dsn, currency="EUR") as target:
-        source.copy_to(target)
+        wallet_cli.copy_wallet(source, target)
         assert target.currency == "JPY"
         assert {target.account(row[0]).currency for row in contents(postgres_dsn)[1]} == {"JPY"}
     with Wallet(postgres_dsn) as wallet:
@@ -182,12 +183,12 @@ def test_copy_brings_the_currency_to_an_empty_database(full_dsn, postgres_dsn):
 
 
 INTERRUPTED = """
-import os, signal, sys, wallet
-copy_to = wallet.Wallet.copy_to
+import os, signal, sys, wallet, wallet_cli
+copy_wallet = wallet_cli.copy_wallet
 interrupt = lambda copied: os.kill(os.getpid(), signal.SIGINT)
-wallet.Wallet.copy_to = lambda self, target, report: copy_to(self, target, interrupt)
+wallet_cli.copy_wallet = lambda source, target, report: copy_wallet(source, target, interrupt)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background ignores it.
-sys.exit(wallet.main())
+sys.exit(wallet_cli.main())
 """
 
 
@@ -214,7 +215,7 @@ def test_copy_whose_commit_was_cut_off_but_happened_is_no_failure(
         ada, token = source.register("Ada")
         source.topup(ada.id, 5)
         with standby_missing(postgres_server) as waiting:
-            future = thread.submit(source.copy_to, target)
+            future = thread.submit(wallet_cli.copy_wallet, source, target)
             postgres_server.query("SELECT pg_terminate_backend(%s)", *waiting())
             assert future.result(timeout=30) is None
         assert target.authenticate(token).balance == 5
@@ -227,8 +228,8 @@ def test_copy_to_a_server_that_went_away_ends(file_dsn, new_schema, postgres_ser
         source.register("Ada")
         try:
             with pytest.raises(Unavailable, match="couldn't get a connection"):
-                source.copy_to(
-                    target, lambda copied: postgres_server.control("stop", "-m", "immediate")
+                wallet_cli.copy_wallet(
+                    source, target, lambda copied: postgres_server.control("stop", "-m", "immediate")
                 )
         finally:
             postgres_server.restart()
@@ -258,7 +259,7 @@ def test_copy_that_the_source_was_changed_under_is_undone(full_dsn, postgres_dsn
         with pytest.raises(
             ConfigurationError, match="the wallet was changed while it was copied: stop it first"
         ):
-            source.copy_to(target, report)
+            wallet_cli.copy_wallet(source, target, report)
         assert contents(postgres_dsn)[1:] == [[], [], []]
 
 
@@ -266,7 +267,7 @@ def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 1)
     with Wallet(full_dsn) as source, Wallet(postgres_dsn) as target:
         pauses = iter([1.5])
-        source.copy_to(target, lambda copied: time.sleep(next(pauses, 0)))
+        wallet_cli.copy_wallet(source, target, lambda copied: time.sleep(next(pauses, 0)))
     assert contents(postgres_dsn) == contents(full_dsn)
 
 
@@ -287,7 +288,7 @@ def test_copy_of_books_that_are_wrong_is_refused_and_names_the_row(full_dsn, pos
         with pytest.raises(
             WrongBooks, match=r"^(accounts|transactions|holds) \(acc_\w{16}(, \d+)?\): "
         ):
-            source.copy_to(target)
+            wallet_cli.copy_wallet(source, target)
         assert contents(postgres_dsn)[1:] == [[], [], []]
 
 
@@ -515,23 +516,23 @@ DAMAGES = [
 def test_verify_names_the_damaged_row_and_would_pass_without_the_check_that_finds_it(
     books, monkeypatch, check, wrong, damage
 ):
-    assert wallet_module._verify_books(books) == (4, 14)
+    assert wallet_cli._verify_books(books, lambda *done: None) == (4, 14)
     for statement in damage:
         books(statement)
     with pytest.raises(WrongBooks) as found:
-        wallet_module._verify_books(books)
+        wallet_cli._verify_books(books, lambda *done: None)
     assert str(found.value) == wrong
     monkeypatch.setattr(
-        wallet_module, "_read_sql", lambda name: [other for other in CHECKS if other != check]
+        wallet_cli, "_read_sql", lambda name: [other for other in CHECKS if other != check]
     )
-    wallet_module._verify_books(books)
+    wallet_cli._verify_books(books, lambda *done: None)
 
 
 def test_verify_looks_at_every_part_of_the_accounts(books, monkeypatch):
     for number in (1, 2, 3, 4):
-        monkeypatch.setattr(wallet_module, "VERIFY_ACCOUNTS", number)
+        monkeypatch.setattr(wallet_cli, "VERIFY_ACCOUNTS", number)
         told = []
-        assert wallet_module._verify_books(books, lambda *done, told=told: told.append(done)) == (
+        assert wallet_cli._verify_books(books, lambda *done, told=told: told.append(done)) == (
             4,
             14,
         )
@@ -542,13 +543,13 @@ def test_verify_looks_at_every_part_of_the_accounts(books, monkeypatch):
             books("SAVEPOINT whole")
             books(account(id, balance="balance + 1"))
             with pytest.raises(WrongBooks, match=f"accounts .{id}.: the balance is"):
-                wallet_module._verify_books(books)
+                wallet_cli._verify_books(books, lambda *done: None)
             books("ROLLBACK TO whole")
 
 
 def test_verify_of_a_wallet_without_accounts_has_nothing_to_say(dsn):
     with Wallet(dsn) as wallet:
-        assert wallet.verify() == (0, 0)
+        assert wallet_cli.verify(wallet) == (0, 0)
 
 
 def spend_in_every_way(wallet, ids, number, stopped):
@@ -574,7 +575,7 @@ def spend_in_every_way(wallet, ids, number, stopped):
 
 @pytest.mark.parametrize("times", [20, torture(300)])
 def test_verify_raises_no_false_alarm_while_others_write(durable_dsn, times, monkeypatch, report):
-    monkeypatch.setattr(wallet_module, "VERIFY_ACCOUNTS", 3)
+    monkeypatch.setattr(wallet_cli, "VERIFY_ACCOUNTS", 3)
     stopped = threading.Event()
     with (
         Wallet(durable_dsn) as wallet,
@@ -586,9 +587,9 @@ def test_verify_raises_no_false_alarm_while_others_write(durable_dsn, times, mon
             threads.submit(spend_in_every_way, wallet, ids, number, stopped) for number in range(4)
         ]
         try:
-            counts = [looking.verify()]
+            counts = [wallet_cli.verify(looking)]
             while len(counts) < times or counts[-1][1] < counts[0][1] + 300:
-                counts.append(looking.verify())
+                counts.append(wallet_cli.verify(looking))
         finally:
             stopped.set()
         operations = sum(one.result(timeout=30) for one in spending)
@@ -608,7 +609,7 @@ def test_verify_writes_nothing_and_exits_0_or_1_with_the_row(
     with Wallet(durable_dsn) as wallet:
         location = wallet.database.location
     content = (tmp_path / "wallet.db").read_bytes() if is_file else contents(durable_dsn)
-    assert wallet_module.main(["verify", "--dsn", durable_dsn]) == 0
+    assert wallet_cli.main(["verify", "--dsn", durable_dsn]) == 0
     assert capsys.readouterr() == (
         f"verified: {location} has 4 accounts and 14 entries that agree\n",
         "",
@@ -616,7 +617,7 @@ def test_verify_writes_nothing_and_exits_0_or_1_with_the_row(
     assert content == ((tmp_path / "wallet.db").read_bytes() if is_file else contents(durable_dsn))
     with Wallet(durable_dsn) as wallet:
         wallet.database.write(lambda tx: tx(account(A, balance=57)))
-    assert wallet_module.main(["--dsn", durable_dsn, "verify"]) == 1
+    assert wallet_cli.main(["--dsn", durable_dsn, "verify"]) == 1
     assert capsys.readouterr() == (
         "",
         f"wallet: accounts ({A}): the balance is 57, and should be 56\n",
@@ -641,7 +642,7 @@ def test_verify_names_the_first_fault_that_sqlite_finds(file_dsn, tmp_path, monk
             for pragma in ("ignore_check_constraints = ON", "writable_schema = ON"):
                 damaged.execute(f"PRAGMA {pragma}")
             damaged.execute(damage)
-        assert wallet_module.main(["verify", "--dsn", file_dsn]) == 1
+        assert wallet_cli.main(["verify", "--dsn", file_dsn]) == 1
         out, err = capsys.readouterr()
         assert (out, err.startswith(f"wallet: {wrong}"), err.count("\n")) == ("", True, 1), err
 
@@ -655,7 +656,7 @@ def test_verify_of_a_file_with_any_damaged_page_is_one_line_and_exit_code_1(
     for start in range(0, len(whole), 4096):
         for junk in (b"\xff" * 4096, bytes(4096), os.urandom(4096)):
             (tmp_path / "wallet.db").write_bytes(whole[:start] + junk + whole[start + 4096 :])
-            code = wallet_module.main(["verify", "--dsn", file_dsn])
+            code = wallet_cli.main(["verify", "--dsn", file_dsn])
             out, err = capsys.readouterr()
             assert (out, err.startswith("wallet: "), err.count("\n")) == ("", True, 1), (
                 start,
@@ -664,7 +665,7 @@ def test_verify_of_a_file_with_any_damaged_page_is_one_line_and_exit_code_1(
             )
             codes[start == 0, code] += 1
     (tmp_path / "wallet.db").write_bytes(whole[: 4096 * 3])
-    assert wallet_module.main(["verify", "--dsn", file_dsn]) == 1
+    assert wallet_cli.main(["verify", "--dsn", file_dsn]) == 1
     assert codes == {
         (True, 2): 3,
         (False, 1): len(whole) // 4096 * 3 - 3,
@@ -703,7 +704,7 @@ def test_verify_and_backup_draw_a_bar_on_a_terminal_only(file_dsn, tmp_path):
 # Which leaves out what is still in the log, and may take a page before a change and another one
 # after it.
 COPIES = {
-    "backup": lambda wallet, path: wallet.backup(path),
+    "backup": wallet_cli.back_up,
     "careless": lambda wallet, path: shutil.copyfile(wallet.database.location, path),
 }
 
@@ -785,7 +786,7 @@ def test_backup_is_one_file_for_its_owner_only_and_is_a_wallet_by_itself(
         ada, token = wallet.register("Ada")
         wallet.topup(ada.id, 5)
         before = {path.name: path.read_bytes() for path in tmp_path.glob("wallet.db*")}
-        assert wallet_module.main(["backup", str(folder / "backup.db"), "--dsn", file_dsn]) == 0
+        assert wallet_cli.main(["backup", str(folder / "backup.db"), "--dsn", file_dsn]) == 0
         assert {
             path.name: path.read_bytes()
             for path in tmp_path.glob("wallet.db*")
@@ -803,7 +804,7 @@ def test_backup_is_one_file_for_its_owner_only_and_is_a_wallet_by_itself(
         capsys.readouterr().out
         == f"verified: {backup} has {size} bytes, 1 accounts and 1 entries\n"
     )
-    assert wallet_module.main(["verify", "--dsn", f"sqlite:///{backup}"]) == 0
+    assert wallet_cli.main(["verify", "--dsn", f"sqlite:///{backup}"]) == 0
     assert list(folder.iterdir()) == [backup]
     with Wallet(f"sqlite:///{backup}") as restored:
         assert restored.authenticate(token).balance == 5
@@ -821,7 +822,7 @@ def test_backup_never_takes_the_place_of_a_file_and_leaves_nothing_where_it_fail
     before = {path.name for path in tmp_path.iterdir()} | {"wallet.db-shm", "wallet.db-wal"}
 
     def told(code, *arguments):
-        assert wallet_module.main(["backup", *arguments, "--dsn", file_dsn]) == code
+        assert wallet_cli.main(["backup", *arguments, "--dsn", file_dsn]) == code
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
         assert {path.name for path in tmp_path.iterdir()} <= before
@@ -838,21 +839,21 @@ def test_backup_never_takes_the_place_of_a_file_and_leaves_nothing_where_it_fail
         told(2, "n" * 256)
         == f"wallet: cannot back up to {tmp_path}/{'n' * 256}: File name too long\n"
     )
-    verify = Wallet.verify
+    verify = wallet_cli.verify
 
-    def lose_a_race(self, report):
+    def lose_a_race(copy, report):
         Path("raced").write_text("mine")
         before.add("raced")
-        return verify(self, report)
+        return verify(copy, report)
 
-    monkeypatch.setattr(Wallet, "verify", lose_a_race)
+    monkeypatch.setattr(wallet_cli, "verify", lose_a_race)
     assert told(2, "raced") == f"wallet: cannot back up to {tmp_path}/raced: File exists\n"
     for number in (signal.SIGINT, signal.SIGTERM):
         monkeypatch.setattr(
-            Wallet, "verify", lambda *arguments, number=number: signal.raise_signal(number)
+            wallet_cli, "verify", lambda *arguments, number=number: signal.raise_signal(number)
         )
         assert told(130, "interrupted") == "wallet: interrupted\n"
-    monkeypatch.setattr(Wallet, "verify", verify)
+    monkeypatch.setattr(wallet_cli, "verify", verify)
     with Wallet(file_dsn) as wallet:
         wallet.database.write(lambda tx: tx("UPDATE accounts SET balance = 1"))
     assert re.fullmatch(
@@ -886,8 +887,8 @@ def test_only_wrong_books_end_a_command_with_1(file_dsn, monkeypatch, caplog):
         timeout=60,
     )
     assert (silent.returncode, silent.stdout.partition(":")[0]) == (0, "verified")
-    monkeypatch.setattr(Wallet, "verify", lambda *arguments: 1 / 0)
-    assert wallet_module.main(["verify", "--dsn", file_dsn]) == 2
+    monkeypatch.setattr(wallet_cli, "verify", lambda *arguments: 1 / 0)
+    assert wallet_cli.main(["verify", "--dsn", file_dsn]) == 2
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -898,7 +899,7 @@ def test_backup_to_a_disk_that_is_full_is_one_line_and_leaves_nothing(file_dsn, 
         before = {path.name for path in tmp_path.iterdir()}
         with files_cannot_grow():
             assert (
-                wallet_module.main(["backup", str(tmp_path / "backup.db"), "--dsn", file_dsn]) == 2
+                wallet_cli.main(["backup", str(tmp_path / "backup.db"), "--dsn", file_dsn]) == 2
             )
         out, err = capsys.readouterr()
         assert (out, {path.name for path in tmp_path.iterdir()}) == ("", before)
@@ -910,8 +911,8 @@ def test_backup_of_what_is_in_memory_is_refused(capsys):
         Wallet() as wallet,
         pytest.raises(ConfigurationError, match=r"in memory .* there is nothing to back up"),
     ):
-        wallet.backup("backup.db")
-    assert wallet_module.main(["backup", "backup.db", "--dsn", "sqlite://"]) == 2
+        wallet_cli.back_up(wallet, "backup.db")
+    assert wallet_cli.main(["backup", "backup.db", "--dsn", "sqlite://"]) == 2
     assert capsys.readouterr().err == "wallet: there is no wallet in memory, gone when it stops\n"
     assert not Path("backup.db").exists()
 
@@ -924,7 +925,7 @@ def test_backup_over_postgres_names_the_commands_that_do_it_and_they_do(
     before = contents(dsn)
     with_password = dsn.replace("postgres@", f"postgres:{password}@")
     file = tmp_path / "a backup"
-    assert wallet_module.main(["backup", str(file), "--dsn", with_password]) == 2
+    assert wallet_cli.main(["backup", str(file), "--dsn", with_password]) == 2
     out, err = capsys.readouterr()
     assert (out, "pass word" in err, password in err) == ("", False, False)
     first, dump, _, restore = err.splitlines()
@@ -945,13 +946,13 @@ def test_backup_over_postgres_names_the_commands_that_do_it_and_they_do(
             postgres_server.query(f"DROP SCHEMA {schema} CASCADE")
             postgres_server.query(f"CREATE SCHEMA {schema}")
     assert contents(dsn) == before
-    assert wallet_module.main(["verify", "--dsn", dsn]) == 0
+    assert wallet_cli.main(["verify", "--dsn", dsn]) == 0
 
 
 def test_accounts_are_listed_as_a_table_and_as_json_however_odd_their_names(
     durable_dsn, monkeypatch, capsys
 ):
-    monkeypatch.setattr(wallet_module, "COPY_ROWS", 2)
+    monkeypatch.setattr(wallet_cli, "COPY_ROWS", 2)
     names = ["Ada", "日本 😀", "\u202egnol", "a\u2028b", "Ä" * 100]
     with Wallet(durable_dsn, currency="JPY") as wallet:
         made = sorted((wallet.register(name)[0] for name in names), key=lambda account: account.id)
@@ -961,12 +962,12 @@ def test_accounts_are_listed_as_a_table_and_as_json_however_odd_their_names(
         wallet.freeze(rich)
         shown = sorted(wallet.accounts(), key=lambda account: account.id)
         assert shown == [wallet.account(account.id) for account in made]
-    assert wallet_module.main(["accounts", "--dsn", durable_dsn, "--json"]) == 0
+    assert wallet_cli.main(["accounts", "--dsn", durable_dsn, "--json"]) == 0
     lines = sorted(
         map(json.loads, capsys.readouterr().out.splitlines()), key=lambda account: account["id"]
     )
     assert lines == json.loads(json.dumps([wallet_module._to_json(account) for account in shown]))
-    assert wallet_module.main(["accounts", "--dsn", durable_dsn]) == 0
+    assert wallet_cli.main(["accounts", "--dsn", durable_dsn]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["id", "balance", "available", "frozen", "created_at", "name"]
     assert {row[90:] for row in rows} == {"Ada", "日本 😀", "\\u202egnol", "a\\u2028b", "Ä" * 100}
@@ -1028,7 +1029,7 @@ def test_accounts_can_be_shown_where_only_ascii_can(file_dsn):
 def test_command_token_prints_a_new_one_alone_and_the_old_one_is_dead(durable_dsn, capsys):
     with Wallet(durable_dsn) as wallet:
         ada, lost = wallet.register("Ada")
-        assert wallet_module.main(["token", ada.id, "--dsn", durable_dsn]) == 0
+        assert wallet_cli.main(["token", ada.id, "--dsn", durable_dsn]) == 0
         out, err = capsys.readouterr()
         assert wallet.authenticate(out.removesuffix("\n")) == ada
         assert out.strip() not in err
@@ -1037,25 +1038,25 @@ def test_command_token_prints_a_new_one_alone_and_the_old_one_is_dead(durable_ds
         )
         with pytest.raises(Unauthorized):
             wallet.authenticate(lost)
-        assert wallet_module.main(["token", "acc_0000000000000000", "--dsn", durable_dsn]) == 2
+        assert wallet_cli.main(["token", "acc_0000000000000000", "--dsn", durable_dsn]) == 2
         assert capsys.readouterr() == ("", "wallet: There is no such account.\n")
 
 
 EXAMPLES = {"account": "acc_4fKq0ZbT9xWm2Lr7", "file": "backup.db", "source": "sqlite:///wallet.db"}
 
 
-@pytest.mark.parametrize("one", wallet_module.COMMANDS, ids=lambda one: one.name)
+@pytest.mark.parametrize("one", wallet_cli.COMMANDS, ids=lambda one: one.name)
 def test_every_command_helps_with_an_example_that_works_and_makes_no_database(
     one, tmp_path, monkeypatch, capsys
 ):
     with pytest.raises(SystemExit, match="0"):
-        wallet_module.main([one.name, "--help"])
+        wallet_cli.main([one.name, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert f"Example: python wallet.py {one.example}" in shown
     assert all(options["help"] in shown for options in one.arguments.values())
     monkeypatch.chdir(tmp_path)
     arguments = one.example.replace("postgresql://db/wallet", "sqlite:///copy.db").split()
-    assert wallet_module.main(arguments) == 2
+    assert wallet_cli.main(arguments) == 2
     assert re.fullmatch(
         r"wallet: cannot open /\S*/wallet\.db: there is no such file\n", capsys.readouterr().err
     )
@@ -1068,15 +1069,15 @@ def test_every_command_helps_with_an_example_that_works_and_makes_no_database(
                 "f" * 64,
             )
         )
-    assert wallet_module.main(arguments) == 0
-    assert wallet_module.main([one.name, "--port", "x", *arguments[1:]]) == 2
+    assert wallet_cli.main(arguments) == 0
+    assert wallet_cli.main([one.name, "--port", "x", *arguments[1:]]) == 2
     assert "--port or WALLET_PORT must be an integer" in capsys.readouterr().err
 
 
 def test_options_may_come_before_a_command_and_behind_it(file_dsn, monkeypatch):
     monkeypatch.setenv("WALLET_THREADS", "3")
     monkeypatch.setenv("WALLET_LOG_LEVEL", "error")
-    settings = wallet_module._load_settings(
+    settings = wallet_cli._parse_arguments(
         ["--dsn", file_dsn, "--port", "1", "verify", "--threads", "5", "--port", "2"]
     )
     assert (settings["dsn"], settings["port"], settings["threads"]) == (file_dsn, 2, 5)

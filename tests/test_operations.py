@@ -518,7 +518,7 @@ def test_proxy_that_is_not_one_address_is_refused():
 def test_log_that_is_no_terminals_is_json_with_the_address_that_the_trusted_proxy_tells():
     arguments = "--dsn", "sqlite://", "--host", "::1", "--trusted-proxy", "0:0:0:0:0:0:0:1"
     started = datetime.now(timezone.utc)
-    program = "-c", f"{BUGGY}\nsys.exit(wallet.main())"
+    program = "-c", f"{BUGGY}\nsys.exit(wallet_cli.main())"
     with served(*arguments, program=program) as server:
         ada = send(server.url, "POST", "/api/register", {"name": "Ada"}, X_Request_Id="req-1")[2]
         for forwarded in ("192.0.2.66, 198.51.100.1", "garbage"):
@@ -576,7 +576,7 @@ def test_log_that_is_no_terminals_is_json_with_the_address_that_the_trusted_prox
 
 def test_log_on_a_terminal_is_for_people_and_its_tracebacks_have_no_token():
     master, terminal = os.openpty()
-    program = "-c", f"{BUGGY}\nsys.exit(wallet.main())"
+    program = "-c", f"{BUGGY}\nsys.exit(wallet_cli.main())"
     try:
         with served("--dsn", "sqlite://", program=program, stderr=terminal) as server:
             os.close(terminal)

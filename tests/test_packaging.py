@@ -31,7 +31,7 @@ from wallet import Hold, Transaction, create_app
 
 HERE = Path(__file__).parent.parent
 EXAMPLE = Path(__file__).with_name("embedding_example.py")
-DATA_FILES = {"checks.sql", "openapi.yaml", "schema.sql", "wallet.html"}
+DATA_FILES = {"checks.sql", "openapi.yaml", "schema.sql", "wallet.html", "migrations/1.sql"}
 TYPES = typing.get_args(wallet_module.TransactionType)
 pytestmark = pytest.mark.xdist_group("packaging")  # One worker builds and installs, once.
 
@@ -153,9 +153,12 @@ def test_wheel_is_one_package_with_every_file_that_the_code_reads(wheel):
         assert archive.read("wallet/__init__.py") == (HERE / "wallet.py").read_bytes()
         for name in DATA_FILES:
             assert archive.read(f"wallet/{name}") == (HERE / name).read_bytes()
-    read = re.findall(r"""["']([\w-]+\.(?:sql|yaml|html))["']""", (HERE / "wallet.py").read_text())
-    assert set(read) == DATA_FILES
-    files = {"__init__.py", "__main__.py", "py.typed"} | DATA_FILES
+        assert archive.read("wallet/cli.py") == (HERE / "wallet_cli.py").read_bytes()
+    sources = "".join((HERE / name).read_text() for name in ("wallet.py", "wallet_cli.py"))
+    read = set(re.findall(r"""["']([\w-]+\.(?:sql|yaml|html))["']""", sources))
+    steps = {f"migrations/{version}.sql" for version in wallet_module.MIGRATIONS}
+    assert read | steps == DATA_FILES
+    files = {"__init__.py", "__main__.py", "cli.py", "py.typed"} | DATA_FILES
     assert {name for name in names if name.startswith("wallet/")} == {
         f"wallet/{name}" for name in files}
     # Beside the package there is only the plugin, for the reason that it gives.
@@ -183,7 +186,7 @@ def test_metadata_names_the_licence_what_is_needed_and_the_entry_points(wheel):
     assert "\nLicense-Expression: MIT\n" in metadata
     assert "\nRequires-Python: >=3.10\n" in metadata
     assert re.findall(r"(?m)^Provides-Extra: (.*)$", metadata) == ["metrics", "postgres"]
-    assert "[console_scripts]\nwallet = wallet:main\n" in entry_points
+    assert "[console_scripts]\nwallet = wallet.cli:main\n" in entry_points
     assert "[pytest11]\nwallet = _wallet_pytest\n" in entry_points
     # Each version that is pinned is one that the project allows, and each that it needs is pinned.
     needed = map(Requirement, re.findall(r"(?m)^Requires-Dist: (.*)$", metadata))
@@ -210,7 +213,7 @@ def test_embedding_example_uses_every_public_name():
     methods = [name for name in vars(wallet_module.Wallet)
                if not name.startswith("_") and not re.search(rf"\.{name}\(", example)]
     # `with` calls close, and backup is for files.
-    assert (public, methods) == ([], ["close", "backup"])
+    assert (public, methods) == ([], ["close"])
 
 
 def test_embedding_example_runs_and_mypy_strict_has_nothing_to_say(installed, tmp_path):
@@ -310,8 +313,11 @@ def test_data_files_that_are_missing_are_said_when_the_wallet_opens(bare, tmp_pa
     shutil.copy(HERE / "schema.sql", tmp_path)
     quiet = {"PYTHONWARNINGS": "ignore"}  # The program closes nothing.
     said = bare.run("python", "-c", program, cwd=tmp_path, environment=quiet)
-    for name in DATA_FILES - {"schema.sql"}:
+    for name in ("openapi.yaml", "wallet.html"):
         assert f"{name} is not installed beside wallet.py" in said
+    shutil.copy(HERE / "wallet_cli.py", tmp_path)
+    said = bare.run("python", "wallet.py", "accounts", cwd=tmp_path, status=2)
+    assert "checks.sql is not installed beside wallet.py" in said
 
 
 # What must change together ########################################################################
@@ -413,7 +419,7 @@ def test_every_way_to_install_it_works(built, wheel, tmp_path, how):
         "_wallet_pytest.py", "wallet", f"wallet-{wallet_module.__version__}.dist-info"}
     for command in (["wallet"], ["python", "-m", "wallet"]):
         assert environment.run(*command, "--version", cwd="/").startswith("wallet ")
-    program = "from wallet import Wallet; print(Wallet().verify())"
+    program = "from wallet import Wallet; from wallet.cli import verify; print(verify(Wallet()))"
     assert run(environment.python, "-c", program, cwd="/") == "(0, 0)\n"
 
 

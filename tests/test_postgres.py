@@ -23,6 +23,7 @@ import psycopg
 import pytest
 
 import wallet as wallet_module
+import wallet_cli
 from tests.support import (
     HERE,
     SERIALIZABLE,
@@ -231,7 +232,7 @@ def test_options_come_from_the_dsn_else_from_the_environment_else_from_here(
 
     with monkeypatch.context() as patched:
         patched.setattr(wallet_module, "Wallet", refuse)
-        assert wallet_module.main(["--port", "0", "--threads", "4", "--dsn", postgres_dsn]) == 2
+        assert wallet_cli.main(["--port", "0", "--threads", "4", "--dsn", postgres_dsn]) == 2
     assert seen == [{"currency": "", "connections": 4}]
     monkeypatch.setenv("WALLET_DSN", postgres_dsn)
     monkeypatch.setenv("WALLET_THREADS", "5")
@@ -509,7 +510,7 @@ def test_restarts_of_postgres_under_load_lose_nothing_and_double_nothing(
     assert max(waits) < 2
 
 
-HASTY = ("-c", "import sys, wallet; wallet.DATABASE_TIMEOUT_S = 0.3; sys.exit(wallet.main())")
+HASTY = ("-c", "import sys, wallet, wallet_cli; wallet.DATABASE_TIMEOUT_S = 0.3; sys.exit(wallet_cli.main())")
 
 
 def test_control_a_server_that_commits_before_it_writes_loses_what_was_answered(
@@ -843,7 +844,7 @@ def test_postgres_that_cannot_be_used_is_one_line_and_exit_code_2(
 
 
 def test_missing_prometheus_client_is_one_line_with_the_command_that_installs_it(tmp_path):
-    program = "import sys, wallet; sys.modules['prometheus_client'] = None; sys.exit(wallet.main())"
+    program = "import sys, wallet, wallet_cli; sys.modules['prometheus_client'] = None; sys.exit(wallet_cli.main())"
     done = subprocess.run(
         [sys.executable, "-c", program, "--metrics", "1"],
         capture_output=True,
@@ -853,13 +854,13 @@ def test_missing_prometheus_client_is_one_line_with_the_command_that_installs_it
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert done.stderr == "wallet: --metrics needs another package: pip install prometheus-client\n"
+    assert done.stderr == "wallet: metrics need another package: pip install prometheus-client\n"
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("missing", ["psycopg", "psycopg_pool"])
 def test_missing_driver_is_one_line_with_the_command_that_installs_it(missing):
-    program = f"import sys, wallet; sys.modules[{missing!r}] = None; sys.exit(wallet.main())"
+    program = f"import sys, wallet, wallet_cli; sys.modules[{missing!r}] = None; sys.exit(wallet_cli.main())"
     done = subprocess.run(
         [sys.executable, "-c", program, "--port", "0", "--dsn", "postgresql://x/y"],
         capture_output=True,
@@ -876,7 +877,7 @@ def test_missing_driver_is_one_line_with_the_command_that_installs_it(missing):
 
 def test_driver_is_imported_for_a_dsn_of_postgres_only_and_the_client_of_prometheus_for_metrics():
     program = (
-        "import sys, wallet; wallet.create_app(wallet.Wallet()); "
+        "import sys, wallet, wallet_cli; wallet.create_app(wallet.Wallet()); "
         "assert not any('psycopg' in name or 'prometheus' in name for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=environment(), timeout=60)

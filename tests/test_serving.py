@@ -139,12 +139,15 @@ def test_readers_of_statements_never_take_all_threads(long_history, serving):
 
 
 FEW_FILES = """
-import resource, sys, wallet
+import resource, sys, wallet, wallet_cli
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-print(wallet._connections_max(), wallet._connections_max(raised=True))
+print(wallet._connections_max())
+wallet_cli._raise_file_limit()
+print(wallet._connections_max(), hard)
 sys.modules["resource"] = None
-print(hard, wallet._connections_max(raised=True))
+wallet_cli._raise_file_limit()
+print(wallet._connections_max())
 """
 
 
@@ -173,7 +176,7 @@ def test_slow_readers_of_statements_leave_even_a_wallet_of_one_thread_to_the_oth
 
 
 BREAKING = """
-import sys, wallet
+import sys, wallet, wallet_cli
 breaks = iter({breaks})
 def break_off(transactions, chunks=wallet._csv_chunks):
     last = next(breaks, 1)
@@ -182,7 +185,7 @@ def break_off(transactions, chunks=wallet._csv_chunks):
             raise wallet.Unavailable("broken")
         yield chunk
 wallet._csv_chunks = break_off
-sys.exit(wallet.main())
+sys.exit(wallet_cli.main())
 """
 
 
@@ -762,7 +765,7 @@ def attack(dsn, count, careless=""):
     by, after a tenth.
     """
     limits = limited(REQUEST_TIMEOUT_S=0.5, IDLE_TIMEOUT_S=0.5)
-    program = limits[0], f"import wallet\n{careless}\n{limits[1]}"
+    program = limits[0], f"import wallet, wallet_cli\n{careless}\n{limits[1]}"
     arguments = "--dsn", dsn, "--log-level", "error"
     with served(*arguments, program=program) as process, ThreadPoolExecutor(2) as threads:
         log, done = threads.submit(process.stderr.read), threading.Event()

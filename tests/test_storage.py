@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import wallet as wallet_module
+import wallet_cli
 from tests.support import (
     MODULE,
     Client,
@@ -61,7 +62,7 @@ from wallet import (
 # Promise 2: a success that was answered is kept ###################################################
 
 LATE = """
-import sys, wallet
+import sys, wallet, wallet_cli
 class Late(wallet.SQLiteDatabase):
     # Answers first, and would commit some time later: the mistake that the kill must find.
     def _try_commit(self, batch):
@@ -70,7 +71,7 @@ class Late(wallet.SQLiteDatabase):
         for write in batch: self._run(write)
         if self.count < 20: self._writer.execute("COMMIT")
 wallet.SQLiteDatabase = Late
-sys.exit(wallet.main())
+sys.exit(wallet_cli.main())
 """
 
 
@@ -254,14 +255,14 @@ def test_writer_asks_for_a_sync_at_every_commit(file_wallet):
 
 
 SYNCHRONOUS = """
-import sys, wallet
+import sys, wallet, wallet_cli
 class Database(wallet.SQLiteDatabase):
     def _open_writer(self, create):
         connection = super()._open_writer(create)
         connection.execute("PRAGMA synchronous = {}")
         return connection
 wallet.SQLiteDatabase, wallet.SQLITE_CHECKPOINT_PAGES = Database, 20
-sys.exit(wallet.main())
+sys.exit(wallet_cli.main())
 """
 
 
@@ -566,8 +567,8 @@ def small_disk(folder, careless=False):
         pytest.skip(f"this machine lets nobody mount: {tried.stderr.strip()}")
     # The log must not fill the disk by itself, as it would in service with a disk of less than some
     # 20 MB.
-    program = f"import logging, sys, wallet\nlogging.disable()\nwallet.SQLITE_CHECKPOINT_PAGES = 100{CARELESS}"
-    program += f"{'wallet.SQLiteDatabase = Careless' if careless else ''}\nsys.exit(wallet.main())"
+    program = f"import logging, sys, wallet, wallet_cli\nlogging.disable()\nwallet.SQLITE_CHECKPOINT_PAGES = 100{CARELESS}"
+    program += f"{'wallet.SQLiteDatabase = Careless' if careless else ''}\nsys.exit(wallet_cli.main())"
     with served(
         "--dsn",
         f"sqlite:///{folder}/wallet.db",
@@ -639,7 +640,7 @@ def test_control_a_wallet_that_takes_every_commit_for_done_loses_some_on_a_full_
 # it.
 FAULTY = (
     """
-import contextlib, io, json, logging, mmap, os, sys, wallet
+import contextlib, io, json, logging, mmap, os, sys, wallet, wallet_cli
 from pathlib import Path
 from wsgiref.util import setup_testing_defaults
 """
@@ -713,13 +714,13 @@ def run(call, number):
                 ("batch", {"transactions": [{"type": "topup", "amount": 1}] * 3}), *[("topup", {"amount": 1})] * 4]):
             insist(f"/api/transactions/{path}", body)
 
-    wallet._serve = work
+    wallet_cli._serve = work
     for _ in range(failing[call] - number):
         CALLS[call]()
     for name in "killed", "new":
         while len(starts) < 4 and (not starts or starts[-1][0] != name or starts[-1][1] == 2):
             with contextlib.redirect_stderr(io.StringIO()) as told:
-                code = wallet.main(["--dsn", f"sqlite:///{folder}/{name}.db", "--port", "0"])
+                code = wallet_cli.main(["--dsn", f"sqlite:///{folder}/{name}.db", "--port", "0"])
             starts.append((name, code, told.getvalue()))
     try:
         CALLS[call]()
@@ -999,7 +1000,7 @@ def test_closing_leaves_a_read_that_runs_alone(file_dsn):
 
 def test_wallet_from_before_a_fork_refuses_to_be_used_after_it(durable_dsn):
     program = f"""
-import os, sys, wallet
+import os, sys, wallet, wallet_cli
 w = wallet.Wallet({durable_dsn!r})
 ada, _ = w.register("Ada")
 child = os.fork()
@@ -1205,8 +1206,8 @@ def test_sqlite_with_a_bug_for_two_processes_is_warned_of(
     monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
     monkeypatch.setenv("WALLET_DSN", file_dsn)
     create_app().wallet.close()
-    for dsn in ("sqlite://", "postgresql://127.0.0.1/wallet"):  # There it cannot be.
-        wallet_module._warn_of_wal_reset_bug(dsn)
+    monkeypatch.setenv("WALLET_DSN", "sqlite://")  # There it cannot be.
+    create_app().wallet.close()
     assert (
         caplog.text.count("let no second process write to the file, or install SQLite 3.51.3")
         == warned
@@ -1216,7 +1217,7 @@ def test_sqlite_with_a_bug_for_two_processes_is_warned_of(
 def test_missing_schema_is_refused(monkeypatch, tmp_path, file_dsn, capsys):
     Wallet(file_dsn).close()
     monkeypatch.setattr(wallet_module, "__file__", str(tmp_path / "wallet.py"))
-    assert wallet_module.main(["verify", "--dsn", file_dsn]) == 2
+    assert wallet_cli.main(["verify", "--dsn", file_dsn]) == 2
     assert capsys.readouterr().err == "wallet: checks.sql is not installed beside wallet.py.\n"
     with pytest.raises(ConfigurationError, match=r"cannot use memory.*schema\.sql"):
         Wallet()
@@ -1259,7 +1260,7 @@ def test_new_file_that_another_process_is_opening_is_waited_for(file_dsn, monkey
 
 def test_four_processes_may_open_a_new_database_at_once_and_all_write(durable_dsn):
     program = f"""
-import sys, wallet
+import sys, wallet, wallet_cli
 sys.stdin.readline()
 with wallet.Wallet({durable_dsn!r}) as w:
     ada, _ = w.register("Ada")

@@ -53,11 +53,11 @@ from wallet import InsufficientFunds, OutcomeUnknown, Unavailable, Wallet
 # Promise 3: one idempotency key has at most one effect ############################################
 
 FORGETFUL = """
-import os, sys, wallet
+import os, sys, wallet, wallet_cli
 # Knows a key only where it came first, as who keeps keys in memory does.
 parse_key = wallet._parse_key
 wallet._parse_key = lambda key: f"{parse_key(key)}-{os.getpid()}"
-sys.exit(wallet.main())
+sys.exit(wallet_cli.main())
 """
 
 
@@ -394,7 +394,7 @@ def test_transfers_conserve_the_total_in_every_snapshot_whatever_fails(
 
     def lock():
         with contextlib.closing(
-            sqlite3.connect(bank.wallet.database._path, isolation_level=None)
+            sqlite3.connect(bank.wallet.database.path, isolation_level=None)
         ) as other:
             bank.unavailable.clear()
             with contextlib.suppress(
@@ -434,7 +434,7 @@ def test_transfers_conserve_the_total_in_every_snapshot_whatever_fails(
 
 # While it leaves the monotonic clock alone, as who sets the clock does, libfaketime lets Python's
 # sleep fail.
-AWAKE = "import select, sys, time; time.sleep = lambda seconds: select.select((), (), (), seconds); import wallet\n"
+AWAKE = "import select, sys, time; time.sleep = lambda seconds: select.select((), (), (), seconds); import wallet, wallet_cli\n"
 
 RAW_CLOCK = """
 raw = "CASE WHEN ? > 0 THEN ? END"  # Stamps with what the clock says, whatever it said before.
@@ -550,7 +550,7 @@ def test_clock_that_jumps_by_a_day_under_load_breaks_nothing(
     durable_dsn, change, jumps, tmp_path, report
 ):
     clock, rng, stopped = JumpingClock(tmp_path), random.Random(17), threading.Event()
-    program = "-c", f"{AWAKE}{change}\nsys.exit(wallet.main())"
+    program = "-c", f"{AWAKE}{change}\nsys.exit(wallet_cli.main())"
     with (
         served(
             "--dsn", durable_dsn, "--log-level", "error", program=program, **clock.settings
@@ -715,7 +715,7 @@ def test_secrets_are_found_nowhere_but_in_the_answer_that_shows_one(
     arguments = (
         ["--issuer-token", issuer] if change else []
     )  # Where all processes of the machine can see it.
-    program = "-c", f"{BUGGY}{change}\nsys.exit(wallet.main())"
+    program = "-c", f"{BUGGY}{change}\nsys.exit(wallet_cli.main())"
     with (
         open(tmp_path / "log", "wb") as log,
         served(  # A pipe would be full before it is read.

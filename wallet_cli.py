@@ -1,0 +1,510 @@
+#!/usr/bin/env python3
+"""The command line of the wallet: `python wallet.py`, or `wallet` where it is installed.
+
+Here is what belongs to a process of its own, and never to a program that embeds the wallet: the
+arguments, the logs, the signals, serving until one comes, and the commands for who runs it. All
+about money is in wallet.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from datetime import datetime, timezone
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from socket import socket
+from typing import Any, NamedTuple, NoReturn, TextIO
+
+from wallet import (
+    CONNECTIONS_MAX,
+    FILES_SPARE,
+    LONG_TIMEOUT_S,
+    REQUEST_FIELDS,
+    SETTINGS,
+    Account,
+    App,
+    ConfigurationError,
+    PostgresDatabase,
+    SQLiteDatabase,
+    Wallet,
+    WalletError,
+    WrongBooks,
+    __version__,
+    _bind,
+    _check_files,
+    _Execute,
+    _format_time,
+    _hide_tokens,
+    _import_prometheus,
+    _insert_rows,
+    _load_settings,
+    _open_wallet,
+    _read_sql,
+    _Row,
+    _Server,
+    _to_json,
+    access_logger,
+    create_app,
+    logger,
+)
+
+PROGRAM = "wallet" if __package__ else "python wallet.py"  # As a package it is installed.
+BACKUP_PAGES = 5000  # At a time, 20 MB. Ctrl-C is heard in between.
+COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
+VERIFY_ACCOUNTS = 100  # To a statement, which is one step of the progress bar.
+_Report = Callable[[int, int], None]  # It is told how much is done of how much.
+TRY = """\
+Open the address in a browser, or try it from another terminal:
+
+TOKEN=$(curl -s {url}/api/register -H Content-Type:application/json -d '{{"name": "Ada"}}' \
+| tee /dev/stderr | grep -o 'wlt_[0-9A-Za-z]*')
+curl -s {url}/api/transactions/topup -H "Authorization: Bearer $TOKEN" \
+-H Content-Type:application/json -d '{{"amount": 1250}}'
+curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" \
+-H Content-Type:application/json -d '{{"amount": 2000}}'
+"""
+
+
+# Serving ##########################################################################################
+
+
+def _run_server(settings: Mapping[str, Any]) -> None:
+    """Serve until it is told to stop."""
+    if settings["metrics"]:
+        _import_prometheus()  # What is missing is said before anything is made.
+    with _bind(settings["host"], settings["port"]) as bound, _open_wallet(settings) as wallet:
+        app = create_app(wallet, settings["issuer-token"], settings["metrics"],
+                         settings["trusted-proxy"])
+        _serve(app, bound, settings["threads"])
+
+
+def _serve(app: App, bound: socket, threads: int) -> None:
+    """Serve until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
+    _pin_process()
+    _raise_file_limit()
+    server = _Server(app, bound, threads)
+
+    def stop(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+        server.stop()
+
+    signals = signal.SIGTERM, signal.SIGINT
+    for number in signals:
+        signal.signal(number, stop)
+    print(_make_banner(app, server.url), flush=True)
+    server.run()
+
+
+def _pin_process() -> None:
+    """Stay on one processor. Python's threads run one at a time anyway, and take turns cheaper."""
+    with suppress(AttributeError, OSError):  # Only Linux has it, and a sandbox may forbid it.
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
+
+
+def _raise_file_limit() -> None:
+    """Let this process open as many files as it may have connections, if that is allowed."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit.
+        import resource
+
+        wanted = CONNECTIONS_MAX + FILES_SPARE
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < wanted:  # Below 0 there is no limit.
+            wanted = wanted if hard < 0 else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _make_banner(app: App, address: str) -> str:
+    """Return what is printed at the start."""
+    url = address.replace("//0.0.0.0", "//127.0.0.1").replace("[::]", "[::1]")
+    issued = "Only the issuer's token makes and fills accounts."
+    return (f"wallet {__version__} listens on {address}, with its data in"
+            f" {app.wallet.database.location}. {issued if app.has_issuer else TRY.format(url=url)}")
+
+
+# Logs #############################################################################################
+
+
+class _LineFormatter(logging.Formatter):
+    """A line for people."""
+
+    def formatException(self, ei: Any) -> str:
+        return _hide_tokens(super().formatException(ei))
+
+
+class _JSONFormatter(_LineFormatter):
+    """A JSON object in a line, for programs. It has what the wallet knows of a request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, timezone.utc)
+        document = {"time": _format_time(moment), "level": record.levelname, "logger": record.name,
+                    "message": record.getMessage()}
+        if record.name == access_logger.name:
+            document |= {name: vars(record)[name] for name in REQUEST_FIELDS}
+        if record.exc_info:
+            document["exception"] = self.formatException(record.exc_info)
+        return json.dumps(document)
+
+
+def _configure_logging(level: str) -> None:
+    """Log to stderr: lines for people on a terminal, elsewhere JSON."""
+    handler = logging.StreamHandler()
+    line = _LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+    handler.setFormatter(line if _is_terminal(sys.stderr) else _JSONFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.getLogger("psycopg").setLevel(logging.ERROR)  # Else, in an outage, many lines a second.
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """Is this a terminal? (It is None when it was closed before the start.)"""
+    return stream is not None and stream.isatty()
+
+
+def _show_progress(done: int, total: int) -> None:
+    """Draw a bar on stderr, if that is a terminal. What is printed next takes its place."""
+    if _is_terminal(sys.stderr):
+        bar = "#" * (20 * done // max(done, total, 1))
+        print(f"[{bar:20}]", end="\r", file=sys.stderr, flush=True)
+
+
+# Commands #########################################################################################
+
+
+def _run_verify(settings: Mapping[str, Any]) -> None:
+    with _open_wallet(settings, read_only=True) as wallet:
+        accounts, entries = verify(wallet, _show_progress)
+        print(f"verified: {wallet.database.location} has {accounts:,} accounts and {entries:,}"
+              " entries that agree")
+
+
+def verify(wallet: Wallet, report: _Report = lambda done, total: None) -> tuple[int, int]:
+    """Recompute every balance, sequence, hold, refund and transfer.
+
+    Return how many accounts and entries there are. This writes nothing, and others may write
+    meanwhile. `report` is told now and then how much of how much is done. Raises WrongBooks,
+    which names the first row that is wrong.
+    """
+    database = wallet.database
+    if isinstance(database, SQLiteDatabase):  # See that each index has what its table has.
+        ((found,),) = database.read(lambda tx: tx("PRAGMA integrity_check(1)"))
+        if found != "ok":
+            raise WrongBooks(f"{database.location} is damaged: {' '.join(found.split())}")
+    return _verify_books(partial(_read, wallet), report)
+
+
+def _read(wallet: Wallet, sql: str, *parameters: str | int | None) -> list[_Row]:
+    return wallet.database.read(lambda tx: tx(sql, *parameters), LONG_TIMEOUT_S)
+
+
+def _verify_books(tx: _Execute, report: _Report) -> tuple[int, int]:
+    """Return how many accounts and entries there are, all as they should be. Raises WrongBooks."""
+    checks = _read_sql("checks.sql")
+    ((total, end),) = tx("""
+        SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (
+            SELECT coalesce(max(id), '') FROM (
+                SELECT max(id) AS id FROM accounts UNION ALL
+                SELECT max(account_id) FROM transactions UNION ALL
+                SELECT max(account_id) FROM holds) AS ends) FROM accounts""")
+    low, accounts, entries = "", 0, 0
+    while low != end:
+        page = tx(f"""SELECT id, last_sequence FROM accounts WHERE id > ? AND id <= ?
+                      ORDER BY id LIMIT {VERIFY_ACCOUNTS}""", low, end)
+        # The last part has what belongs to no account too.
+        high = page[-1][0] if len(page) == VERIFY_ACCOUNTS else end
+        for check in checks:
+            pairs = check.count("?") // 2  # A check without any looks at all accounts, once.
+            found = tx(f"{check} LIMIT 1", *(low, high) * pairs) if pairs or high == end else []
+            for table, account_id, sequence, wrong in found:
+                row = account_id if sequence is None else f"{account_id}, {sequence}"
+                raise WrongBooks(f"{table} ({row}): {wrong}")
+        low, accounts = high, accounts + len(page)
+        entries += sum(row[1] for row in page)
+        report(accounts + entries, total)
+    return accounts, entries
+
+
+def _run_accounts(settings: Mapping[str, Any]) -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    line = ("{id:20} {balance:>16} {available:>16} {frozen:6} {created_at:27} {name}").format_map
+    with _open_wallet(settings, create=False, read_only=True) as wallet:
+        if not settings["json"]:
+            print(line({name: name for name in Account.__annotations__}))
+        for account in wallet.accounts():
+            shown = _to_json(account)
+            if settings["json"]:
+                print(json.dumps(shown))
+            else:  # The name comes last: nobody knows how wide a terminal shows it.
+                name = "".join(
+                    one if one.isprintable() else ascii(one)[1:-1] for one in account.name)
+                frozen = "frozen" if account.frozen else ""
+                print(line(shown | {"name": name, "frozen": frozen}))
+
+
+def _run_token(settings: Mapping[str, Any]) -> None:
+    with _open_wallet(settings, create=False) as wallet:
+        print(wallet.replace_token(settings["account"]), flush=True)
+    print(f"wallet: this is the token of {settings['account']} from now on, and the old one is"
+          " dead", file=sys.stderr)
+
+
+def _run_freeze(settings: Mapping[str, Any]) -> None:
+    frozen = settings["command"] == "freeze"
+    with _open_wallet(settings, create=False) as wallet:
+        wallet.freeze(settings["account"], frozen)
+    print(settings["account"], "is frozen" if frozen else "is not frozen")
+
+
+def _run_backup(settings: Mapping[str, Any]) -> None:
+    file = settings["file"]
+    with _open_wallet(settings, read_only=True) as wallet:
+        accounts, entries = back_up(wallet, file, _show_progress)
+    print(f"verified: {file} has {os.path.getsize(file):,} bytes, {accounts:,} accounts and"
+          f" {entries:,} entries")
+
+
+def back_up(wallet: Wallet, path: str,
+            report: _Report = lambda done, total: None) -> tuple[int, int]:
+    """Copy a wallet on SQLite to a new file, as of one moment. Return what `Wallet.verify` does.
+
+    Others may write meanwhile. The file appears whole, verified and synced, or not at all. Raises
+    WrongBooks, and ConfigurationError, also where there is a file of that name.
+    """
+    database, path = wallet.database, os.path.abspath(path)
+    if isinstance(database, PostgresDatabase):
+        dsn, file = shlex.quote(database.public_dsn), shlex.quote(path)
+        raise ConfigurationError(
+            "Postgres is backed up while it serves by\n"
+            f"pg_dump --format=custom --file={file} --dbname={dsn}\n"
+            "and restored with all wallets stopped, to a database that is empty, by\n"
+            f"pg_restore --exit-on-error --single-transaction --dbname={dsn} {file}")
+    if not isinstance(database, SQLiteDatabase) or database.path is None:
+        raise ConfigurationError(
+            "a wallet in memory is gone when it stops: there is nothing to back up")
+    if os.path.lexists(path):
+        raise ConfigurationError(f"{path} is there already: name a new file")
+    try:
+        with tempfile.TemporaryDirectory(
+                prefix=".wallet-backup-", dir=os.path.dirname(path)) as folder:
+            temporary = os.path.join(folder, "wallet.db")
+            Path(temporary).touch(0o600)
+            with (closing(database.connect()) as source,
+                  closing(sqlite3.connect(temporary)) as target):
+                source.execute("BEGIN")
+                source.execute("SELECT currency FROM wallet")  # From here on nothing new shows.
+                source.backup(target, pages=BACKUP_PAGES,
+                              progress=lambda _, left, total: report(total - left, total))
+                target.execute("PRAGMA journal_mode = DELETE")  # One file, without a log.
+            with Wallet(f"sqlite:///{temporary}", read_only=True) as copy:
+                copy.database.location = database.location  # What is wrong there is wrong here.
+                verified = verify(copy, report)
+            _sync(temporary)
+            os.link(temporary, path)  # Unlike a rename, this never replaces a file.
+            _sync(os.path.dirname(path))
+            return verified
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", error)
+        raise ConfigurationError(f"cannot back up to {path}: {reason}") from error
+
+
+def _sync(path: str) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _run_copy(settings: Mapping[str, Any]) -> None:
+    def report(copied: dict[str, int]) -> None:
+        rows = " and ".join(f"{count:,} {table}" for table, count in copied.items())
+        print(f"\rcopied {rows}", end="", file=sys.stderr, flush=True)
+
+    if settings["target"] in ("sqlite://", "sqlite:///:memory:"):
+        raise ConfigurationError("a copy in memory would be gone at once: name a file")
+    with (Wallet(settings["source"], create=False) as source,
+          Wallet(settings["target"]) as target):
+        copy_wallet(source, target, report)
+        print(f"\nverified: {target.database.location} has every row of {source.database.location},"
+              " but for what is written there from now on", file=sys.stderr)
+
+
+# Each table's key, which its first columns are.
+KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"),
+               "holds": ("account_id", "sequence")}
+
+
+def copy_wallet(source: Wallet, target: Wallet,
+                report: Callable[[dict[str, int]], None] = lambda copied: None) -> None:
+    """Copy everything to an empty wallet in one transaction, and compare it all at the end.
+
+    `report` is told now and then how many rows of each table are copied. Raises
+    ConfigurationError, and changes nothing, where the target holds data, or where the source was
+    changed meanwhile or is wrong.
+    """
+    def copy(tx: _Execute) -> None:
+        copied = dict.fromkeys(KEY_COLUMNS, 0)
+        # All may be there already, if an earlier COMMIT was not answered.
+        for table in KEY_COLUMNS if not tx(first) else ():
+            for rows in _read_table(read, table):
+                _insert_rows(tx, table, rows)
+                copied[table] += len(rows)
+                report(copied)
+        if any(_digest_table(tx, table) != _digest_table(read, table) for table in KEY_COLUMNS):
+            raise ConfigurationError("the wallet was changed while it was copied: stop it first")
+        _verify_books(tx, lambda done, total: None)
+        if target.currency != source.currency:
+            tx("UPDATE wallet SET currency = ?", source.currency)
+
+    first, read = "SELECT id FROM accounts LIMIT 1", partial(_read, source)
+    if _read(target, first):
+        raise ConfigurationError(
+            f"{target.database.location} already holds accounts: name an empty database")
+    target.database.write(copy, LONG_TIMEOUT_S)
+    target.currency = source.currency
+
+
+def _read_table(tx: _Execute, table: str) -> Iterator[list[_Row]]:
+    """Yield all rows that are there now, some at a time, in the order of the key."""
+    columns = KEY_COLUMNS[table]
+    key, marks = ", ".join(columns), ", ".join("?" * len(columns))
+    end = tx(f"SELECT {key} FROM {table} ORDER BY {' DESC, '.join(columns)} DESC LIMIT 1")
+    sql = (f"SELECT * FROM {table} WHERE ({key}) > ({marks}) AND ({key}) <= ({marks})"
+           f" ORDER BY {key} LIMIT {COPY_ROWS}")
+    last: _Row = ("", 0)[: len(columns)]
+    while end and (rows := tx(sql, *last, *end[0])):
+        yield rows
+        last = rows[-1][: len(columns)]
+
+
+def _digest_table(tx: _Execute, table: str) -> int:
+    """Return a number that is the same for the same rows, whatever order an engine has."""
+    return sum(int.from_bytes(sha256(repr(row).encode()).digest(), "big")
+               for rows in _read_table(tx, table) for row in rows)
+
+
+class _Command(NamedTuple):
+    """What the command line does instead of serving. The arguments are those of argparse."""
+
+    name: str
+    meaning: str
+    example: str
+    run: Callable[[Mapping[str, Any]], None]
+    arguments: Mapping[str, Mapping[str, Any]]
+
+
+ACCOUNT_ID = {"account": {"metavar": "ACCOUNT", "help": "the id of the account"}}
+COMMANDS = (
+    _Command("verify", "recompute every balance, sequence, hold, refund and transfer, and name the"
+             " first wrong row", "verify", _run_verify, {}),
+    _Command("backup", "copy a wallet on SQLite to a new file while it serves, and verify the copy",
+             "backup backup.db", _run_backup,
+             {"file": {"metavar": "FILE", "help": "the file, which must not be there"}}),
+    _Command("accounts", "list all accounts, with amounts in minor units", "accounts --json",
+             _run_accounts,
+             {"--json": {"action": "store_true", "help": "print one JSON object a line"}}),
+    _Command("token", "print a new token of an account, whose old one is dead from then on",
+             "token acc_4fKq0ZbT9xWm2Lr7", _run_token, ACCOUNT_ID),
+    _Command("freeze", "let an account receive nothing and spend nothing",
+             "freeze acc_4fKq0ZbT9xWm2Lr7", _run_freeze, ACCOUNT_ID),
+    _Command("unfreeze", "undo freeze", "unfreeze acc_4fKq0ZbT9xWm2Lr7", _run_freeze, ACCOUNT_ID),
+    _Command("copy", "copy a stopped wallet to another database, and verify the copy",
+             "copy --from sqlite:///wallet.db --to postgresql://db/wallet", _run_copy,
+             {"--from": {"dest": "source", "metavar": "DSN", "required": True,
+                         "help": "the wallet, which must be stopped"},
+              "--to": {"dest": "target", "metavar": "DSN", "required": True,
+                       "help": "the database, which must be empty"}}),
+)
+
+
+# Arguments ########################################################################################
+
+
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        message = message.replace("argument COMMAND: invalid choice:",
+                                  "no command, or the value of an unknown option:")
+        message = re.sub("^argument (--[a-z-]+):", r"\1", message)
+        raise ConfigurationError(f"{message}; see --help")
+
+
+def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return every setting, and the command that is given, None for none.
+
+    Raises ConfigurationError for an unknown option or a bad value.
+    """
+    parser = _ArgumentParser(
+        PROGRAM, description="Keep money balances, and answer about them over HTTP.",
+        epilog=f"Example: {PROGRAM} --port 8080 --dsn sqlite:////var/lib/wallet/wallet.db",
+        allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"wallet {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands, instead of serving")
+    parsers = {parser: ""}
+    for command in COMMANDS:
+        taken = commands.add_parser(
+            command.name, help=command.meaning, description=command.meaning, allow_abbrev=False,
+            epilog=f"The options of `{PROGRAM} --help`, such as --dsn, may come here too."
+                   f" Example: {PROGRAM} {command.example}")
+        for name, options in command.arguments.items():
+            taken.add_argument(name, **options)
+        parsers[taken] = argparse.SUPPRESS
+    for taken, hidden in parsers.items():
+        for one in SETTINGS:
+            taken.add_argument(
+                f"--{one.name}", dest=one.name, metavar="VALUE", default=argparse.SUPPRESS,
+                help=hidden or f"{one.meaning} [{one.variable}={one.default}]")
+    given = vars(parser.parse_args(arguments))
+    return given | _load_settings(given)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, and return its exit code: see docs/operating.md."""
+    settings: dict[str, Any] = {}
+    try:
+        settings = _parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        _configure_logging(settings["log-level"])
+        _check_files("checks.sql")
+        runs = {command.name: command.run for command in COMMANDS}
+        if settings["command"]:
+            if sys.stdout is None:
+                raise ConfigurationError("stdout is closed, and a command writes to it")
+            # So that a backup leaves nothing behind then either.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        runs.get(settings["command"], _run_server)(settings)
+        print(end="", flush=True)
+        return 0
+    except WalletError as error:
+        print(f"wallet: {error}", file=sys.stderr)
+        damage = re.search("image is malformed|malformed database", str(error))
+        is_wrong = isinstance(error, WrongBooks) or damage
+        return 1 if is_wrong and settings["command"] == "verify" else 2
+    except KeyboardInterrupt:
+        print("wallet: interrupted", file=sys.stderr)
+        return 130  # As a shell has it: 128 and the number of SIGINT.
+    except OSError as error:  # Of the output, which Python would try to write again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # The reader has had enough, as `head` has.
+            return 141  # 128 and the number of SIGPIPE.
+        print(f"wallet: {error}", file=sys.stderr)
+        return 2
+    except Exception:  # Python would exit with 1, as if the books were wrong.
+        logger.exception("a fault of the wallet")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
