@@ -31,6 +31,7 @@ import pytest
 from hypothesis import strategies as st
 
 import wallet as wallet_module
+import wallet_postgres
 from tests.support import (
     ANY_BODY,
     ANY_TEXT,
@@ -1380,7 +1381,7 @@ def test_nothing_comes_between_a_refusal_that_was_none_and_the_second_try(
         ThreadPoolExecutor(1) as thread,
     ):
         ada, taken, filled = wallet.register("Ada")[0], [], []
-        execute, mine = wallet_module._execute_on_postgres, threading.get_ident()
+        execute, mine = wallet_postgres._execute_on, threading.get_ident()
 
         def interfere(connection, sql, *parameters):
             rows = execute(connection, sql, *parameters)
@@ -1393,9 +1394,9 @@ def test_nothing_comes_between_a_refusal_that_was_none_and_the_second_try(
                 )  # It is not done by then, since the account is locked.
             return rows
 
-        monkeypatch.setattr(wallet_module, "_execute_on_postgres", interfere)
+        monkeypatch.setattr(wallet_postgres, "_execute_on", interfere)
         assert wallet.charge(ada.id, 3).balance == 2
-        monkeypatch.setattr(wallet_module, "_execute_on_postgres", execute)
+        monkeypatch.setattr(wallet_postgres, "_execute_on", execute)
         assert len(filled) == len(taken) == 1
         assert isinstance(taken[0].exception(timeout=30), InsufficientFunds)
         check_books(wallet)

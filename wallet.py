@@ -73,6 +73,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from http.client import responses as REASONS
+from importlib import import_module
 from ipaddress import ip_address
 from itertools import accumulate, islice
 from pathlib import Path
@@ -155,23 +156,13 @@ OTHER = "other"  # The label for an unknown route or method.
 # Databases.
 DATABASE_TIMEOUT_S = 5  # For SQLite's lock, which another process may hold, and for all that a call
 # asks of Postgres, with repeats and a restart of the server: longer than either should take.
-RETRY_PAUSE_S, RETRY_PAUSE_MAX_S = 0.002, 0.1  # Before a transaction is run again. It doubles each
-# time, and a random part of it is taken, so that those who met once do not meet again.
-MENDINGS_MAX = 3  # How often a call is run again for an error that may be its own fault.
-POSTGRES_WAITING_MAX = 100  # Calls that wait for a connection. One more fails at once.
-POSTGRES_DIAL_S = 0.5  # Between two tries to connect, and for a healthy server to answer.
-POSTGRES_AWAY_S = 1  # After Postgres missed a deadline, calls fail at once for so long.
-POSTGRES_DEFAULTS = {  # libpq's options, where the DSN has none: a dead line is found in a minute.
-    "fallback_application_name": "wallet",
-    "connect_timeout": os.environ.get("PGCONNECT_TIMEOUT", "3"),
-    "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+RETRY_PAUSE_MAX_S = 0.1  # Before something that another process was in the way of is tried again.
 LONG_TIMEOUT_S = 24 * 3600  # To migrate or copy all of a wallet, in one transaction.
 ACCOUNTS_ROWS = 500  # Read at once, when all accounts are listed.
 SQLITE_CHECKPOINT_PAGES = 4000  # 16 MB of log. Moving it into the database takes syncs too.
 SQLITE_CACHE_KB = 8_000  # For the writer: the pages that hundreds of busy accounts write to.
 SQLITE_READER_CACHE_KB = 500  # For each reader. The system keeps the file in memory anyway.
 SQLITE_VERIFY_CACHE_KB = 64_000  # For `verify`, which reads in another order than the file's.
-SQLITE_VERSION_MIN = (3, 35, 0)  # The first with RETURNING.
 SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Minor version of 3.x: first patch with the fix.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 2
@@ -540,7 +531,7 @@ def _checksum(text: str) -> str:
 
 
 def _parse_token(token: object) -> str:
-    """Return the id of the account that a token says it is for. Raises Unauthorized."""
+    """Return the id of the account that a token is for. Raises Unauthorized."""
     if (isinstance(token, str) and re.fullmatch("wlt_[0-9A-Za-z]{54}", token)
             and _checksum(token[:-6]) == token[-6:]):
         return "acc_" + token[4:20]
@@ -1451,7 +1442,15 @@ def open_database(dsn: str, connections: int, create: bool, read_only: bool = Fa
         raise ConfigurationError("a DSN looks like sqlite:///wallet.db, or with an absolute path"
                                  " sqlite:////srv/wallet.db")
     if scheme in ("postgresql", "postgres"):
-        return PostgresDatabase(dsn, connections)
+        try:
+            is_package = "__path__" in globals()  # Installed, where the files have other names.
+            module = import_module("wallet.postgres" if is_package else "wallet_postgres")
+        except ImportError as error:
+            raise ConfigurationError(
+                f"a DSN of Postgres needs {error.name}: pip install 'psycopg[binary]' psycopg-pool,"
+                " and wallet_postgres.py beside wallet.py") from error
+        database: Database = module.PostgresDatabase(dsn, connections)
+        return database
     if scheme != "sqlite":
         scheme = scheme if scheme.isalnum() else "..."  # It may be anything, such as a password.
         raise ConfigurationError(f"unknown kind of DSN, {scheme}://; known are sqlite:///FILE,"
@@ -1472,10 +1471,9 @@ class SQLiteDatabase(Database):
     """
 
     def __init__(self, path: str | None, create: bool, read_only: bool = False) -> None:
-        if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
-            needed = ".".join(map(str, SQLITE_VERSION_MIN))
-            raise ConfigurationError(f"SQLite {needed} or newer is needed; this Python has"
-                                     f" {sqlite3.sqlite_version}")
+        if sqlite3.sqlite_version_info < (3, 35):  # The first with RETURNING.
+            raise ConfigurationError(
+                f"SQLite 3.35 or newer is needed; this Python has {sqlite3.sqlite_version}")
         self.path = os.path.abspath(path) if path else None  # Wherever the process moves.
         self.location = self.path or "memory, gone when it stops"
         self._read_only = read_only
@@ -1497,7 +1495,6 @@ class SQLiteDatabase(Database):
             raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
 
     def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
-        """Run `function` in the next transaction, alone or with others (see Database)."""
         write = _Write(function, threading.get_ident())
         try:
             with self._lock:
@@ -1567,7 +1564,7 @@ class SQLiteDatabase(Database):
                                           " wallet before you do that."))
 
     def usage(self) -> dict[str, int]:
-        """Tell it of the readers. What waits is a write, for the commit before it."""
+        # What waits is a write, for the commit before it.
         return {"idle": len(self._idle_readers), "in_use": self._reading,
                 "waiting": len(self._queue)}
 
@@ -1716,8 +1713,7 @@ def _check_usable(process_id: int, closed: bool) -> None:
     if closed:
         raise Unavailable("This wallet is closed.")
     if os.getpid() != process_id:
-        raise Unavailable("This wallet was opened before a fork, which no connection can cross:"
-                          " open it after.")
+        raise Unavailable("No connection can cross a fork: open the wallet after it.")
 
 
 def _execute_on(connection: sqlite3.Connection) -> _Execute:
@@ -1730,183 +1726,8 @@ def _run(sql: str, tx: _Execute) -> list[_Row]:
     return tx(sql)
 
 
-def _unavailable(error: Exception) -> Unavailable:
-    reason = getattr(getattr(error, "diag", None), "message_primary", None) or error
+def _unavailable(reason: object) -> Unavailable:
     return Unavailable(f"Nothing was changed, so try again. ({reason})")
-
-
-# SQLSTATEs after which a transaction is run again
-# (https://www.postgresql.org/docs/current/errcodes-appendix.html).
-LOST_A_RACE = "40001", "40P01"  # serialization_failure, deadlock_detected: rolled back, always.
-READ_ONLY = "25006"  # read_only_sql_transaction
-# unique_violation, duplicate_table, duplicate_object
-CHANGED_MEANWHILE = READ_ONLY, "23505", "42P07", "42710"
-
-
-class PostgresDatabase(Database):
-    """Postgres, or an engine that speaks its protocol, through psycopg and its pool.
-
-    A transaction that lost a race or its connection is run again from its beginning. So is one
-    whose COMMIT was not answered: its key tells what became of it, and the locks that it may still
-    hold make the next run wait until that is decided. The statements are right at every isolation
-    level.
-    """
-
-    def __init__(self, dsn: str, connections: int) -> None:
-        try:
-            from psycopg import Error, ProgrammingError
-            from psycopg.conninfo import conninfo_to_dict, make_conninfo
-            from psycopg_pool import ConnectionPool
-        except ImportError as error:
-            raise ConfigurationError("a DSN of Postgres needs more packages:"
-                                     " pip install 'psycopg[binary]' psycopg-pool") from error
-        try:
-            given = conninfo_to_dict(dsn)
-        except (ProgrammingError, UnicodeError):  # Its message may quote the password.
-            given = {"port": "malformed"}
-        host, port, database = (str(given.get(name, "")) for name in ("host", "port", "dbname"))
-        if (dsn.count("@") > 1 or re.search("[^!-~]", dsn) or "@" in host + database
-                or re.search("[^0-9,]", port)):
-            raise ConfigurationError(
-                "the DSN is malformed: it looks like postgresql://USER:PASSWORD@HOST:PORT/DATABASE,"
-                " with %40 for an @ in the password, and other special characters likewise")
-        self.location = f"postgresql://{host}{port and f':{port}'}/{database}"
-        self.public_dsn = make_conninfo(
-            **{name: str(given[name]) for name in given if "password" not in name})
-        self._process_id = os.getpid()
-        self._away_until = 0.0
-        self._connection_class = _timed_connection_class()
-        # A prepared statement belongs to a session, and a pooler such as PgBouncer changes those.
-        options = POSTGRES_DEFAULTS | given | {
-            "client_encoding": "UTF8", "prepare_threshold": None, "autocommit": True}
-        try:
-            with self._connection_class.connect(**options) as connection:
-                connection.deadline = time.monotonic() + DATABASE_TIMEOUT_S
-                self._check_server(partial(_execute_on_postgres, connection))
-        except (Error, UnicodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
-        # The pool would wait ever longer between two tries. So it gives up soon, and begins anew.
-        self._pool: ConnectionPool[Any] = ConnectionPool(
-            kwargs=options, connection_class=self._connection_class, min_size=1,
-            max_size=connections, open=True, max_waiting=POSTGRES_WAITING_MAX, name="wallet",
-            reconnect_timeout=POSTGRES_DIAL_S, reconnect_failed=ConnectionPool.check)
-
-    def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
-        """Run `function` in a transaction of its own (see Database)."""
-        return self._call(function, True, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
-
-    def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
-        """Run `function`, each statement in a transaction of its own."""
-        return self._call(function, False, time.monotonic() + (timeout_s or DATABASE_TIMEOUT_S))
-
-    def usage(self) -> dict[str, int]:
-        """Tell it of the pool."""
-        pool = self._pool.get_stats()
-        idle = pool["pool_available"]
-        return {"idle": idle, "in_use": pool["pool_size"] - idle,
-                "waiting": pool["requests_waiting"]}
-
-    def close(self) -> None:
-        """Close what is not in use. What is in use is closed when its call has ended."""
-        self._pool.close()
-
-    def _call(self, function: Callable[[_Execute], T], transaction: bool, deadline: float) -> T:
-        """Run `function` until it succeeds, while running it again may help and there is time."""
-        from psycopg import Error, IntegrityError
-        from psycopg_pool import PoolTimeout
-
-        _check_usable(self._process_id, self._pool.closed)
-        started = time.monotonic()
-        if started < self._away_until:
-            raise self.failed(_unavailable(Exception("the database has stopped answering")))
-        unknown, mendings, pause_s = False, 0, RETRY_PAUSE_S
-        while True:
-            connection, committing = None, False
-            patience_s = min(DATABASE_TIMEOUT_S, deadline - time.monotonic())
-            try:
-                with self._pool.connection(patience_s) as connection:
-                    connection.deadline = deadline - POSTGRES_DIAL_S  # Leaves time to cancel.
-                    tx = partial(_execute_on_postgres, connection)
-                    if not transaction:
-                        return function(tx)
-                    # The server gives up before the client has to cut the connection, and frees
-                    # the locks of a client that has vanished. This is set for this transaction
-                    # alone, else a pooler would hand the settings on.
-                    timeout_ms = max(1, int((deadline - time.monotonic()) * 800))
-                    tx(f"BEGIN; SET LOCAL statement_timeout = {timeout_ms};"
-                       f" SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}")
-                    result = function(tx)
-                    committing = True
-                    tx("COMMIT")
-                    self.observe([None])
-                    return result
-            except Error as error:
-                unknown |= committing and error.sqlstate not in LOST_A_RACE
-                is_timeout = isinstance(error, PoolTimeout)
-                lost = connection.closed if connection is not None else is_timeout
-                mendable = committing or error.sqlstate in CHANGED_MEANWHILE
-                mendings += mendable
-                again = (lost or error.sqlstate in LOST_A_RACE
-                         or (mendable and mendings <= MENDINGS_MAX))
-                if error.sqlstate == READ_ONLY:  # A standby now: find the primary.
-                    self._pool.drain()
-                if isinstance(error, IntegrityError) and not again and not unknown:
-                    raise
-                if not again or connection is None or time.monotonic() + pause_s > deadline:
-                    if lost and self._connection_class.answered_at < started:
-                        logger.error("%s does not answer: %s", self.location, error)
-                        self._away_until = time.monotonic() + POSTGRES_AWAY_S
-                        self._pool.drain()  # The others may be as dead.
-                    failure = OutcomeUnknown() if unknown else _unavailable(error)
-                    raise self.failed(failure) from error
-            time.sleep(random.uniform(0, pause_s))
-            pause_s = min(2 * pause_s, RETRY_PAUSE_MAX_S)
-
-    def _check_server(self, tx: _Execute) -> None:
-        """Refuse a server that can keep no wallet. Warn of one that may lose what it commits."""
-        settings: dict[str, str] = dict(tx("SELECT name, setting FROM pg_settings"))
-        if settings.get("transaction_read_only") == "on":
-            raise ConfigurationError(f"{self.location} is read-only: name the primary server")
-        if (encoding := settings.get("server_encoding", "UTF8")) != "UTF8":
-            raise ConfigurationError(
-                f"{self.location} is in {encoding}: make a database with ENCODING 'UTF8'")
-        for name in ("fsync", "full_page_writes", "synchronous_commit"):
-            if settings.get(name) == "off":
-                logger.warning("%s has %s off: in a crash it may lose what was answered",
-                               self.location, name)
-
-
-def _timed_connection_class() -> Any:
-    """Return a class of connections that wait until their `deadline` only.
-
-    A server that hangs says nothing. `answered_at` of the class is when it last answered any.
-    """
-    from psycopg import Connection, Error
-
-    class TimedConnection(Connection[_Row]):
-        deadline = answered_at = 0.0
-
-        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-            left_s = max(POSTGRES_DIAL_S, self.deadline - time.monotonic())
-            try:
-                result = super().wait(gen, interval, left_s)
-            except Error as error:
-                if error.sqlstate is None and self.deadline < time.monotonic():
-                    with suppress(Error):  # Nobody waits for the statement any more.
-                        self.cancel_safe(timeout=POSTGRES_DIAL_S)
-                    self.close()
-                raise
-            type(self).answered_at = time.monotonic()
-            return result
-
-    return TimedConnection
-
-
-def _execute_on_postgres(connection: Any, sql: str, *parameters: str | int | None) -> list[_Row]:
-    # Only without parameters may there be several statements.
-    cursor = connection.execute(sql.replace("?", "%s"), parameters or None)
-    return cursor.fetchall() if cursor.description else []
 
 
 # HTTP #############################################################################################
@@ -1936,14 +1757,12 @@ def _fields(rules: _Rules) -> Callable[..., dict[str, Any]]:
 
 @_routes.post("/api/register", body=_fields(NAME), issuer="instead", public=True)
 def _post_register(wallet: Wallet, caller: None, name: str) -> _Response:
-    """Make an account. No other answer ever shows its token."""
     account, token = wallet.register(name)
     return _Response(201, {**_to_json(account), "token": token})
 
 
 @_routes.get("/api/account", query=("at",))
 def _get_account(wallet: Wallet, caller: Account, at: str | None = None) -> _Response:
-    """Show the account, as authentication has just read it, or its balance at a time."""
     if at is None:
         return _Response(200, caller)
     balance, moment = wallet.balance_at(caller.id, at), _format_time(_as_time(_parse_time(at)))
@@ -1953,7 +1772,6 @@ def _get_account(wallet: Wallet, caller: Account, at: str | None = None) -> _Res
 
 @_routes.post("/api/account/token", body=_fields({}), body_optional=True, token=True)
 def _post_token(wallet: Wallet, caller: Account, token: str) -> _Response:
-    """Replace the token. No other answer ever shows the new one."""
     return _Response(201, {**_to_json(caller), "token": wallet.replace_token(caller.id, token)})
 
 
@@ -2006,7 +1824,6 @@ _get(HOLD_PATH, "get_hold")
 
 @_routes.get(STATEMENT_PATH, query=("type", "since", "until"))
 def _get_statement(wallet: Wallet, caller: Account, **filters: Any) -> _Response:
-    """Stream the history, oldest first, for a spreadsheet."""
     chunks = _csv_chunks(wallet.statement(caller.id, **filters))
     next(chunks)
     return _Response(200, chunks, {
@@ -2078,9 +1895,9 @@ def _csv_chunks(transactions: Iterator[Transaction]) -> Iterator[bytes]:
 def _spreadsheet_cell(value: object) -> object:
     """Return a value of which no spreadsheet makes a formula.
 
-    See https://owasp.org/www-community/attacks/CSV_Injection. An apostrophe goes before what a
-    formula begins with, where a cell begins. It goes there behind a semicolon too, which separates
-    cells in countries that have a decimal comma.
+    An apostrophe goes before what a formula begins with, where a cell begins: also behind a
+    semicolon, which separates cells in countries that have a decimal comma.
+    See https://owasp.org/www-community/attacks/CSV_Injection.
     """
     if isinstance(value, dict):
         value = json.dumps(value, ensure_ascii=False) if value else None
@@ -2089,7 +1906,7 @@ def _spreadsheet_cell(value: object) -> object:
 
 
 def _error_response(error: WalletError) -> _Response:
-    """Return a problem document (RFC 9457)."""
+    # A problem document (RFC 9457).
     body = {"title": error.title, "status": error.status, "detail": str(error), "code": error.code,
             **error.members}
     headers = {"Content-Type": "application/problem+json", **error.headers}
@@ -2097,7 +1914,6 @@ def _error_response(error: WalletError) -> _Response:
 
 
 def _read_file(name: str) -> bytes:
-    """Return a file that lies beside this module. Raises NotFound if it is not installed."""
     try:
         return (Path(__file__).parent / name).read_bytes()
     except FileNotFoundError:
@@ -2105,7 +1921,6 @@ def _read_file(name: str) -> bytes:
 
 
 def _check_files(*names: str) -> None:
-    """Warn of files that are not installed beside this module: something will not work."""
     for name in names:
         if not Path(__file__).with_name(name).exists():
             logger.warning("%s is not installed beside wallet.py, and something needs it", name)
@@ -2232,16 +2047,14 @@ class _Metrics:
             "wallet_database_errors", "reads and writes that failed in the database", ["code"])
         connections = gauge("wallet_pool_connections",
                             "connections to Postgres, or those that read SQLite", ["state"])
-        for state in ("idle", "in_use"):
-            connections.labels(state).set_function(
-                partial(lambda one: database.usage()[one], state))
-        waiting = gauge("wallet_pool_waiting",
-                        "calls that wait for a connection to Postgres, or to write to SQLite")
-        waiting.set_function(lambda: database.usage()["waiting"])
+        connections.labels("idle").set_function(lambda: database.usage()["idle"])
+        connections.labels("in_use").set_function(lambda: database.usage()["in_use"])
+        gauge("wallet_pool_waiting",
+              "calls that wait for a connection to Postgres, or to write to SQLite",
+              ).set_function(lambda: database.usage()["waiting"])
         for type in SIGN_BY_TYPE:  # A series that begins at 0 shows its first one too.
             self.movements.labels(type), self.amounts.labels(type)
-        for error in (Unavailable, OutcomeUnknown):
-            self.errors.labels(error.code)
+        self.errors.labels(Unavailable.code), self.errors.labels(OutcomeUnknown.code)
         database.observe = self.observe
 
     def get(self, wallet: Wallet, caller: None) -> _Response:
@@ -2319,9 +2132,8 @@ class App:
         duration_s, caller = time.perf_counter() - started, environ.get(CALLER)
         if not isinstance(caller, Account) and answer.status in (401, 500, 503):
             caller = None  # It is only what the token says, and maybe nobody has looked it up.
-        account_id = getattr(caller, "id", caller)
-        _log_access(method, path, answer.status, duration_s, request_id, account_id,
-                    self._client(environ))
+        _log_access(method, path, answer.status, round(duration_s * 1000, 1), request_id,
+                    getattr(caller, "id", caller), self._client(environ))
         if self._metrics:
             self._metrics.count(environ.get(ROUTE, OTHER), method, answer, duration_s)
         start_response(status, headers)
@@ -2440,12 +2252,10 @@ REQUEST_FIELDS = (
     "method", "path", "status", "duration_ms", "request_id", "account_id", "client")
 
 
-def _log_access(method: str, path: str, status: int, duration_s: float, request_id: str,
-                account_id: str | None, client: str) -> None:
-    """Log one request: never its query or body, nor a token that somebody put into its path."""
+def _log_access(method: str, path: str, *others: object) -> None:
+    """Log REQUEST_FIELDS: never a query or body, nor a token that somebody put into the path."""
     if access_logger.isEnabledFor(logging.INFO):
-        known = (_loggable(method)[:20], _loggable(path)[:200], status,
-                 round(duration_s * 1000, 1), request_id, account_id, client)
+        known = (_loggable(method)[:20], _loggable(path)[:200], *others)
         shown = ("-" if value in (None, "") else value for value in known)
         access_logger.info("%s %s %s %s ms %s %s %s", *shown,
                            extra=dict(zip(REQUEST_FIELDS, known, strict=True)))
@@ -2469,10 +2279,7 @@ def _hide_tokens(text: str) -> str:
 
 
 def _load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """Return every setting: as it is given, else from the environment, else its default.
-
-    Raises ConfigurationError.
-    """
+    """Return every setting: given, else the environment's, else its default."""
     settings = {one.name: one.parse(given.get(one.name, one.fallback)) for one in SETTINGS}
     _check_issuer_token(settings["issuer-token"])
     _parse_proxy(settings["trusted-proxy"])

@@ -36,7 +36,6 @@ from wallet import (
     Account,
     App,
     ConfigurationError,
-    PostgresDatabase,
     SQLiteDatabase,
     Wallet,
     WalletError,
@@ -270,9 +269,25 @@ def _run_freeze(settings: Mapping[str, Any]) -> None:
 def _run_backup(settings: Mapping[str, Any]) -> None:
     file = settings["file"]
     with _open_wallet(settings, read_only=True) as wallet:
+        if not isinstance(wallet.database, SQLiteDatabase):
+            raise ConfigurationError(_advise_pg_dump(settings["dsn"], file))
         accounts, entries = back_up(wallet, file, _show_progress)
     print(f"verified: {file} has {os.path.getsize(file):,} bytes, {accounts:,} accounts and"
           f" {entries:,} entries")
+
+
+def _advise_pg_dump(dsn: str, path: str) -> str:
+    """Return the commands that back up and restore Postgres, without the password."""
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+    given = conninfo_to_dict(dsn)
+    database = shlex.quote(make_conninfo(
+        **{name: str(given[name]) for name in given if "password" not in name}))
+    file = shlex.quote(os.path.abspath(path))
+    return ("Postgres is backed up while it serves by\n"
+            f"pg_dump --format=custom --file={file} --dbname={database}\n"
+            "and restored with all wallets stopped, to a database that is empty, by\n"
+            f"pg_restore --exit-on-error --single-transaction --dbname={database} {file}")
 
 
 def back_up(wallet: Wallet, path: str,
@@ -283,14 +298,9 @@ def back_up(wallet: Wallet, path: str,
     WrongBooks, and ConfigurationError, also where there is a file of that name.
     """
     database, path = wallet.database, os.path.abspath(path)
-    if isinstance(database, PostgresDatabase):
-        dsn, file = shlex.quote(database.public_dsn), shlex.quote(path)
-        raise ConfigurationError(
-            "Postgres is backed up while it serves by\n"
-            f"pg_dump --format=custom --file={file} --dbname={dsn}\n"
-            "and restored with all wallets stopped, to a database that is empty, by\n"
-            f"pg_restore --exit-on-error --single-transaction --dbname={dsn} {file}")
-    if not isinstance(database, SQLiteDatabase) or database.path is None:
+    if not isinstance(database, SQLiteDatabase):
+        raise ConfigurationError(f"{database.location} is backed up by pg_dump")
+    if database.path is None:
         raise ConfigurationError(
             "a wallet in memory is gone when it stops: there is nothing to back up")
     if os.path.lexists(path):

@@ -40,6 +40,7 @@ from webtest import TestApp
 
 import wallet as wallet_module
 import wallet_cli
+import wallet_postgres
 from wallet import AMOUNT_MAX, Wallet, WalletError, create_app, running
 
 HERE = Path(__file__).parent.parent
@@ -1704,7 +1705,7 @@ def books_by_engine(request, tmp_path_factory):
                     )
                     opened[engine] = (
                         connection,
-                        partial(wallet_module._execute_on_postgres, connection),
+                        partial(wallet_postgres._execute_on, connection),
                     )
         return opened[engine][1]
 

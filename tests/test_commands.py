@@ -26,6 +26,7 @@ import pytest
 
 import wallet as wallet_module
 import wallet_cli
+import wallet_postgres
 from tests.support import (
     MODULE,
     Intent,
@@ -165,7 +166,7 @@ def test_wallet_that_cannot_be_read_now_is_not_said_to_be_missing(
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.5)
     with contextlib.ExitStack() as stack:
         freeze = lambda self, tx: stack.enter_context(postgres_server.frozen())  # noqa: E731
-        monkeypatch.setattr(wallet_module.PostgresDatabase, "_check_server", freeze)
+        monkeypatch.setattr(wallet_postgres.PostgresDatabase, "_check_server", freeze)
         with pytest.raises(
             ConfigurationError,
             match=r"cannot use .*stopped answering|cannot use .*get a connection",

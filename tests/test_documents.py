@@ -298,6 +298,7 @@ def test_image_has_every_file_that_the_service_reads():
         "requirements.txt",
         "wallet.py",
         "wallet_cli.py",
+        "wallet_postgres.py",
         "migrations/",
         "schema.sql",
         "checks.sql",

@@ -24,6 +24,7 @@ import pytest
 
 import wallet as wallet_module
 import wallet_cli
+import wallet_postgres
 from tests.support import (
     HERE,
     SERIALIZABLE,
@@ -63,7 +64,7 @@ def test_16_threads_on_one_hot_account_at_serializable_never_see_a_serialization
     new_schema, monkeypatch, careless
 ):
     if careless:
-        monkeypatch.setattr(wallet_module, "LOST_A_RACE", ())
+        monkeypatch.setattr(wallet_postgres, "LOST_A_RACE", ())
     with Wallet(new_schema(SERIALIZABLE), connections=16) as wallet:
         ada, _ = wallet.register("Ada")
         outcomes = together(*[lambda: [wallet.topup(ada.id, 1) for _ in range(20)]] * 16)
@@ -147,7 +148,7 @@ def test_state_that_another_run_may_mend_gets_another_run_and_not_for_ever(postg
     rename(3)
     assert postgres_wallet.account(ada.id).name == "Ada1"
     if (
-        state not in wallet_module.LOST_A_RACE
+        state not in wallet_postgres.LOST_A_RACE
     ):  # They end by themselves, and what is left is a fault.
         run(lambda tx: tx("ALTER SEQUENCE tries RESTART"))
         with pytest.raises((Unavailable, psycopg.IntegrityError)):
@@ -274,7 +275,7 @@ def test_connections_that_went_dead_in_silence_cost_one_call_and_not_one_each(
     new_schema, postgres_server, monkeypatch
 ):
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 1)
-    monkeypatch.setattr(wallet_module, "POSTGRES_AWAY_S", 0)
+    monkeypatch.setattr(wallet_postgres, "POSTGRES_AWAY_S", 0)
     with Wallet(new_schema(on=postgres_server), connections=4) as wallet:
         ada, _ = wallet.register("Ada")
         ask = "SELECT pg_backend_pid(), pg_sleep(0.1)"
@@ -394,19 +395,19 @@ def test_refusal_never_contradicts_itself_when_the_balance_changes_meanwhile(
         ada, _ = wallet.register("Ada")
         if balance:
             wallet.topup(ada.id, balance)
-        execute = wallet_module._execute_on_postgres
+        execute = wallet_postgres._execute_on
 
         def move_after_the_update(connection, sql, *parameters):
             rows = execute(connection, sql, *parameters)
             if sql == wallet_module.POST and not rows:
-                monkeypatch.setattr(wallet_module, "_execute_on_postgres", execute)
+                monkeypatch.setattr(wallet_postgres, "_execute_on", execute)
                 getattr(other, theirs[0])(ada.id, theirs[1])
             return rows
 
         def sign(movement):
             return movement[1] if movement[0] == "topup" else -movement[1]
 
-        monkeypatch.setattr(wallet_module, "_execute_on_postgres", move_after_the_update)
+        monkeypatch.setattr(wallet_postgres, "_execute_on", move_after_the_update)
         assert getattr(wallet, mine[0])(ada.id, mine[1]).balance == balance + sign(theirs) + sign(
             mine
         )
@@ -661,7 +662,7 @@ def test_commit_that_never_ends_is_unknown_and_its_key_tells_later(
             assert answer.json["code"] == "outcome_unknown"
             assert answer.headers["Retry-After"] == "1"
         monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 5)
-        time.sleep(wallet_module.POSTGRES_AWAY_S)
+        time.sleep(wallet_postgres.POSTGRES_AWAY_S)
         again = api.send("POST", path, body, Idempotency_Key="k", status=201)
         assert again.json["balance"] == wallet.account(ada.id).balance == 5
         check_books(wallet)
@@ -725,7 +726,7 @@ def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_aft
 
 
 def test_exhausted_pool_is_503_and_the_queue_for_it_is_bounded(postgres_dsn, monkeypatch):
-    monkeypatch.setattr(wallet_module, "POSTGRES_WAITING_MAX", 3)
+    monkeypatch.setattr(wallet_postgres, "POSTGRES_WAITING_MAX", 3)
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 2)
     with Wallet(postgres_dsn, connections=2) as wallet, ThreadPoolExecutor(3) as threads:
         ada, token = wallet.register("Ada")
@@ -871,7 +872,8 @@ def test_missing_driver_is_one_line_with_the_command_that_installs_it(missing):
     assert done.returncode == 2
     assert (
         done.stderr
-        == "wallet: a DSN of Postgres needs more packages: pip install 'psycopg[binary]' psycopg-pool\n"
+        == f"wallet: a DSN of Postgres needs {missing}: pip install 'psycopg[binary]' psycopg-pool,"
+        " and wallet_postgres.py beside wallet.py\n"
     )
 
 
@@ -1105,11 +1107,15 @@ def foreign_parts(source):
     return {part for part in found if not part.isupper()} - SQL_PARTS
 
 
+MODULES = "wallet.py", "wallet_cli.py", "wallet_postgres.py"
+FUTURE = "from __future__ import annotations\n"
+
+
 def test_no_value_is_ever_put_into_sql_as_text():
     """The linter that looks for this cannot tell a constant from a value, so it leaves that to this
     test.
     """
-    source = (HERE / "wallet.py").read_text()
+    source = "".join((HERE / name).read_text() for name in MODULES).replace(FUTURE, "")
     assert foreign_parts(source) == set()
     assert foreign_parts(source + "\ntx(f\"SELECT 1 FROM accounts WHERE name = '{name}'\")") == {
         "name"
@@ -1117,8 +1123,8 @@ def test_no_value_is_ever_put_into_sql_as_text():
 
 
 def sql_statements():
-    """Return every SQL text of wallet.py that either engine may get, and of the files of SQL."""
-    tree = ast.parse((HERE / "wallet.py").read_text())
+    """Return every SQL text of the modules that either engine may get, and of the files of SQL."""
+    tree = ast.parse("".join((HERE / name).read_text() for name in MODULES).replace(FUTURE, ""))
     skipped = next(
         node
         for node in tree.body

@@ -1235,8 +1235,8 @@ def test_currency_is_fixed_when_the_database_is_made(durable_dsn):
 
 
 def test_sqlite_too_old_is_refused(monkeypatch):
-    monkeypatch.setattr(wallet_module, "SQLITE_VERSION_MIN", (99, 0, 0))
-    with pytest.raises(ConfigurationError, match=r"SQLite 99\.0\.0 or newer is needed"):
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    with pytest.raises(ConfigurationError, match=r"SQLite 3\.35 or newer is needed"):
         Wallet()
 
 
