@@ -1183,6 +1183,7 @@ def test_batch_tells_all_wrong_fields_at_once_with_pointers(api):
     assert api.send("GET", "/api/account").json["balance"] == 0
 
 
+@pytest.mark.slow_on("postgres")
 def test_batch_of_1000_fits_and_bodies_of_a_mebibyte_are_for_batches_only(wallet):
     _, token = wallet.register("Ada")
     batch = {
@@ -1757,6 +1758,7 @@ def test_statement_is_the_whole_history_as_csv(wallet):
         api.send("HEAD", "/api/transactions.csv", status=200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wallet", ["file", "postgres"], indirect=True)
 def test_statement_of_any_length_takes_little_memory(wallet, ada):
     fill_with_topups(wallet, ada.id, 5500)
@@ -2087,6 +2089,7 @@ def test_frozen_account_can_be_read_and_receives_nothing_and_spends_nothing(wall
         wallet.freeze("acc_0000000000000000")
 
 
+@pytest.mark.slow_on("postgres")
 def test_commands_freeze_and_unfreeze_an_account_of_a_wallet_that_runs(durable_dsn, tmp_path):
     with served("--dsn", durable_dsn) as server:
         url = server.url

@@ -144,6 +144,7 @@ SOCKET_OPTIONS = [
     # The kernel would keep megabytes for a slow reader, and what it has read would show late.
     (socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES_MAX // 2)]
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
+WATCH_INTERVAL_S = 1  # Between two looks for clients that are late.
 STOP_TIMEOUT_S = 10  # To finish when the server is told to stop. Supervisors often kill after 30 s.
 STOP_IDLE_S = 0.5  # A connection that was used so recently may be sending its next request.
 QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take.
@@ -2469,11 +2470,11 @@ class _Server(TcpWSGIServer):
         return bool(unread >= STATEMENTS_MAX)
 
     def turn(self, timeout_s: float, idle_s: float) -> None:
-        """Handle what happens next. Each second, close the connections of clients that are late."""
+        """Handle what happens next. Now and then, let go of clients that are late."""
         wasyncore.loop(timeout_s, use_poll=True, map=self.sockets, count=1)
         while self.probes:
             self.probes.popleft().service()
-        if (now := time.monotonic()) - self.looked_at > min(1, idle_s / 5):
+        if (now := time.monotonic()) - self.looked_at >= timeout_s:
             self.looked_at = now
             for channel in list(self.active_channels.values()):
                 if channel.is_late(now, idle_s):
@@ -2485,7 +2486,7 @@ class _Server(TcpWSGIServer):
     def run(self) -> None:
         """Serve until `stop`; then answer what was received, for STOP_TIMEOUT_S at most."""
         while not self.stopping:
-            self.turn(1, IDLE_TIMEOUT_S)
+            self.turn(WATCH_INTERVAL_S, IDLE_TIMEOUT_S)
         for _ in range(CONNECTIONS_MAX):  # Take what the kernel has accepted for us.
             self.handle_accept()
         wasyncore.dispatcher.close(self)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
@@ -240,11 +241,20 @@ class PostgresServer:
                     os.kill(process, signal.SIGCONT)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as slow what `slow_on` says: the test with these parameters, or ids of parameters."""
+    for item in items:
+        for mark in item.iter_markers("slow_on"):
+            if {item.callspec.id, *item.callspec.id.split("-")} & set(mark.args):
+                item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def postgres_server():
     # Not below pytest's own folder: started by root, the server is another user, and each pytest
     # locks that folder up.
-    with tempfile.TemporaryDirectory(prefix="wallet-") as folder:
+    with tempfile.TemporaryDirectory(prefix="wallet-", dir=memory_folder()) as folder:
         server = PostgresServer(Path(folder))
         yield server
         server.stop()
@@ -286,7 +296,12 @@ def make_dsn(kind, request):
     return request.getfixturevalue("new_schema")(SERIALIZABLE if kind == "serializable" else "")
 
 
-@pytest.fixture(params=["memory", "file", "postgres"])
+# What a file proves of SQLite, and Postgres as it comes, CI proves of these too.
+MEMORY = pytest.param("memory", marks=pytest.mark.slow)
+STRICT = pytest.param("serializable", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=[MEMORY, "file", "postgres"])
 def dsn(request):
     return make_dsn(request.param, request)
 
@@ -296,12 +311,12 @@ def durable_dsn(request):
     return make_dsn(request.param, request)
 
 
-@pytest.fixture(params=["memory", "file", "postgres", "serializable"])
+@pytest.fixture(params=[MEMORY, "file", "postgres", STRICT])
 def concurrent_dsn(request):
     return make_dsn(request.param, request)
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=[MEMORY, "file"])
 def sqlite_wallet(request):
     with Wallet(make_dsn(request.param, request)) as wallet:
         yield wallet
@@ -325,12 +340,18 @@ def file_dsn(tmp_path):
     return f"sqlite:///{tmp_path}/wallet.db"
 
 
+def memory_folder():
+    """Return a folder in memory, where a sync takes no time, if there is one with room."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage("/dev/shm").free > 2**31:
+            return "/dev/shm"
+    return None
+
+
 @pytest.fixture
 def fast_path():
-    """A folder in memory where there is one, in which a sync takes no time."""
-    with tempfile.TemporaryDirectory(
-        dir="/dev/shm" if os.path.isdir("/dev/shm") else None
-    ) as folder:
+    """A folder in which a sync takes no time, if there is one."""
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
         yield Path(folder)
 
 
@@ -352,7 +373,7 @@ def kept_wallet(kept_schema):
         yield wallet
 
 
-@pytest.fixture(params=["memory", "file", "postgres"])
+@pytest.fixture(params=[MEMORY, "file", "postgres"])
 def wallet(request):
     if request.param != "postgres":
         with Wallet(make_dsn(request.param, request)) as wallet:
@@ -562,7 +583,7 @@ def limited(**limits):
     """Return a program that is wallet.py with other limits, and that looks for slow clients more
     often.
     """
-    limits = {"WATCH_INTERVAL_S": 0.2, "STOP_IDLE_S": 0.05, **limits}
+    limits = {"WATCH_INTERVAL_S": 0.1, "STOP_IDLE_S": 0.05, **limits}
     return "-c", f"import sys, wallet, wallet_cli; vars(wallet).update({limits}); sys.exit(wallet_cli.main())"
 
 
@@ -572,7 +593,7 @@ def serving(monkeypatch):
 
     @contextmanager
     def serve(wallet=None, **limits):
-        for name, value in limits.items():
+        for name, value in {"WATCH_INTERVAL_S": 0.1, **limits}.items():
             monkeypatch.setattr(wallet_module, name, value)
         with running(wallet) as url:
             yield url

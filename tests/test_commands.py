@@ -105,6 +105,7 @@ def full_dsn(full_file, durable_dsn):
     return durable_dsn
 
 
+@pytest.mark.slow_on("postgres-postgres", "postgres-file", "file-file")
 @pytest.mark.parametrize("kind", ["file", "postgres"])
 def test_copy_moves_all_to_another_database_and_tokens_keep_working(
     full_dsn, kind, new_schema, tmp_path
@@ -158,6 +159,7 @@ def test_copy_of_no_wallet_is_refused_and_makes_none(tmp_path, postgres_dsn, fil
     assert done.stderr.startswith("wallet: there is no wallet in postgresql://")
 
 
+@pytest.mark.slow
 def test_wallet_that_cannot_be_read_now_is_not_said_to_be_missing(
     new_schema, postgres_server, monkeypatch
 ):
@@ -236,6 +238,7 @@ def test_copy_to_a_server_that_went_away_ends(file_dsn, new_schema, postgres_ser
             postgres_server.restart()
 
 
+@pytest.mark.slow_on("postgres")
 @pytest.mark.parametrize(
     "change",
     [
@@ -264,6 +267,7 @@ def test_copy_that_the_source_was_changed_under_is_undone(full_dsn, postgres_dsn
         assert contents(postgres_dsn)[1:] == [[], [], []]
 
 
+@pytest.mark.slow
 def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 1)
     with Wallet(full_dsn) as source, Wallet(postgres_dsn) as target:
@@ -272,6 +276,7 @@ def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
     assert contents(postgres_dsn) == contents(full_dsn)
 
 
+@pytest.mark.slow_on("postgres")
 @pytest.mark.parametrize(
     "damage",
     [
@@ -509,6 +514,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.slow_on("postgres")
 @pytest.mark.parametrize(
     ("check", "wrong", "damage"),
     [(check, wrong, damage) for check, wrong, *damage in DAMAGES],
@@ -574,6 +580,7 @@ def spend_in_every_way(wallet, ids, number, stopped):
     return done
 
 
+@pytest.mark.slow_on("postgres")
 @pytest.mark.parametrize("times", [20, torture(300)])
 def test_verify_raises_no_false_alarm_while_others_write(durable_dsn, times, monkeypatch, report):
     monkeypatch.setattr(wallet_cli, "VERIFY_ACCOUNTS", 3)

@@ -125,7 +125,8 @@ def test_contract_opens_the_routes_that_are_open():
 def test_readme_names_a_test_for_every_promise():
     named = [re.findall(r"`(test_\w+)`", row[2]) for row in readme_table("What it promises")]
     assert len(named) == 5
-    assert all(names and {*names} <= all_tests().keys() for names in named)
+    known = all_tests().keys()
+    assert all(names and {*names} <= known for names in named)
     promises = re.sub(r"\s+", " ", wallet_module.__doc__)
     for number, row in enumerate(readme_table("What it promises"), 1):
         assert f"{number}. {row[0]}" in promises
@@ -245,6 +246,7 @@ def test_versions_are_pinned_once_and_the_commands_are_the_same_everywhere():
     assert test_command in (HERE / ".ci" / "run").read_text()
 
 
+@pytest.mark.slow
 def test_uv_runs_the_wallet_with_what_it_says_it_needs(tmp_path):
     for name in ("wallet.py", "wallet_cli.py", "schema.sql"):
         shutil.copy(HERE / name, tmp_path)
@@ -276,6 +278,7 @@ def run_bench(*arguments, **settings):
     )
 
 
+@pytest.mark.slow
 def test_bench_says_how_to_install_what_it_needs_and_prints_ratios():
     missing = run_bench("--only", "waitress: account reads", PATH="/nowhere")
     assert (missing.returncode, missing.stdout) == (2, "")
@@ -404,6 +407,7 @@ def run_schemathesis(folder, url, token, examples, *arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("examples", "options"),
     [  # With a time, it begins anew until that is over.
@@ -432,6 +436,7 @@ def test_service_keeps_to_its_contract_whatever_schemathesis_sends(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("serving", ["waitress"], indirect=True)
 def test_control_a_fault_behind_an_earlier_answer_is_found_by_schemathesis(
     serving, file_wallet, tmp_path, monkeypatch

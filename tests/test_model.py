@@ -432,6 +432,7 @@ class Model(RuleBasedStateMachine):
             assert self.wallet.holds(account, limit=100).holds == expected
 
 
+@pytest.mark.slow_on("memory", "postgres")
 @pytest.mark.parametrize("examples", [8, torture(1000)])
 def test_wallet_does_what_its_model_does(dsn, examples, monkeypatch):
     examples *= 5 if dsn == "sqlite://" and examples == 8 else 1  # There they are cheap.

@@ -167,6 +167,7 @@ def test_wheel_is_one_package_with_every_file_that_the_code_reads(wheel):
     assert outside == {"_wallet_pytest.py"}
 
 
+@pytest.mark.slow
 def test_version_has_one_source(wheel, installed):
     assert wheel.name == f"wallet-{wallet_module.__version__}-py3-none-any.whl"
     assert not re.search(r"(?m)^version = ", (HERE / "pyproject.toml").read_text())
@@ -197,6 +198,7 @@ def test_metadata_names_the_licence_what_is_needed_and_the_entry_points(wheel):
     assert all(specifier.contains(pinned[name]) for name, specifier in allowed.items())
 
 
+@pytest.mark.slow
 def test_installed_wallet_serves_all_its_files_from_any_folder(installed, tmp_path):
     with served(installed, tmp_path) as url:
         for path in ("/", "/openapi.yaml", "/readyz"):
@@ -217,6 +219,7 @@ def test_embedding_example_uses_every_public_name():
     assert (public, methods) == ([], ["close"])
 
 
+@pytest.mark.slow
 def test_embedding_example_runs_and_mypy_strict_has_nothing_to_say(installed, tmp_path):
     shutil.copy(EXAMPLE, tmp_path / "program.py")
     assert "wlt_" in installed.run("python", "program.py", cwd=tmp_path)
@@ -224,6 +227,7 @@ def test_embedding_example_runs_and_mypy_strict_has_nothing_to_say(installed, tm
     assert said == "Success: no issues found in 1 source file\n"
 
 
+@pytest.mark.slow
 def test_mypy_strict_has_nothing_to_say_where_the_wallet_is_vendored(bare, tmp_path):
     shutil.copy(EXAMPLE, tmp_path / "program.py")
     shutil.copy(HERE / "wallet.py", tmp_path)
@@ -282,6 +286,7 @@ def project(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @WAYS
 def test_fixtures_come_with_an_installed_wallet_and_work_as_documented(installed, tmp_path, way):
     documented = (HERE / "docs" / "embedding.md").read_text().partition("fixtures for pytest")[2]
@@ -290,11 +295,13 @@ def test_fixtures_come_with_an_installed_wallet_and_work_as_documented(installed
     assert "5 passed" in installed.run(*way, "-W", "error", cwd=tmp_path)
 
 
+@pytest.mark.slow
 @WAYS
 def test_vendored_wallet_is_tested_by_a_plain_pytest(bare, project, way):
     assert "2 passed" in bare.run(*way, "-W", "error", cwd=project)
 
 
+@pytest.mark.slow
 @WAYS
 def test_vendored_wallet_is_the_one_that_is_tested_where_another_is_installed(
         installed, project, way):

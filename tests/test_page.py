@@ -293,6 +293,7 @@ def test_page_shows_the_token_once_and_copies_it(kiosk, visit):
     assert kiosk.wallet.authenticate(token).name == "Grace"
 
 
+@pytest.mark.slow_on("USD", "JPY")
 @in_browser
 @pytest.mark.parametrize(
     ("kiosk", "typed", "shown", "nothing"),
@@ -376,6 +377,7 @@ def test_page_sends_no_amount_that_is_wrong_and_says_what_to_type(kiosk, visit):
     assert kiosk.wallet.transactions(kiosk.ada.id).transactions == []
 
 
+@pytest.mark.slow
 @in_browser
 def test_commands_that_the_page_shows_do_in_bash_what_its_buttons_do(kiosk, visit):
     bob, _ = kiosk.wallet.register("Bob")
@@ -467,6 +469,7 @@ def test_page_holds_captures_releases_transfers_and_refunds(kiosk, visit):
     assert tab.page.get_by_role("button", name="Refund").count() == 0
 
 
+@pytest.mark.slow
 @in_browser
 def test_what_is_done_elsewhere_is_shown_within_two_seconds_and_not_asked_for_while_hidden(
     kiosk, visit
@@ -504,6 +507,7 @@ def test_what_is_done_elsewhere_is_shown_within_two_seconds_and_not_asked_for_wh
 KEY_EACH_TIME = ("if (text) headers", "if (key) key = makeKey();\n  if (text) headers")
 
 
+@pytest.mark.slow_on("True")
 @in_browser
 @pytest.mark.parametrize("careless", [False, True])
 def test_page_sends_again_with_the_same_key_until_there_is_an_answer(
@@ -559,6 +563,7 @@ def test_page_sends_again_with_the_same_key_until_there_is_an_answer(
     assert tab.page.evaluate("sessionStorage.getItem('wallet-pending')") is None
 
 
+@pytest.mark.slow
 @in_browser
 def test_page_is_calm_while_the_wallet_is_away_and_goes_on_when_it_is_back(kiosk, visit):
     tab = visit(kiosk.url, kiosk.token, refusals=["ERR_FAILED"])
@@ -573,6 +578,7 @@ def test_page_is_calm_while_the_wallet_is_away_and_goes_on_when_it_is_back(kiosk
     assert tab.page.locator("#notice").inner_text() == ""
 
 
+@pytest.mark.slow
 @in_browser
 def test_page_says_what_a_dead_token_a_frozen_account_and_an_issuer_mean(kiosk, visit):
     stale = visit(kiosk.url, kiosk.token, refusals=[401, 403])
@@ -610,6 +616,7 @@ def test_page_says_what_a_dead_token_a_frozen_account_and_an_issuer_mean(kiosk, 
         tab.close()
 
 
+@pytest.mark.slow
 @in_browser
 def test_history_of_thousands_loads_as_one_scrolls_and_stays_smooth(kiosk, visit):
     for first in range(0, 2000, 1000):
@@ -750,6 +757,7 @@ def check_accessible(tab, axe):
     assert tab.page.evaluate("document.documentElement.scrollWidth") == 320
 
 
+@pytest.mark.slow
 @in_browser
 def test_axe_finds_nothing_in_any_state_of_the_page(kiosk, visit, axe):
     tab = visit(kiosk.url, refusals=[401, 402])
@@ -774,6 +782,7 @@ def test_axe_finds_nothing_in_any_state_of_the_page(kiosk, visit, axe):
     check_accessible(tab, axe)
 
 
+@pytest.mark.slow
 @in_browser
 def test_control_what_a_user_cannot_read_is_found(kiosk, visit, axe):
     tab = visit(kiosk.url)

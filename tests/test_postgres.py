@@ -248,6 +248,7 @@ def test_text_is_utf_8_whatever_the_environment_says(postgres_dsn, monkeypatch):
         assert wallet.account(account.id).name == "Łucja 李"
 
 
+@pytest.mark.slow
 def test_silent_server_is_one_line_and_exit_code_2():
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         done = command(
@@ -259,6 +260,7 @@ def test_silent_server_is_one_line_and_exit_code_2():
     )
 
 
+@pytest.mark.slow
 def test_call_waits_out_an_outage_that_is_shorter_than_its_deadline(new_schema, postgres_server):
     with Wallet(new_schema(on=postgres_server)) as wallet, ThreadPoolExecutor(1) as thread:
         ada, _ = wallet.register("Ada")
@@ -485,6 +487,7 @@ def test_no_process_keeps_what_another_may_change(postgres_dsn):
             other.authenticate(token)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts", [10, torture(50)])
 def test_restarts_of_postgres_under_load_lose_nothing_and_double_nothing(
     new_schema, postgres_server, restarts, report

@@ -187,6 +187,7 @@ class Crashes:
             )
 
 
+@pytest.mark.slow_on("postgres")
 @pytest.mark.parametrize(
     ("durable_dsn", "kills"),
     [
@@ -1019,17 +1020,22 @@ w.close()
 
 def test_interrupted_write_that_waits_is_never_done(sqlite_wallet):
     wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
-    release = hold_the_writer(wallet)
+    release, interrupted = hold_the_writer(wallet), threading.Event()
 
     def interrupt():
         wait_for_queue(wallet, 1)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        # Python does not hear a signal that comes as it begins to wait for a lock.
+        while not interrupted.wait(0.05):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    def once(*_):
+        if not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
 
     interrupter = threading.Thread(target=interrupt)
     interrupter.start()
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # A job in the background ignores it.
+    before = signal.signal(signal.SIGINT, once)
     try:
         with pytest.raises(KeyboardInterrupt):
             wallet.topup(ada.id, 5)
@@ -1258,6 +1264,7 @@ def test_new_file_that_another_process_is_opening_is_waited_for(file_dsn, monkey
             Wallet(file_dsn)
 
 
+@pytest.mark.slow_on("postgres")
 def test_four_processes_may_open_a_new_database_at_once_and_all_write(durable_dsn):
     program = f"""
 import sys, wallet, wallet_cli

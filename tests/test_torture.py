@@ -171,6 +171,7 @@ def make_intents(url, count):
     ]
 
 
+@pytest.mark.slow_on("postgres")
 @pytest.mark.parametrize(("keys", "restarts"), [(4, 1), torture(1000, 40)])
 def test_32_sends_of_each_key_to_two_processes_across_restarts_have_one_effect_and_equal_answers(
     durable_dsn, keys, restarts, report
@@ -361,6 +362,7 @@ class Bank:
         check_books(self.wallet)
 
 
+@pytest.mark.slow_on("CarelessBank", "serializable")
 @pytest.mark.parametrize("snapshots", [960, torture(100_000)])
 @pytest.mark.parametrize(
     ("engine", "kind"),
@@ -534,6 +536,7 @@ def check_pages(wallet, rng):
             ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FAKETIME, reason="needs faketime: apt install faketime")
 @pytest.mark.parametrize("jumps", [4, torture(1000)])
 @pytest.mark.parametrize(
@@ -691,6 +694,7 @@ wallet._hide_tokens = str
 """
 
 
+@pytest.mark.slow_on("postgres", "control")
 @pytest.mark.parametrize(
     ("durable_dsn", "change"),
     [("file", ""), ("postgres", ""), ("file", LEAKY)],
