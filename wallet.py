@@ -516,6 +516,7 @@ class _Entry(NamedTuple):
 
 
 def _random_base62(length: int) -> str:
+    """Return random letters and digits that nobody can guess, 5.95 bits each."""
     return "".join(secrets.choice(BASE62) for _ in range(length))
 
 
@@ -553,7 +554,8 @@ def _now_us() -> int:
     return time.time_ns() // 1000
 
 
-def _as_us(moment: datetime) -> int:  # Microseconds since 1970, as in the tables.
+def _as_us(moment: datetime) -> int:
+    """Return a time as the tables have it, in microseconds since 1970."""
     return (moment - EPOCH) // timedelta(microseconds=1)
 
 
@@ -1758,6 +1760,7 @@ def _fields(rules: _Rules) -> Callable[..., dict[str, Any]]:
 
 @_routes.post("/api/register", body=_fields(NAME), issuer="instead", public=True)
 def _post_register(wallet: Wallet, caller: None, name: str) -> _Response:
+    """Make an account. No other answer ever shows its token."""
     account, token = wallet.register(name)
     return _Response(201, {**_to_json(account), "token": token})
 
@@ -1773,6 +1776,7 @@ def _get_account(wallet: Wallet, caller: Account, at: str | None = None) -> _Res
 
 @_routes.post("/api/account/token", body=_fields({}), body_optional=True, token=True)
 def _post_token(wallet: Wallet, caller: Account, token: str) -> _Response:
+    """Replace the token. No other answer ever shows the new one."""
     return _Response(201, {**_to_json(caller), "token": wallet.replace_token(caller.id, token)})
 
 
@@ -1907,7 +1911,7 @@ def _spreadsheet_cell(value: object) -> object:
 
 
 def _error_response(error: WalletError) -> _Response:
-    # A problem document (RFC 9457).
+    """Return a problem document (RFC 9457)."""
     body = {"title": error.title, "status": error.status, "detail": str(error), "code": error.code,
             **error.members}
     headers = {"Content-Type": "application/problem+json", **error.headers}
@@ -1915,6 +1919,7 @@ def _error_response(error: WalletError) -> _Response:
 
 
 def _read_file(name: str) -> bytes:
+    """Return a file that lies beside this module. Raises NotFound if it is not installed."""
     try:
         return (Path(__file__).parent / name).read_bytes()
     except FileNotFoundError:
@@ -1922,6 +1927,7 @@ def _read_file(name: str) -> bytes:
 
 
 def _check_files(*names: str) -> None:
+    """Warn of files that are not installed beside this module: something will not work."""
     for name in names:
         if not Path(__file__).with_name(name).exists():
             logger.warning("%s is not installed beside wallet.py, and something needs it", name)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The command line of the wallet: `python wallet.py`, or `wallet` where it is installed.
 
 Here is what belongs to a process of its own, and never to a program that embeds the wallet: the
@@ -514,7 +513,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:  # Python would exit with 1, as if the books were wrong.
         logger.exception("a fault of the wallet")
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -914,6 +914,12 @@ def test_backup_to_a_disk_that_is_full_is_one_line_and_leaves_nothing(file_dsn, 
         assert re.fullmatch(rf"wallet: cannot back up to {tmp_path}/backup\.db: [^\n]+\n", err)
 
 
+def test_backup_by_a_program_is_for_sqlite_and_says_so(postgres_wallet, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"^postgresql://\S+ is backed up by pg_dump$"):
+        wallet_cli.back_up(postgres_wallet, str(tmp_path / "backup.db"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_backup_of_what_is_in_memory_is_refused(capsys):
     with (
         Wallet() as wallet,
