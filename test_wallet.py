@@ -41,7 +41,6 @@ from tests.support import (
     PARSERS,
     README,
     ROUTES,
-    SCHEMA_1,
     WRONG_TOKEN,
     Client,
     check_books,
@@ -52,6 +51,7 @@ from tests.support import (
     like,
     path_of,
     raw_exchange,
+    schema_of,
     send,
     served,
     standby_missing,
@@ -2213,7 +2213,7 @@ def test_database_of_the_first_version_gets_every_index_and_its_times_go_on(dura
     """
     ids, digest = [f"acc_{letter * 16}" for letter in "AB"], "0" * 64
     database = wallet_module.open_database(durable_dsn, 1, True)
-    for statement in SCHEMA_1.split(";"):
+    for statement in schema_of(1):
         database.write(lambda tx, sql=statement: tx(sql))
     for account_id in ids:
         database.write(

@@ -1563,18 +1563,10 @@ def call(app, method, path, headers=()):
     return started[0]
 
 
-SCHEMA_1 = """
-CREATE TABLE wallet (id INTEGER PRIMARY KEY CHECK (id = 1), schema_version INTEGER NOT NULL, currency TEXT NOT NULL);
-CREATE TABLE accounts (
-    id TEXT NOT NULL PRIMARY KEY, name TEXT NOT NULL, token_hash TEXT NOT NULL, balance BIGINT NOT NULL,
-    last_sequence BIGINT NOT NULL, created_at BIGINT NOT NULL);
-CREATE TABLE transactions (
-    account_id TEXT NOT NULL REFERENCES accounts (id), sequence BIGINT NOT NULL,
-    type TEXT NOT NULL CHECK (type IN ('topup', 'charge')), amount BIGINT NOT NULL, balance BIGINT NOT NULL,
-    description TEXT, idempotency_key TEXT NOT NULL, fingerprint TEXT NOT NULL, created_at BIGINT NOT NULL,
-    PRIMARY KEY (account_id, sequence), UNIQUE (account_id, idempotency_key));
-CREATE INDEX transactions_by_type ON transactions (account_id, type, sequence);
-INSERT INTO wallet VALUES (1, 1, 'JPY')"""
+def schema_of(version):
+    """Return the statements that made the tables of a version, and its row of `wallet`."""
+    tables = (HERE / "tests" / "schemas" / f"{version}.sql").read_text()
+    return [*tables.rstrip("; \n").split(";"), f"INSERT INTO wallet VALUES (1, {version}, 'JPY')"]
 
 
 class Load:

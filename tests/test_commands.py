@@ -176,6 +176,7 @@ def test_wallet_that_cannot_be_read_now_is_not_said_to_be_missing(
             Wallet(dsn, create=False)
 
 
+@pytest.mark.slow_on("postgres")
 def test_copy_brings_the_currency_to_an_empty_database(full_dsn, postgres_dsn):
     with Wallet(full_dsn) as source, Wallet(postgres_dsn, currency="EUR") as target:
         wallet_cli.copy_wallet(source, target)
@@ -195,6 +196,7 @@ sys.exit(wallet_cli.main())
 """
 
 
+@pytest.mark.slow_on("postgres")
 def test_interrupted_copy_says_so_and_leaves_the_target_empty(full_dsn, postgres_dsn):
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, "copy", "--from", full_dsn, "--to", postgres_dsn],
@@ -998,6 +1000,7 @@ def test_accounts_are_listed_as_a_table_and_as_json_however_odd_their_names(
     }
 
 
+@pytest.mark.slow
 def test_accounts_take_little_memory_and_a_reader_may_stop_reading(file_dsn):
     with Wallet(file_dsn) as wallet:
         row = "(?, 'Ada', ?, 0, 0, 0, 0, 0, 0)"

@@ -310,6 +310,7 @@ def test_image_has_every_file_that_the_service_reads():
     }
 
 
+@pytest.mark.slow
 def test_contract_is_valid():
     from openapi_spec_validator import validate  # Which each worker would have to load.
 

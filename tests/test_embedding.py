@@ -108,7 +108,7 @@ def test_app_mounts_at_a_prefix_of_another(wallet):
     assert api.app.get("/shop").text == "shop"
 
 
-@pytest.mark.slow_on("postgres")
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gunicorn does not run on Windows")
 def test_app_runs_under_gunicorn(tmp_path, durable_dsn):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import pytest
 
 import wallet as wallet_module
-from tests.support import SCHEMA_1, check_books, command, contents, together
+from tests.support import HERE, check_books, command, contents, schema_of, together
 from wallet import Wallet
 
 # Opening a database ###############################################################################
@@ -27,13 +28,14 @@ def test_newer_schema_is_refused_and_left_as_it_is(durable_dsn):
     assert contents(durable_dsn) == before
 
 
+@pytest.mark.slow_on("postgres-4", "file-4")
 @pytest.mark.parametrize("processes", [1, 4])
 def test_database_of_the_first_version_is_brought_to_this_one_and_keeps_all(durable_dsn, processes):
     """As the first version made it, but for CHECKs; its keys are known, and its tokens work."""
     token = wallet_module._make_token("acc_" + "A" * 16)
     digest = hashlib.sha256(json.dumps(["topup", 12, "día"]).encode()).hexdigest()
     database = wallet_module.open_database(durable_dsn, 1, True)
-    for statement in SCHEMA_1.split(";"):
+    for statement in schema_of(1):
         database.write(lambda tx, sql=statement: tx(sql))
     hashed = wallet_module._hash_token(token)
     database.write(
@@ -92,3 +94,74 @@ def test_database_of_the_first_version_is_brought_to_this_one_and_keeps_all(dura
             "transactions",
             "holds",
         }
+
+
+def shape(database):
+    """Return the tables as the engine has them: columns, CHECKs, keys and indexes."""
+    if database.location.startswith("postgresql"):
+        statements = [
+            """SELECT table_name, ordinal_position, column_name, data_type, is_nullable
+               FROM information_schema.columns WHERE table_schema = current_schema()""",
+            """SELECT conrelid::regclass::text, pg_get_constraintdef(oid) FROM pg_constraint
+               WHERE connamespace = current_schema()::regnamespace""",
+            r"""SELECT tablename, regexp_replace(indexdef, '^.* USING ', '') FROM pg_indexes
+                WHERE schemaname = current_schema()""",
+        ]
+    else:
+        statements = ["SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"]
+    return [
+        sorted(tuple(plain(value) for value in row) for row in database.read(lambda tx, one=one: tx(one)))
+        for one in statements
+    ]
+
+
+def plain(sql):
+    """Return SQL without its comments, and without what makes no difference."""
+    if isinstance(sql, str):
+        sql = re.sub("--.*| IF NOT EXISTS", "", sql)
+        sql = re.sub(r" ?([()]) ?", r"\1", re.sub(r"\s+", " ", sql))
+    return sql
+
+
+def test_schema_of_a_version_is_frozen():
+    """Whoever changes schema.sql makes a new version, and keeps its tables in tests/schemas."""
+    kept = (HERE / "tests" / "schemas" / f"{wallet_module.SCHEMA_VERSION}.sql").read_text()
+    now = (HERE / "schema.sql").read_text()
+    assert plain(kept).strip() == plain(now).strip()
+
+
+ACCOUNT_IDS = [f"acc_{letter * 16}" for letter in "AB"]
+ROWS = {  # Of each version: what its tables hold before the step to the next.
+    1: [
+        *[f"INSERT INTO accounts VALUES ('{one}', 'Ada', '{'f' * 64}', 7, 2, 1000)"
+          for one in ACCOUNT_IDS],
+        *[f"INSERT INTO transactions VALUES ('{one}', 1, 'topup', 12, 12, 'x', 'k1', '{'0' * 64}', 1)"
+          for one in ACCOUNT_IDS],
+        *[f"INSERT INTO transactions VALUES ('{one}', 2, 'charge', 5, 7, NULL, 'k2', '{'0' * 64}', 2)"
+          for one in ACCOUNT_IDS],
+    ],
+}
+
+
+@pytest.mark.parametrize("version", wallet_module.MIGRATIONS)
+def test_tables_of_each_version_become_those_of_a_new_wallet_and_keep_their_rows(
+    durable_dsn, version, request
+):
+    database = wallet_module.open_database(durable_dsn, 1, True)
+    for statement in schema_of(version) + ROWS[version]:
+        database.write(lambda tx, sql=statement: tx(sql))
+    database.close()
+    new = "new_schema" if durable_dsn.startswith("postgresql") else "tmp_path"
+    made = request.getfixturevalue(new)
+    new_dsn = made() if callable(made) else f"sqlite:///{made}/new.db"
+    with Wallet(durable_dsn) as migrated, Wallet(new_dsn) as fresh:
+        assert shape(migrated.database) == shape(fresh.database)
+        check_books(migrated)
+        for account in migrated.accounts():
+            assert (account.name, account.balance) == ("Ada", 7)
+            history = migrated.transactions(account.id, after="0").transactions
+            assert [(one.type, one.amount, one.balance, one.description) for one in history] == [
+                ("topup", 12, 12, "x"),
+                ("charge", 5, 7, None),
+            ]
+        assert [one.id for one in migrated.accounts()] == ACCOUNT_IDS

@@ -146,6 +146,7 @@ KNOWN_ANSWERS = """
     /api/transactions/charge POST 503 1"""
 
 
+@pytest.mark.slow_on("postgres")
 def test_metrics_are_exact_and_tell_of_nobody(durable_dsn):
     arguments = "--dsn", durable_dsn, "--threads", "1"
     with served(*arguments, program=limited(DATABASE_TIMEOUT_S=1), WALLET_METRICS="1") as server:

@@ -293,7 +293,7 @@ def test_page_shows_the_token_once_and_copies_it(kiosk, visit):
     assert kiosk.wallet.authenticate(token).name == "Grace"
 
 
-@pytest.mark.slow_on("USD", "JPY")
+@pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize(
     ("kiosk", "typed", "shown", "nothing"),

@@ -59,6 +59,7 @@ from wallet import (
 # Postgres #########################################################################################
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
 def test_16_threads_on_one_hot_account_at_serializable_never_see_a_serialization_failure(
     new_schema, monkeypatch, careless
@@ -273,6 +274,7 @@ def test_call_waits_out_an_outage_that_is_shorter_than_its_deadline(new_schema, 
         assert waiting.result(timeout=30).balance == 5
 
 
+@pytest.mark.slow
 def test_connections_that_went_dead_in_silence_cost_one_call_and_not_one_each(
     new_schema, postgres_server, monkeypatch
 ):
@@ -353,6 +355,7 @@ def test_account_that_another_session_has_locked_is_unavailable_and_all_others_a
         assert wallet.topup(ada.id, 5).balance == 5
 
 
+@pytest.mark.slow
 def test_client_that_vanishes_in_a_transaction_gives_its_locks_back(
     new_schema, postgres_server, monkeypatch
 ):
@@ -517,6 +520,7 @@ def test_restarts_of_postgres_under_load_lose_nothing_and_double_nothing(
 HASTY = ("-c", "import sys, wallet, wallet_cli; wallet.DATABASE_TIMEOUT_S = 0.3; sys.exit(wallet_cli.main())")
 
 
+@pytest.mark.slow
 def test_control_a_server_that_commits_before_it_writes_loses_what_was_answered(
     new_schema, postgres_server, caplog
 ):
@@ -627,6 +631,7 @@ def test_commit_that_was_cut_off_and_did_not_happen_is_done_again(new_schema, po
         assert wallet.account(ada.id).name == "Ada1"
 
 
+@pytest.mark.slow
 def test_commit_that_was_cut_off_stays_unknown_where_it_cannot_be_looked_up(
     new_schema, postgres_server, monkeypatch
 ):
@@ -652,6 +657,7 @@ def test_statement_may_take_as_long_as_a_call(postgres_wallet):
     assert postgres_wallet.database.read(lambda tx: tx("SELECT 1, pg_sleep(1)"))[0][0] == 1
 
 
+@pytest.mark.slow
 def test_commit_that_never_ends_is_unknown_and_its_key_tells_later(
     new_schema, postgres_server, monkeypatch
 ):
@@ -728,6 +734,7 @@ def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_aft
     assert recovered_s < 2
 
 
+@pytest.mark.slow
 def test_exhausted_pool_is_503_and_the_queue_for_it_is_bounded(postgres_dsn, monkeypatch):
     monkeypatch.setattr(wallet_postgres, "POSTGRES_WAITING_MAX", 3)
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 2)
@@ -985,6 +992,7 @@ def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(
     }
 
 
+@pytest.mark.slow
 def test_connections_that_were_cut_are_replaced_and_no_call_notices(new_schema, postgres_server):
     with Wallet(new_schema(on=postgres_server), connections=4) as wallet:
         ada, _ = wallet.register("Ada")
