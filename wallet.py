@@ -138,7 +138,6 @@ FILES_SPARE = 100  # Descriptors for the database and all else.
 REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last.
 ANSWER_TIMEOUT_S = 30  # For a client to read an answer, or UNREAD_BYTES_MAX more of a long one.
 UNREAD_BYTES_MAX = 256 * 1024
-SEND_BYTES = 16 * 1024  # An answer of less is sent at once, and not headers first.
 SOCKET_OPTIONS = [
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     # The kernel would keep megabytes for a slow reader, and what it has read would show late.
@@ -796,6 +795,7 @@ ENTRY_COLUMNS = f"account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS
 INSERT_ENTRY = f"""
     INSERT INTO transactions ({ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 CLOCK = "CASE WHEN updated_at < ? THEN ? ELSE updated_at END"  # Takes the time twice; never back.
+# The check of a charge: what is held must stay within the balance that is left.
 POST = f"""
     UPDATE accounts SET balance = balance + ?, held = held + ?,
         last_sequence = last_sequence + 1, updated_at = {CLOCK}
@@ -1606,7 +1606,10 @@ class SQLiteDatabase(Database):
         self.observe([write.error for write in batch])
 
     def _try_commit(self, batch: list[_Write]) -> Unavailable | None:
-        """Return None once the batch is committed, else why it is not, or may not be."""
+        """Commit the batch. Return why that failed as a whole, or may have.
+
+        A write that failed by itself has its own error, and is not committed.
+        """
         committing = False
         execute = self._writer.execute
         try:
@@ -2286,7 +2289,10 @@ def _hide_tokens(text: str) -> str:
 
 
 def _load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """Return every setting: given, else the environment's, else its default."""
+    """Return every setting: given, else the environment's, else its default.
+
+    Raises ConfigurationError.
+    """
     settings = {one.name: one.parse(given.get(one.name, one.fallback)) for one in SETTINGS}
     _check_issuer_token(settings["issuer-token"])
     _parse_proxy(settings["trusted-proxy"])
@@ -2389,6 +2395,8 @@ class _Parser(HTTPRequestParser):
 class _Task(WSGITask):
     """Lets the application answer even what the parser refused. That ends the connection."""
 
+    wrote_header = False
+
     def start(self) -> None:
         super().start()
         self.channel.answered += 1
@@ -2397,6 +2405,15 @@ class _Task(WSGITask):
         if is_last or self.request.error or self.request.chunked:
             self.set_close_on_finish()
             self.request.headers.pop("CONNECTION", None)  # Else HTTP/1.0 is promised the contrary.
+
+    def write(self, data: bytes) -> None:
+        """Send the headers and a whole body in one piece."""
+        if not data or self.wrote_header or self.content_length != len(data):
+            super().write(data)
+            return
+        head = self.build_response_header()
+        self.wrote_header, self.content_bytes_written = True, len(data)
+        self.channel.write_soon(head + data)
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
@@ -2459,7 +2476,7 @@ class _Server(TcpWSGIServer):
             max_request_header_size=HEADER_BYTES_MAX + 1, max_request_body_size=BODY_BYTES_MAX + 1,
             outbuf_high_watermark=sys.maxsize,  # What is not read yet is spooled, not waited for.
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
-        settings.socket_options, settings.send_bytes = SOCKET_OPTIONS, SEND_BYTES
+        settings.socket_options = SOCKET_OPTIONS
         super().__init__(app, map=self.sockets, _sock=bound, bind_socket=False, adj=settings,
                          sockinfo=(bound.family, bound.type, bound.proto, bound.getsockname()))
         self.task_dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import inspect
 import json
 import os
 import re
@@ -115,6 +116,15 @@ def test_port_in_use_is_one_line_and_exit_code_2(tmp_path):
     assert (
         done.stderr == f"wallet: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
     )
+
+
+def test_every_setting_is_read_and_reaches_the_application_from_the_command_line_too():
+    def read(source):
+        return set(re.findall(r'settings\["([a-z-]+)"\]', source))
+
+    by_command_line = read((HERE / "wallet_cli.py").read_text())
+    assert read(inspect.getsource(wallet_module.create_app)) <= by_command_line
+    assert read((HERE / "wallet.py").read_text()) | by_command_line >= {one.name for one in SETTINGS}
 
 
 def test_command_line_comes_before_the_environment(monkeypatch):

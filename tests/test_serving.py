@@ -1033,6 +1033,19 @@ def test_half_request_behind_one_that_takes_its_time_is_not_blamed_for_it(file_w
     assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"201", b"200"]
 
 
+def test_answer_is_not_kept_back_by_a_request_behind_it_that_takes_its_time(file_wallet, serving):
+    _, token = file_wallet.register("Ada")
+    with serving(file_wallet, DATABASE_TIMEOUT_S=30) as url, connect(url) as connection:
+        release = hold_the_writer(file_wallet)
+        try:
+            connection.settimeout(10)
+            connection.sendall(b"GET /livez HTTP/1.1\r\n\r\n" + topup_request(token))
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        finally:
+            release()
+        assert connection.recv(65536).startswith(b"HTTP/1.1 201")
+
+
 def test_idle_connection_is_let_go(serving):
     with serving(IDLE_TIMEOUT_S=0.3) as url, connect(url) as idle, connect(url) as used:
         used.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
