@@ -47,6 +47,14 @@ from wallet import AMOUNT_MAX, Wallet, WalletError, create_app, running
 
 HERE = Path(__file__).parent.parent
 
+# A folder in memory, where a sync takes no time, if there is one with room. What the tests write is
+# there too (pytest's reference, "Environment Variables").
+MEMORY_FOLDER = None
+with contextlib.suppress(OSError):
+    if shutil.disk_usage("/dev/shm").free > 2**31:
+        MEMORY_FOLDER = "/dev/shm"
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY_FOLDER)
+
 PAGES = {
     path.name: path.read_text()
     for path in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md")))
@@ -259,8 +267,13 @@ class PostgresServer:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark as slow what `slow_on` says: the test with these parameters, or ids of parameters."""
+    """Mark as slow the controls, which prove a test and not the wallet, and what `slow_on` says:
+
+    the test with these parameters, or ids of parameters.
+    """
     for item in items:
+        if item.name.startswith("test_control_"):
+            item.add_marker("slow")
         for mark in item.iter_markers("slow_on"):
             if {item.callspec.id, *item.callspec.id.split("-")} & set(mark.args):
                 item.add_marker("slow")
@@ -270,7 +283,7 @@ def pytest_collection_modifyitems(items):
 def postgres_server():
     # Not below pytest's own folder: started by root, the server is another user, and each pytest
     # locks that folder up.
-    with tempfile.TemporaryDirectory(prefix="wallet-", dir=memory_folder()) as folder:
+    with tempfile.TemporaryDirectory(prefix="wallet-", dir=MEMORY_FOLDER) as folder:
         server = PostgresServer(Path(folder))
         yield server
         server.stop()
@@ -354,21 +367,6 @@ def postgres_wallet(postgres_dsn):
 @pytest.fixture
 def file_dsn(tmp_path):
     return f"sqlite:///{tmp_path}/wallet.db"
-
-
-def memory_folder():
-    """Return a folder in memory, where a sync takes no time, if there is one with room."""
-    with contextlib.suppress(OSError):
-        if shutil.disk_usage("/dev/shm").free > 2**31:
-            return "/dev/shm"
-    return None
-
-
-@pytest.fixture
-def fast_path():
-    """A folder in which a sync takes no time, if there is one."""
-    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -268,6 +268,7 @@ def stop_under_load(dsn, **limits):
         return len(acknowledged), dropped, wallet.authenticate(token).balance - len(acknowledged)
 
 
+@pytest.mark.slow_on("postgres")
 @pytest.mark.parametrize("stops", [1, torture(100)])
 def test_stop_under_load_drops_no_request_that_was_taken(durable_dsn, stops, report):
     answered, dropped = 0, []

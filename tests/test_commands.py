@@ -283,11 +283,20 @@ def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
     "damage",
     [
         "UPDATE accounts SET balance = balance + 1 WHERE id = (SELECT min(id) FROM accounts)",
-        "UPDATE accounts SET last_sequence = last_sequence + 1 WHERE id = (SELECT max(id) FROM accounts)",
+        pytest.param(
+            "UPDATE accounts SET last_sequence = last_sequence + 1 WHERE id = (SELECT max(id) FROM accounts)",
+            marks=pytest.mark.slow,
+        ),
         "DELETE FROM transactions WHERE sequence = 2",
         "UPDATE accounts SET held = held - 1 WHERE held > 0",
-        "UPDATE accounts SET balance = balance - 1 WHERE balance > held",
-        "DELETE FROM holds WHERE status = 'active'",
+        pytest.param(
+            "UPDATE accounts SET balance = balance - 1 WHERE balance > held",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "DELETE FROM holds WHERE status = 'active'",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_copy_of_books_that_are_wrong_is_refused_and_names_the_row(full_dsn, postgres_dsn, damage):

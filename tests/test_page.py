@@ -353,6 +353,7 @@ PARSED = {  # What is typed, to minor units, or a part of what is said of it.
 }
 
 
+@pytest.mark.slow
 @in_browser
 def test_page_sends_no_amount_that_is_wrong_and_says_what_to_type(kiosk, visit):
     tab = visit(kiosk.url, kiosk.token)
@@ -670,6 +671,7 @@ def test_history_of_thousands_loads_as_one_scrolls_and_stays_smooth(kiosk, visit
     )
 
 
+@pytest.mark.slow
 @in_browser
 def test_plot_names_each_movement_under_the_pointer_and_by_arrow_keys(kiosk, visit):
     for number in range(1, 6):
@@ -706,6 +708,7 @@ def test_plot_names_each_movement_under_the_pointer_and_by_arrow_keys(kiosk, vis
     assert named.inner_text() == ""
 
 
+@pytest.mark.slow
 @in_browser
 def test_page_works_below_a_path_of_another_site(kiosk, visit):
     outer = Bottle()

@@ -429,7 +429,7 @@ def test_three_processes_on_one_database_keep_every_promise(postgres_dsn):
         tokens = [
             send(urls[0], "POST", "/api/register", {"name": "Ada"})[2]["token"] for _ in range(4)
         ]
-        keys = [f"key-{number}" for number in range(12)]
+        keys = [f"key-{number}" for number in range(6)]
 
         def work(number):
             url, token = urls[number % 3], tokens[number % 4]

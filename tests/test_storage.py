@@ -390,25 +390,25 @@ def replay(events, images, folder, chance):
 @pytest.mark.parametrize(
     ("synchronous", "recordings", "images"),
     [
-        ("FULL", 1, 150),
-        ("NORMAL", 1, 30),
+        ("FULL", 1, 60),
+        pytest.param("NORMAL", 1, 30, marks=pytest.mark.slow), # The control.
         pytest.param("FULL", 40, 500, marks=pytest.mark.torture),
         pytest.param("NORMAL", 4, 500, marks=pytest.mark.torture),
     ],
 )
 def test_power_cut_at_any_moment_loses_nothing_that_was_answered(
-    fast_path, synchronous, recordings, images, report
+    tmp_path, synchronous, recordings, images, report
 ):
     program = (
         ("-c", SYNCHRONOUS.format(synchronous))
         if synchronous != "FULL"
         else limited(SQLITE_CHECKPOINT_PAGES=20)
     )
-    left = fast_path / "left"
+    left = tmp_path / "left"
     left.mkdir()
     counts, broken = Counter(), []
     for number in range(recordings):
-        folder, chance = fast_path / str(number), random.Random(number)
+        folder, chance = tmp_path / str(number), random.Random(number)
         (folder / "data").mkdir(parents=True)
         dsn = f"sqlite:///{folder}/data/wallet.db"
         events = record(
@@ -855,21 +855,21 @@ SOME_FAULTS = {
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace: apt install strace")
-def test_any_one_call_that_fails_is_503_at_most_and_all_goes_on_at_once(fast_path):
-    assert sweep(fast_path, "EIO", SOME_FAULTS)["faults"] == sum(map(len, SOME_FAULTS.values()))
+def test_any_one_call_that_fails_is_503_at_most_and_all_goes_on_at_once(tmp_path):
+    assert sweep(tmp_path, "EIO", SOME_FAULTS)["faults"] == sum(map(len, SOME_FAULTS.values()))
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace: apt install strace")
-def test_control_a_wallet_that_takes_every_commit_for_done_loses_some_at_a_fault(fast_path):
+def test_control_a_wallet_that_takes_every_commit_for_done_loses_some_at_a_fault(tmp_path):
     with pytest.raises(AssertionError):
-        sweep(fast_path, "EIO", {"fdatasync": range(20, 40)}, "careless")
+        sweep(tmp_path, "EIO", {"fdatasync": range(20, 40)}, "careless")
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace: apt install strace")
 @pytest.mark.parametrize("error", [torture("EIO"), torture("ENOSPC")])
 @pytest.mark.parametrize("call", FAULTS)
-def test_every_call_that_may_fail_does_so_once_and_no_harm_is_done(fast_path, call, error, report):
-    counts = sweep(fast_path, error, {call: range(1, FAULTS[call])})
+def test_every_call_that_may_fail_does_so_once_and_no_harm_is_done(tmp_path, call, error, report):
+    counts = sweep(tmp_path, error, {call: range(1, FAULTS[call])})
     assert counts["faults"] < FAULTS[call] - 1  # There were no more.
     report(
         f"{counts['faults']:,} faults, one at a time: {counts['starts']} starts and {counts['requests']} requests"

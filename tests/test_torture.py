@@ -363,7 +363,7 @@ class Bank:
 
 
 @pytest.mark.slow_on("CarelessBank", "serializable")
-@pytest.mark.parametrize("snapshots", [960, torture(100_000)])
+@pytest.mark.parametrize("snapshots", [480, torture(100_000)])
 @pytest.mark.parametrize(
     ("engine", "kind"),
     [
@@ -417,7 +417,7 @@ def test_transfers_conserve_the_total_in_every_snapshot_whatever_fails(
         bank = Bank(wallet)
         if not server:
             wallet.database._writer = FaultyConnection(wallet.database._writer)
-        bank.run(snapshots if kind is Wallet else 960, fault)
+        bank.run(snapshots if kind is Wallet else 480, fault)
         if not server:
             faults["failed commits"] = wallet.database._writer.failed
         if kind is CarelessBank:
