@@ -543,7 +543,7 @@ def plain_loop(path: str, synchronous: str) -> Target:
         for _ in range(movements):
             now_us, key = time.time_ns() // 1000, wallet._make_key()
             ((sequence, balance, updated_at_us),) = connection.execute(
-                wallet.POST,
+                wallet.POST_ENTRY,
                 (
                     1,
                     0,
@@ -625,7 +625,7 @@ def pgbench(program: str, dsn: str, script: Path) -> Target:
     }
     update, insert = (
         fill_in(sql, [values[name] for name in names])
-        for sql, names in ((wallet.POST, UPDATE_NAMES), (wallet.INSERT_ENTRY, INSERT_NAMES))
+        for sql, names in ((wallet.POST_ENTRY, UPDATE_NAMES), (wallet.INSERT_ENTRY, INSERT_NAMES))
     )
     script.write_text(
         f"\\set number random(10000, 99999)\n\\set key random(1, {2**63 - 1})\n"

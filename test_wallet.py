@@ -414,10 +414,10 @@ class HastyWallet(Wallet):
     def _begin(self, tx, stamp, account_id, *others):
         return None
 
-    def _post(self, tx, entry, stamp):
+    def _post_entry(self, tx, entry, stamp):
         if entry.type == "refund":
             self.everyone_has_read.wait(timeout=30)
-        return super()._post(tx, entry, stamp)
+        return super()._post_entry(tx, entry, stamp)
 
 
 def test_control_refunds_that_are_added_up_too_early_give_back_more_than_the_charge(postgres_dsn):
@@ -1391,7 +1391,7 @@ def test_nothing_comes_between_a_refusal_that_was_none_and_the_second_try(
 
         def interfere(connection, sql, *parameters):
             rows = execute(connection, sql, *parameters)
-            if threading.get_ident() == mine and sql == wallet_module.POST and not rows:
+            if threading.get_ident() == mine and sql == wallet_module.POST_ENTRY and not rows:
                 filled.append(other.topup(ada.id, 5))
             elif threading.get_ident() == mine and sql.startswith(wallet_module.ACCOUNT):
                 taken.append(thread.submit(other.charge, ada.id, 5))

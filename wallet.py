@@ -796,7 +796,7 @@ INSERT_ENTRY = f"""
     INSERT INTO transactions ({ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 CLOCK = "CASE WHEN updated_at < ? THEN ? ELSE updated_at END"  # Takes the time twice; never back.
 # The check of a charge: what is held must stay within the balance that is left.
-POST = f"""
+POST_ENTRY = f"""
     UPDATE accounts SET balance = balance + ?, held = held + ?,
         last_sequence = last_sequence + 1, updated_at = {CLOCK}
     WHERE id = ? AND frozen = 0 AND balance + ? <= ? AND held + ? BETWEEN 0 AND balance + ?
@@ -889,7 +889,7 @@ class Wallet:
         if token:  # The new one may be there already, if an earlier COMMIT was not answered.
             condition, hashes = " AND token_hash IN (?, ?)", [_hash_token(token), new_hash]
         sql = f"UPDATE accounts SET token_hash = ? WHERE id = ?{condition} RETURNING id"
-        if not self.database.write(lambda tx: tx(sql, new_hash, account_id, *hashes)):
+        if not self._write(sql, new_hash, account_id, *hashes):
             raise Unauthorized(headers=INVALID_TOKEN) if token else AccountNotFound()
         return new_token
 
@@ -913,7 +913,7 @@ class Wallet:
         """
         account_id = _parse_account_id(account_id)
         sql = "UPDATE accounts SET frozen = ? WHERE id = ? RETURNING id"
-        if not self.database.write(lambda tx: tx(sql, int(bool(frozen)), account_id)):
+        if not self._write(sql, int(bool(frozen)), account_id):
             raise AccountNotFound()
 
     def topup(self, account_id: str, amount: int, description: str | None = None,
@@ -938,7 +938,7 @@ class Wallet:
         fields, stamp = _parse_request(
             MOVEMENT, account_id, type, amount=amount, description=description, **options)
         entry = _Entry(account_id, type, **fields)
-        return self.database.write(lambda tx: self._post(tx, entry, stamp))
+        return self.database.write(lambda tx: self._post_entry(tx, entry, stamp))
 
     def batch(self, transactions: Sequence[Mapping[str, object]], *,
               account_id: str | None = None, key: str | None = None,
@@ -965,7 +965,7 @@ class Wallet:
                 if len(firsts) > 1:
                     self._begin(tx, stamp, *firsts)
                 for entry, own_stamp in zip(entries, stamps, strict=True):
-                    made.append(self._post(tx, entry, own_stamp, rows))
+                    made.append(self._post_entry(tx, entry, own_stamp, rows))
             except WalletError as error:
                 raise error.add(index=len(made)) from None
             if rows:
@@ -996,7 +996,7 @@ class Wallet:
                 detail = f"Of this charge, {refundable} can still be refunded."
                 raise RefundExceedsCharge(detail, refundable=refundable)
             entry = _Entry(account_id, "refund", **fields, reference=transaction_id)
-            return self._post(tx, entry, stamp)
+            return self._post_entry(tx, entry, stamp)
 
         return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or refund(tx))
 
@@ -1014,8 +1014,8 @@ class Wallet:
         received = _Entry(to, "transfer_in", **fields, reference=account_id)
 
         def transfer(tx: _Execute) -> Transaction:
-            made = self._post(tx, spent, stamp)
-            self._post(tx, received, stamp.derive(account_id, 1))
+            made = self._post_entry(tx, spent, stamp)
+            self._post_entry(tx, received, stamp.derive(account_id, 1))
             return made
 
         return self.database.write(
@@ -1034,7 +1034,8 @@ class Wallet:
             made = self._begin(tx, stamp, account_id)
             if not made:
                 self._end_expired(tx, account_id, _now_us())
-                made = self._post(tx, _Entry(account_id, "hold", **fields, held=amount), stamp)
+                entry = _Entry(account_id, "hold", **fields, held=amount)
+                made = self._post_entry(tx, entry, stamp)
                 begun_us = min(_as_us(made.created_at), _now_us())  # The account's may be ahead.
                 tx("INSERT INTO holds VALUES (?, ?, ?, ?, 'active', 0)", account_id,
                    _parse_entry_id("txn", account_id, made.id), amount, begun_us + duration_us)
@@ -1060,7 +1061,7 @@ class Wallet:
             given = {name: getattr(hold, name) if value in (None, {}) else value
                      for name, value in fields.items()}
             entry = _Entry(account_id, "charge", **given, reference=hold_id, held=-hold.amount)
-            return self._post(tx, entry, stamp)
+            return self._post_entry(tx, entry, stamp)
 
         return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or capture(tx))
 
@@ -1078,7 +1079,7 @@ class Wallet:
             if not earlier:
                 held = self._end_hold(tx, account_id, hold_id, "released", 0).amount
                 entry = _Entry(account_id, "release", held, reference=hold_id, held=-held)
-                self._post(tx, entry, stamp)
+                self._post_entry(tx, entry, stamp)
             return replace(self._hold(tx, account_id, hold_id), replayed=bool(earlier))
 
         return self.database.write(release)
@@ -1135,8 +1136,8 @@ class Wallet:
             lambda tx: tx(sql, account_id, self._count_before(tx, account_id, at_us + 1)))
         return int(rows[0][0]) if rows else 0
 
-    def _post(self, tx: _Execute, entry: _Entry, stamp: _Stamp,
-              later: list[_Row] | None = None) -> Transaction:
+    def _post_entry(self, tx: _Execute, entry: _Entry, stamp: _Stamp,
+                    later: list[_Row] | None = None) -> Transaction:
         """Change the balance and what is held, and write down why, at most once for a stamp.
 
         One UPDATE looks up the key and the token, checks all bounds and takes the next sequence
@@ -1146,12 +1147,12 @@ class Wallet:
         account_id, now_us = entry.account_id, _now_us()
         change = SIGN_BY_TYPE.get(entry.type, 0) * entry.amount  # type: ignore[call-overload]
         update = partial(
-            tx, POST, change, entry.held, now_us, now_us, account_id, change, AMOUNT_MAX,
+            tx, POST_ENTRY, change, entry.held, now_us, now_us, account_id, change, AMOUNT_MAX,
             entry.held, change, stamp.token_hash, account_id, stamp.key)
         if not (posted := update()):
             if earlier := self._begin(tx, stamp, account_id):
                 return earlier
-            self._refuse(tx, entry, change, now_us)
+            self._check_movement(tx, entry, change, now_us)
             self._end_expired(tx, account_id, now_us)
             posted = update()
         ((sequence, balance, created_at_us),) = posted
@@ -1164,7 +1165,7 @@ class Wallet:
             later.append((account_id, stamp.key, stamp.fingerprint, *row))
         return _as_transaction(account_id, row)
 
-    def _refuse(self, tx: _Execute, entry: _Entry, change: int, now_us: int) -> None:
+    def _check_movement(self, tx: _Execute, entry: _Entry, change: int, now_us: int) -> None:
         """Raise why the money cannot move. Return if only expired holds are in the way.
 
         The account is locked.
@@ -1234,6 +1235,9 @@ class Wallet:
 
     def _read(self, sql: str, *parameters: str | int | None) -> list[_Row]:
         return self.database.read(lambda tx: tx(sql, *parameters))
+
+    def _write(self, sql: str, *parameters: str | int | None) -> list[_Row]:
+        return self.database.write(lambda tx: tx(sql, *parameters))
 
     def _account(self, tx: _Execute, account_id: str,
                  now_us: int | None = None) -> tuple[str, Account]:
@@ -1344,10 +1348,9 @@ class Wallet:
                         f"the table {table} in {self.database.location} is another program's:"
                         " name another database, or another schema as the search_path")
             for statement in _read_sql("schema.sql"):
-                self.database.write(partial(_run, statement))
-            self.database.write(lambda tx: tx(
-                "INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING",
-                SCHEMA_VERSION, currency or "USD"))
+                self._write(statement)
+            self._write("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING",
+                        SCHEMA_VERSION, currency or "USD")
             rows = self._read("SELECT schema_version, currency FROM wallet")
         ((version, kept),) = rows
         while version in migrations:
@@ -1508,7 +1511,7 @@ class SQLiteDatabase(Database):
                 self._queue.append(write)
                 if self._leader is None:
                     self._appoint_leader()
-            write.turn.acquire()
+            write.turn.acquire()  # Until another has committed it, or leaves it to this one.
             if self._leader is write:
                 with self._lock:
                     _check_usable(self._process_id, self._closed)
@@ -1593,7 +1596,7 @@ class SQLiteDatabase(Database):
 
         A COMMIT that failed may be on the disk all the same. Running the batch again decides it:
         for this connection the log still ends where it did, so a COMMIT that succeeds overwrites
-        the first one.
+        the first one (mxFrame in https://www.sqlite.org/walformat.html).
         """
         failure = self._try_commit(batch)
         if isinstance(failure, OutcomeUnknown):
@@ -1709,7 +1712,7 @@ class _Write:
     done: bool = False
     result: Any = None
     error: Exception | None = None
-    turn: threading.Lock = field(default_factory=threading.Lock)  # Released when done, or to lead.
+    turn: threading.Lock = field(default_factory=threading.Lock)  # Free once its thread may go on.
 
     def __post_init__(self) -> None:
         self.turn.acquire()
@@ -1725,11 +1728,6 @@ def _check_usable(process_id: int, closed: bool) -> None:
 def _execute_on(connection: sqlite3.Connection) -> _Execute:
     # All rows are fetched at once: a RETURNING that is not read to its end blocks COMMIT.
     return lambda sql, *parameters: connection.execute(sql, parameters).fetchall()
-
-
-def _run(sql: str, tx: _Execute) -> list[_Row]:
-    """Run a statement without parameters."""
-    return tx(sql)
 
 
 def _unavailable(reason: object) -> Unavailable:
@@ -1783,7 +1781,7 @@ def _post_token(wallet: Wallet, caller: Account, token: str) -> _Response:
     return _Response(201, {**_to_json(caller), "token": wallet.replace_token(caller.id, token)})
 
 
-def _post(path: str, method: str, rules: _Rules, **takes: Any) -> None:
+def _route_post(path: str, method: str, rules: _Rules, **takes: Any) -> None:
     """Route a request that has its effect once per key to a method of the wallet."""
 
     def handle(wallet: Wallet, caller: str | None, account: str | None = None,
@@ -1801,7 +1799,7 @@ def _post(path: str, method: str, rules: _Rules, **takes: Any) -> None:
     _routes.post(path, body=_fields(rules), key=True, **takes)(handle)
 
 
-def _get(path: str, method: str, *query: str) -> None:
+def _route_get(path: str, method: str, *query: str) -> None:
     """Route a question to a method of the wallet. A page has a link to the next (RFC 8288)."""
 
     def handle(wallet: Wallet, caller: Account, **arguments: Any) -> _Response:
@@ -1815,19 +1813,20 @@ def _get(path: str, method: str, *query: str) -> None:
     _routes.get(path, query=query)(handle)
 
 
-_post("/api/transactions/topup", "topup", MOVEMENT, issuer="instead",
-      issuer_body=_fields(TOPUP_BY_ISSUER))
-_post("/api/transactions/charge", "charge", MOVEMENT)
-_post("/api/transactions/transfer", "transfer", TRANSFER)
-_post(BATCH_PATH, "batch", TRANSACTIONS, issuer="too", body_bytes_max=BATCH_BODY_BYTES_MAX)
-_post(f"{TRANSACTION_PATH}/refund", "refund", PART, body_optional=True, issuer="instead")
-_post("/api/holds", "hold", HOLD)
-_post(f"{HOLD_PATH}/capture", "capture", PART, body_optional=True)
-_post(f"{HOLD_PATH}/release", "release", {}, body_optional=True)
-_get("/api/transactions", "transactions", "limit", "cursor", "after", "type", "since", "until")
-_get(TRANSACTION_PATH, "transaction")
-_get("/api/holds", "holds", "limit", "cursor")
-_get(HOLD_PATH, "get_hold")
+_route_post("/api/transactions/topup", "topup", MOVEMENT, issuer="instead",
+            issuer_body=_fields(TOPUP_BY_ISSUER))
+_route_post("/api/transactions/charge", "charge", MOVEMENT)
+_route_post("/api/transactions/transfer", "transfer", TRANSFER)
+_route_post(BATCH_PATH, "batch", TRANSACTIONS, issuer="too", body_bytes_max=BATCH_BODY_BYTES_MAX)
+_route_post(f"{TRANSACTION_PATH}/refund", "refund", PART, body_optional=True, issuer="instead")
+_route_post("/api/holds", "hold", HOLD)
+_route_post(f"{HOLD_PATH}/capture", "capture", PART, body_optional=True)
+_route_post(f"{HOLD_PATH}/release", "release", {}, body_optional=True)
+_route_get("/api/transactions", "transactions",
+           "limit", "cursor", "after", "type", "since", "until")
+_route_get(TRANSACTION_PATH, "transaction")
+_route_get("/api/holds", "holds", "limit", "cursor")
+_route_get(HOLD_PATH, "get_hold")
 
 
 @_routes.get(STATEMENT_PATH, query=("type", "since", "until"))

@@ -867,10 +867,13 @@ def test_backup_never_takes_the_place_of_a_file_and_leaves_nothing_where_it_fail
 
     monkeypatch.setattr(wallet_cli, "verify", lose_a_race)
     assert told(2, "raced") == f"wallet: cannot back up to {tmp_path}/raced: File exists\n"
+
+    def be_interrupted(number, *arguments):
+        while True:  # Python may notice a signal a little later.
+            signal.raise_signal(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        monkeypatch.setattr(
-            wallet_cli, "verify", lambda *arguments, number=number: signal.raise_signal(number)
-        )
+        monkeypatch.setattr(wallet_cli, "verify", partial(be_interrupted, number))
         assert told(130, "interrupted") == "wallet: interrupted\n"
     monkeypatch.setattr(wallet_cli, "verify", verify)
     with Wallet(file_dsn) as wallet:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 import wsgiref.simple_server
 from concurrent.futures import ThreadPoolExecutor
@@ -577,6 +578,39 @@ def test_page_is_calm_while_the_wallet_is_away_and_goes_on_when_it_is_back(kiosk
     tab.page.unroute("**/api/**")
     tab.see("#balance", "$0.05")
     assert tab.page.locator("#notice").inner_text() == ""
+
+
+@pytest.mark.slow
+@in_browser
+def test_page_shows_no_hold_that_ended_while_it_looked(kiosk, visit):
+    kiosk.wallet.topup(kiosk.ada.id, 500)
+    hold = kiosk.wallet.hold(kiosk.ada.id, 125)
+    tab = visit(kiosk.url)
+    asked = threading.Event()
+
+    def handle(route):  # It has read the account already, where 125 are held.
+        if not asked.is_set():
+            kiosk.wallet.release(kiosk.ada.id, hold.id)
+        asked.set()
+        route.continue_()
+
+    tab.page.route("**/api/holds*", handle)
+    tab.page.evaluate("(token) => signIn(token)", kiosk.token)
+    tab.see("#held", "Nothing is held.")
+    tab.see("#available", "$5.00")
+    assert asked.is_set()
+
+
+@pytest.mark.slow
+@in_browser
+def test_page_says_what_is_in_holds_that_it_does_not_list(kiosk, visit):
+    kiosk.wallet.topup(kiosk.ada.id, 5000)
+    for amount in (25, *[1] * 1000):
+        kiosk.wallet.hold(kiosk.ada.id, amount)
+    tab = visit(kiosk.url, kiosk.token)
+    tab.see("#reserved", "$10.25")
+    tab.see("#held > .empty", "$0.25 is in older holds.")
+    assert tab.page.locator("#held > .entry").count() == 1000
 
 
 @pytest.mark.slow

@@ -404,7 +404,7 @@ def test_refusal_never_contradicts_itself_when_the_balance_changes_meanwhile(
 
         def move_after_the_update(connection, sql, *parameters):
             rows = execute(connection, sql, *parameters)
-            if sql == wallet_module.POST and not rows:
+            if sql == wallet_module.POST_ENTRY and not rows:
                 monkeypatch.setattr(wallet_postgres, "_execute_on", execute)
                 getattr(other, theirs[0])(ada.id, theirs[1])
             return rows

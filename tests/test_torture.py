@@ -440,7 +440,7 @@ AWAKE = "import select, sys, time; time.sleep = lambda seconds: select.select(()
 
 RAW_CLOCK = """
 raw = "CASE WHEN ? > 0 THEN ? END"  # Stamps with what the clock says, whatever it said before.
-wallet.POST, wallet.CLOCK = wallet.POST.replace(wallet.CLOCK, raw), raw
+wallet.POST_ENTRY, wallet.CLOCK = wallet.POST_ENTRY.replace(wallet.CLOCK, raw), raw
 """
 
 
