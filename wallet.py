@@ -2487,9 +2487,8 @@ class _Server(TcpWSGIServer):
 
     def is_spooling(self) -> bool:
         """Are there as many long answers that clients have not read as there may be?"""
-        channels = list(self.active_channels.values())
-        unread = sum(channel.total_outbufs_len > UNREAD_BYTES_MAX for channel in channels)
-        return bool(unread >= STATEMENTS_MAX)
+        unread: list[int] = [one.total_outbufs_len for one in list(self.active_channels.values())]
+        return sum(length > UNREAD_BYTES_MAX for length in unread) >= STATEMENTS_MAX
 
     def turn(self, timeout_s: float, idle_s: float) -> None:
         """Handle what happens next. Now and then, let go of clients that are late."""

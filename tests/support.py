@@ -47,6 +47,9 @@ from wallet import AMOUNT_MAX, Wallet, WalletError, create_app, running
 
 HERE = Path(__file__).parent.parent
 
+# A job in the background ignores Ctrl-C, and so would all that it starts: tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A folder in memory, where a sync takes no time, if there is one with room. What the tests write is
 # there too (pytest's reference, "Environment Variables").
 MEMORY_FOLDER = None

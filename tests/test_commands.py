@@ -191,7 +191,6 @@ import os, signal, sys, wallet, wallet_cli
 copy_wallet = wallet_cli.copy_wallet
 interrupt = lambda copied: os.kill(os.getpid(), signal.SIGINT)
 wallet_cli.copy_wallet = lambda source, target, report: copy_wallet(source, target, interrupt)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background ignores it.
 sys.exit(wallet_cli.main())
 """
 
@@ -867,13 +866,10 @@ def test_backup_never_takes_the_place_of_a_file_and_leaves_nothing_where_it_fail
 
     monkeypatch.setattr(wallet_cli, "verify", lose_a_race)
     assert told(2, "raced") == f"wallet: cannot back up to {tmp_path}/raced: File exists\n"
-
-    def be_interrupted(number, *arguments):
-        while True:  # Python may notice a signal a little later.
-            signal.raise_signal(number)
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        monkeypatch.setattr(wallet_cli, "verify", partial(be_interrupted, number))
+        monkeypatch.setattr(
+            wallet_cli, "verify", lambda *arguments, number=number: signal.raise_signal(number)
+        )
         assert told(130, "interrupted") == "wallet: interrupted\n"
     monkeypatch.setattr(wallet_cli, "verify", verify)
     with Wallet(file_dsn) as wallet:
