@@ -2445,7 +2445,8 @@ class _Channel(HTTPChannel):
 
     def handle_close(self) -> None:
         """Close, once the client has: one that still sends would lose our last answer."""
-        if self.lingering or not self.will_close or self.total_outbufs_len:
+        has_ended = self.lingering or not self.connected  # waitress may close twice.
+        if has_ended or not self.will_close or self.total_outbufs_len:
             super().handle_close()
             return
         self.lingering, self.will_close = True, False
