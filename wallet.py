@@ -2445,8 +2445,7 @@ class _Channel(HTTPChannel):
 
     def handle_close(self) -> None:
         """Close, once the client has: one that still sends would lose our last answer."""
-        has_ended = self.lingering or not self.connected  # waitress may close twice.
-        if has_ended or not self.will_close or self.total_outbufs_len:
+        if self.lingering or self.total_outbufs_len or not (self.connected and self.will_close):
             super().handle_close()
             return
         self.lingering, self.will_close = True, False
