@@ -391,7 +391,7 @@ def replay(events, images, folder, chance):
     ("synchronous", "recordings", "images"),
     [
         ("FULL", 1, 60),
-        pytest.param("NORMAL", 1, 30, marks=pytest.mark.slow), # The control.
+        pytest.param("NORMAL", 1, 30, marks=pytest.mark.slow),  # The control.
         pytest.param("FULL", 40, 500, marks=pytest.mark.torture),
         pytest.param("NORMAL", 4, 500, marks=pytest.mark.torture),
     ],
