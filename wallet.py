@@ -1660,8 +1660,9 @@ class SQLiteDatabase(Database):
         connection = self.connect()
         try:
             self._file = os.stat(self.path) if self.path else None
-            ((owner,),) = connection.execute("PRAGMA application_id").fetchall()
+            # In this order: who makes a wallet marks the file first, and may be at it now.
             ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+            ((owner,),) = connection.execute("PRAGMA application_id").fetchall()
             if owner != SQLITE_APPLICATION_ID and (owner or tables):
                 raise ConfigurationError(
                     f"{self.path} is the database of another program: name another file")

@@ -1285,9 +1285,44 @@ with wallet.Wallet({durable_dsn!r}) as w:
     for process in processes:
         process.stdin.write(b"go\n")
         process.stdin.flush()
-    for process in processes:
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors.decode()
+    errors = [process.communicate(timeout=60)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, errors
     with Wallet(durable_dsn) as wallet:
         check_books(wallet)
         assert wallet.database.read(lambda tx: tx("SELECT balance FROM accounts")) == [(50,)] * 4
+
+
+def open_while_another_makes_it(dsn, step, monkeypatch):
+    """Open a new wallet, which another opener makes just before `step`, a statement of the first.
+
+    Return how many statements the first one ran.
+    """
+    steps, connect = [], wallet_module.SQLiteDatabase.connect
+
+    def see(statement):
+        steps.append(statement)
+        if len(steps) == step:
+            changed.undo()
+            with contextlib.suppress(ConfigurationError):  # The first one may hold the lock.
+                Wallet(dsn).close()
+
+    def connect_and_see(database):
+        connection = connect(database)
+        connection.set_trace_callback(see)
+        return connection
+
+    with monkeypatch.context() as changed:
+        changed.setattr(wallet_module.SQLiteDatabase, "connect", connect_and_see)
+        with Wallet(dsn) as wallet:
+            wallet.register("Ada")
+            check_books(wallet)
+            return len(steps)
+
+
+def test_another_process_may_make_the_wallet_at_any_step_of_an_opening(tmp_path, monkeypatch):
+    monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.05)
+    dsn, steps, made = "sqlite:///{}/{}.db", 1, 0
+    while made < steps:
+        made += 1
+        steps = open_while_another_makes_it(dsn.format(tmp_path, made), made, monkeypatch)
+    assert steps > 20
