@@ -593,17 +593,31 @@ def _parse_cursor(kind: str, account_id: str, value: str) -> int:
 
 
 def _parse_time(value: str | datetime) -> int:
-    """Return a time, of RFC 3339 or aware, in microseconds since 1970. Raises MalformedRequest."""
-    pattern = r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?([Zz]|[-+ ]\d\d:\d\d)"
+    """Return a time, of RFC 3339 or aware, in microseconds since 1970. Raises MalformedRequest.
+
+    A leap second, which ends a month in UTC, counts as the second after it, as the system's clock
+    has it. What is before year 1 or after year 9999 counts as their first and last microsecond.
+    """
+    hour_minute = r"(?:[01]\d|2[0-3]):[0-5]\d"
+    pattern = (rf"(\d{{4}})(-\d\d-\d\d)[Tt ]({hour_minute}):([0-5]\d|60)(?:\.(\d+))?"
+               rf"([Zz]|[-+ ]{hour_minute})")
     with suppress(ValueError, TypeError, OverflowError):
         if isinstance(value, datetime):
             return _as_us(value)
         if match := re.fullmatch(pattern, value, re.ASCII):
-            date, clock, fraction, zone = match.groups("")
+            year, day, minute, second, fraction, zone = match.groups("")
             # In a query, a bare plus means a space.
             zone = "+00:00" if zone in "Zz" else zone.replace(" ", "+")
-            moment = datetime.fromisoformat(f"{date}T{clock}.{fraction[:6]:0<6}{zone}")
-            return _as_us(moment.astimezone(timezone.utc))  # Raises before year 1 and after 9999.
+            known_year = "0004" if year == "0000" else year  # Both are leap years.
+            time_us = _as_us(datetime.fromisoformat(
+                f"{known_year}{day}T{minute}:{min(second, '59')}.{fraction[:6]:0<6}{zone}"))
+            if second == "60":
+                time_us += 1_000_000
+                if not re.match(r".{7}-01T00:00:00", _as_time(time_us).isoformat()):
+                    raise ValueError
+            first_us, last_us = (_as_us(one.replace(tzinfo=timezone.utc))
+                                 for one in (datetime.min, datetime.max))
+            return first_us if year == "0000" else min(max(time_us, first_us), last_us)
     raise MalformedRequest(
         "A time must be as in RFC 3339: 2026-11-22T09:30:00Z, or with an offset for the Z.")
 
