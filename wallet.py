@@ -63,7 +63,6 @@ import string
 import sys
 import threading
 import time
-import unicodedata
 import zlib
 from bisect import bisect_left
 from collections import deque
@@ -71,6 +70,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
+from difflib import get_close_matches
 from functools import partial
 from http.client import responses as REASONS
 from importlib import import_module
@@ -126,6 +126,8 @@ HOLD_DEFAULT_S, HOLD_MAX_S = 7 * 24 * 3600, 30 * 24 * 3600  # As with card netwo
 STATEMENTS_MAX = 2  # Long answers at once: each takes a thread while it is made, then disk space.
 STATEMENT_ROWS = 100  # Read at once: a statement never takes more than 4 MB of memory.
 ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
+# In no line of text: control characters, and the lone surrogates that UTF-8 cannot have.
+UNFIT = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
 FIELD_ERRORS_MAX = 20  # More than a request has fields. Keeps the answer to a hostile body short.
 
 # Requests and connections.
@@ -189,22 +191,25 @@ class _Setting(NamedTuple):
         """The name of its environment variable."""
         return "WALLET_" + self.name.upper().replace("-", "_")
 
-    @property
-    def fallback(self) -> str:
-        """What holds where the command line has nothing. An empty variable is none."""
-        return os.environ.get(self.variable) or self.default
-
-    def parse(self, text: str) -> Any:
-        """Return the value that `text` stands for. Raises ConfigurationError."""
+    def parse(self, given: str | None) -> Any:
+        """Return the value that a text stands for, or if none is given the default, which may be
+        None. Raises ConfigurationError.
+        """
+        text, named = self.default if given is None else given, f"--{self.name} or {self.variable}"
+        if given == "":  # Read as the default, a secret that is lost would open the wallet to all.
+            raise ConfigurationError(f"{named} is empty: give it a value, or leave it out")
+        if re.search(UNFIT, text):
+            raise ConfigurationError(
+                f"{named} has a control character, such as a carriage return at its end")
         if isinstance(self.allowed, range):
             if re.fullmatch("[0-9]{1,9}", text) and int(text) in self.allowed:
                 return int(text)
             rule = f"an integer from {self.allowed[0]} to {self.allowed[-1]}"
         else:
             if not self.allowed or text in self.allowed:
-                return text
+                return text or None
             rule = f"one of {', '.join(self.allowed)}"
-        raise ConfigurationError(f"--{self.name} or {self.variable} must be {rule}, not {text!r}")
+        raise ConfigurationError(f"{named} must be {rule}, not {text!r}")
 
 
 SETTINGS = (
@@ -676,7 +681,7 @@ def _text(maximum: int, minimum: int = 0, *, trimmed: bool = False) -> _Rule:
     def parse(value: object) -> str:
         if not isinstance(value, str):
             raise ValueError("must be a string")
-        if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        if re.search(UNFIT, value):
             raise ValueError(
                 "must not have control characters, such as line breaks, or lone surrogates")
         value = value.strip() if trimmed else value
@@ -1458,6 +1463,9 @@ def open_database(dsn: str, connections: int, create: bool, read_only: bool = Fa
     all that libpq does (https://www.postgresql.org/docs/current/libpq-connect.html).
     """
     scheme, separator, path = dsn.partition("://")
+    if re.search(UNFIT, dsn):
+        raise ConfigurationError(
+            "the DSN has a control character, such as a carriage return at its end")
     if not separator:
         raise ConfigurationError("a DSN looks like sqlite:///wallet.db, or with an absolute path"
                                  " sqlite:////srv/wallet.db")
@@ -2125,11 +2133,11 @@ class App:
     """The WSGI application. Every answer is made here, whatever happens."""
 
     def __init__(self, wallet: Wallet, issuer_token: str | None = None, metrics: bool = False,
-                 trusted_proxy: str = "") -> None:
+                 trusted_proxy: str | None = None) -> None:
         _check_files("openapi.yaml", "wallet.html")
         _check_issuer_token(issuer_token)
         self.wallet, self.routes = wallet, _routes
-        self.has_issuer = bool(issuer_token)
+        self.has_issuer = issuer_token is not None
         self._issuer_token_hash = _hash_token(issuer_token) if issuer_token else ""
         self._trusted_proxy = _parse_proxy(trusted_proxy)
         self._metrics = _Metrics(wallet.database) if metrics else None
@@ -2307,7 +2315,8 @@ def _load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
 
     Raises ConfigurationError.
     """
-    settings = {one.name: one.parse(given.get(one.name, one.fallback)) for one in SETTINGS}
+    settings = {one.name: one.parse(given.get(one.name, os.environ.get(one.variable)))
+                for one in SETTINGS}
     _check_issuer_token(settings["issuer-token"])
     _parse_proxy(settings["trusted-proxy"])
     return settings
@@ -2315,16 +2324,16 @@ def _load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
 
 def _check_issuer_token(token: str | None) -> None:
     """Raise ConfigurationError, without showing it, for a token that is too short or unsendable."""
-    if token and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", token):
+    if token is not None and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", token):
         raise ConfigurationError(
             f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
             " printable ASCII without spaces, as from: openssl rand -hex 32")
 
 
-def _parse_proxy(text: str) -> str:
-    """Return the address of the trusted proxy, "" for none. Raises ConfigurationError."""
+def _parse_proxy(text: str | None) -> str | None:
+    """Return the address of the trusted proxy, if there is one. Raises ConfigurationError."""
     try:
-        return text and _parse_address(text)
+        return text if text is None else _parse_address(text)
     except ValueError:
         raise ConfigurationError(
             "WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted, as by"
@@ -2342,6 +2351,7 @@ def _open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
 
     Logs that this SQLite may damage a file to which several processes write, if it may.
     """
+    _warn_of_unknown_variables()
     wallet = Wallet(settings["dsn"], currency=settings["currency"],
                     connections=settings["threads"], **options)
     _, minor, patch = sqlite3.sqlite_version_info
@@ -2354,8 +2364,21 @@ def _open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
     return wallet
 
 
+def _warn_of_unknown_variables() -> None:
+    known = [one.variable for one in SETTINGS]
+    unknown = []
+    for name in sorted(os.environ):
+        if name.startswith("WALLET_") and name not in known:
+            # Without what all have in common, which would make them all alike.
+            near = get_close_matches(name[7:], [one[7:] for one in known], 1)
+            unknown.append(name + "".join(f" (is it WALLET_{one}?)" for one in near))
+    if unknown:
+        logger.warning("these variables are unknown, and do nothing: %s",
+                       re.sub(UNFIT, "?", ", ".join(unknown)))
+
+
 def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
-               metrics: bool = False, trusted_proxy: str = "") -> App:
+               metrics: bool = False, trusted_proxy: str | None = None) -> App:
     """Return the WSGI application of a wallet, or of what the environment's WALLET_... name.
 
     With `issuer_token`, only who sends that makes and fills accounts. With `metrics`, it answers
@@ -2364,9 +2387,9 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
     """
     if wallet is None:
         settings = _load_settings()
-        wallet, issuer_token = _open_wallet(settings), issuer_token or settings["issuer-token"]
-        metrics = metrics or settings["metrics"]
-        trusted_proxy = trusted_proxy or settings["trusted-proxy"]
+        wallet, metrics = _open_wallet(settings), metrics or settings["metrics"]
+        issuer_token = settings["issuer-token"] if issuer_token is None else issuer_token
+        trusted_proxy = settings["trusted-proxy"] if trusted_proxy is None else trusted_proxy
     return App(wallet, issuer_token, metrics, trusted_proxy)
 
 

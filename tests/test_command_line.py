@@ -23,6 +23,7 @@ import wallet_cli
 from tests.support import (
     CONTRACT,
     HERE,
+    ISSUER_TOKEN,
     command,
     complaints,
     connect,
@@ -33,7 +34,7 @@ from tests.support import (
     torture,
     workers_of,
 )
-from wallet import SETTINGS, Wallet, running
+from wallet import SETTINGS, ConfigurationError, Wallet, create_app, running
 
 # Settings and the command line ####################################################################
 
@@ -108,6 +109,43 @@ def test_bad_start_is_one_line_and_exit_code_2(refusal, arguments, settings, mes
     assert "secret" not in told
 
 
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_setting_that_is_empty_or_has_a_control_character_is_refused_by_name(refusal, setting):
+    for value, reason in [
+        ("", "is empty"),
+        ("\r", "has a control character"),
+        (f"{setting.default or 'USD'}\r", "has a control character"),
+        (f"{setting.default}\n", "has a control character"),
+        (f"\x7f{setting.default}", "has a control character"),
+    ]:
+        named = f"wallet: --{setting.name} or {setting.variable} {reason}"
+        assert refusal(f"--{setting.name}", value).startswith(named)
+        assert refusal(**{setting.variable: value}).startswith(named)
+        assert refusal("accounts", **{setting.variable: value}).startswith(named)
+
+
+def test_embedder_and_copy_may_not_give_them_either(refusal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for dsn in ("sqlite:///wallet.db\r", "sqlite:///wal\x00let.db", "postgresql://h/\n"):
+        with pytest.raises(ConfigurationError, match="the DSN has a control character"):
+            Wallet(dsn)
+    with Wallet() as wallet, pytest.raises(ConfigurationError, match="WALLET_ISSUER_TOKEN must"):
+        create_app(wallet, "")
+    told = refusal("copy", "--from", "sqlite:///wallet.db\r", "--to", "sqlite:///copy.db")
+    assert "the DSN has a control character" in told
+
+
+def test_unknown_variables_are_named_in_one_line_with_the_nearest_known_one(file_dsn):
+    Wallet(file_dsn).close()
+    unknown = {"WALLET_ISUER_TOKEN": ISSUER_TOKEN, "WALLET_DATABASE_X": "1", "WALLET_\n": ""}
+    done = command("accounts", WALLET_DSN=file_dsn, **unknown)
+    assert done.returncode == 0
+    assert log_lines(complaints(done.stderr)) == [
+        "WARNING wallet: these variables are unknown, and do nothing: WALLET_?, WALLET_DATABASE_X,"
+        " WALLET_ISUER_TOKEN (is it WALLET_ISSUER_TOKEN?)"
+    ]
+
+
 def test_port_in_use_is_one_line_and_exit_code_2(tmp_path):
     with served("--dsn", "sqlite://") as server:
         port = urlsplit(server.url).port
@@ -136,12 +174,12 @@ def test_command_line_comes_before_the_environment(monkeypatch):
         "host": "127.0.0.1",
         "port": 4000,
         "threads": 3,
-        "currency": "",
-        "issuer-token": "",
+        "currency": None,
+        "issuer-token": None,
         "log-level": "info",
         "command": None,
         "metrics": 0,
-        "trusted-proxy": "",
+        "trusted-proxy": None,
     }
 
 

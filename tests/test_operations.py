@@ -445,7 +445,7 @@ def test_log_names_the_account_once_its_token_was_found_right(caplog):
 @pytest.mark.parametrize(
     ("trusted", "peer", "forwarded", "client"),
     [
-        ("", "203.0.113.9", "198.51.100.1", "203.0.113.9"),  # Nobody is trusted.
+        (None, "203.0.113.9", "198.51.100.1", "203.0.113.9"),  # Nobody is trusted.
         ("10.0.0.1", "10.0.0.2", "198.51.100.1", "10.0.0.2"),  # Somebody else forges it.
         ("10.0.0.1", "10.0.0.1", "198.51.100.1", "198.51.100.1"),
         (
