@@ -98,12 +98,12 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = [
     "AMOUNT_MAX", "Account", "AccountFrozen", "AccountNotFound", "App", "BalanceLimitExceeded",
-    "BodyTooLarge", "ConfigurationError", "Forbidden", "HeadersTooLarge", "Hold", "HoldNotActive",
-    "HoldPage", "HoldStatus", "IdempotencyKeyReused", "InsufficientFunds", "InternalError",
-    "MalformedRequest", "MethodNotAllowed", "NotFound", "NotRefundable", "OutcomeUnknown", "Page",
-    "RefundExceedsCharge", "Transaction", "TransactionType", "Unauthorized", "Unavailable",
-    "UnsupportedMediaType", "ValidationFailed", "Wallet", "WalletError", "WrongBooks",
-    "__version__", "create_app", "running",
+    "BodyTooLarge", "ConfigurationError", "CursorBeyondEnd", "Forbidden", "HeadersTooLarge", "Hold",
+    "HoldNotActive", "HoldPage", "HoldStatus", "IdempotencyKeyReused", "InsufficientFunds",
+    "InternalError", "MalformedRequest", "MethodNotAllowed", "NotFound", "NotRefundable",
+    "OutcomeUnknown", "Page", "RefundExceedsCharge", "Transaction", "TransactionType",
+    "Unauthorized", "Unavailable", "UnsupportedMediaType", "ValidationFailed", "Wallet",
+    "WalletError", "WrongBooks", "__version__", "create_app", "running",
 ]
 T = TypeVar("T")
 logger = logging.getLogger("wallet")
@@ -313,6 +313,13 @@ class HoldNotActive(WalletError, status=409, title="The hold is not active."):
     """It was captured or released, or it has expired. `hold_status` says which."""
 
     hold_status: HoldStatus
+
+
+class CursorBeyondEnd(WalletError, status=409, title="The cursor is beyond the end."):
+    """The account has never had as many entries, unless that was before a backup was restored."""
+
+    advice = ("This account has no entry so late. If the wallet was restored from a backup, what"
+              " came after that is gone: read the history again from its beginning.")
 
 
 class BodyTooLarge(WalletError, status=413, title="The body is too large."):
@@ -1109,11 +1116,18 @@ class Wallet:
 
     def holds(self, account_id: str, *, limit: int = PAGE_LIMIT_DEFAULT,
               cursor: str | None = None) -> HoldPage:
-        """Return a page of holds, newest first. Raises AccountNotFound, MalformedRequest."""
-        account_id, limit = self.account(account_id).id, _parse_limit(limit)
-        last = SEQUENCE_MAX if cursor is None else _parse_cursor("hld", account_id, cursor) - 1
-        found = self.database.read(
-            lambda tx: self._read_holds(tx, account_id, 1, last, limit + 1))
+        """Return a page of holds, newest first.
+
+        Raises AccountNotFound, CursorBeyondEnd, MalformedRequest.
+        """
+        limit = _parse_limit(limit)
+        below = SEQUENCE_MAX if cursor is None else _parse_cursor("hld", account_id, cursor)
+
+        def read(tx: _Execute) -> list[Hold]:
+            self._last_sequence(tx, account_id, below)
+            return self._read_holds(tx, account_id, 1, below - 1, limit + 1)
+
+        found = self.database.read(read)
         return HoldPage(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
     def transaction(self, account_id: str, transaction_id: str) -> Transaction:
@@ -1128,7 +1142,7 @@ class Wallet:
         An `after` of "0" begins at the oldest. A page begins at a sequence number, so each costs
         the same however long the history is, and new transactions shift nothing. The numbers
         become visible in order: whoever asks on and on with the last id as `after` misses nothing
-        and gets nothing twice. Raises AccountNotFound, MalformedRequest.
+        and gets nothing twice. Raises AccountNotFound, CursorBeyondEnd, MalformedRequest.
         """
         limit, newest_first = _parse_limit(limit), after is None
         if cursor is not None and after is not None:
@@ -1302,9 +1316,14 @@ class Wallet:
         order = "DESC" if newest_first else "ASC"
         since_us = None if since is None else _parse_time(since)
         until_us = None if until is None else _parse_time(until)
-        first, end = self.database.read(lambda tx: (
-            0 if since_us is None else self._count_before(tx, account_id, since_us),
-            self._count_before(tx, account_id, until_us) + 1))
+
+        def bounds(tx: _Execute) -> tuple[int, int]:
+            last = self._last_sequence(tx, account_id, above, below)
+            return (0 if since_us is None else self._count_before(tx, account_id, since_us),
+                    last + 1 if until_us is None
+                    else self._count_before(tx, account_id, until_us) + 1)
+
+        first, end = self.database.read(bounds)
         start_sql = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ?"
         end_sql = f"AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
         of_type = f"{start_sql} AND type = ? {end_sql}"
@@ -1327,18 +1346,24 @@ class Wallet:
 
         return entries(max(above, first), min(below, end))
 
-    def _count_before(self, tx: _Execute, account_id: str, time_us: int | None) -> int:
-        """Return how many entries an account had before a time, or has now.
+    def _last_sequence(self, tx: _Execute, account_id: str, *cursors: int) -> int:
+        """Return how many entries an account has. SEQUENCE_MAX is no cursor.
 
-        Raises AccountNotFound.
+        Raises AccountNotFound, and CursorBeyondEnd if one of `cursors` is none of them.
         """
         rows = tx("SELECT last_sequence FROM accounts WHERE id = ?", _parse_account_id(account_id))
         if not rows:
             raise AccountNotFound()
-        entries = range(1, rows[0][0] + 1)
+        if any(rows[0][0] < cursor < SEQUENCE_MAX for cursor in cursors):
+            raise CursorBeyondEnd()
+        return int(rows[0][0])
+
+    def _count_before(self, tx: _Execute, account_id: str, time_us: int) -> int:
+        """Return how many entries an account had before a time. Raises AccountNotFound."""
+        entries = range(1, self._last_sequence(tx, account_id) + 1)
         sql = "SELECT created_at FROM transactions WHERE account_id = ? AND sequence = ?"
         # Times never go back within an account, so that few entries need to be looked at.
-        return len(entries) if time_us is None else bisect_left(
+        return bisect_left(
             entries, time_us, key=lambda sequence: int(tx(sql, account_id, sequence)[0][0]))
 
     def _prepare(self, currency: str | None, create: bool, migrations: range) -> str:

@@ -346,8 +346,8 @@ REFUSED = {
     "/api/transactions/transfer": [201, 402, 404, 422],
     "/api/transactions/batch": [201, 402, 422],
     "/api/transactions/{id}/refund": [201, 404, 422],
-    "/api/transactions": [200, 400],
-    "/api/holds": [200, 201, 400, 402, 422],
+    "/api/transactions": [200, 400, 409],
+    "/api/holds": [200, 201, 400, 402, 409, 422],
     "/api/holds/{id}/capture": [201, 404, 409, 422],
     "/api/holds/{id}/release": [201, 404, 409, 422],
 }

@@ -623,6 +623,26 @@ def test_page_says_what_is_in_holds_that_it_does_not_list(kiosk, visit):
 
 @pytest.mark.slow
 @in_browser
+def test_page_begins_again_when_a_backup_is_restored_under_it(kiosk, visit):
+    for amount in (100, 200, 300):
+        kiosk.wallet.topup(kiosk.ada.id, amount)
+    tab = visit(kiosk.url, kiosk.token, refusals=[409])
+    tab.see("#balance", "$6.00")
+
+    def restore(tx):
+        tx("DELETE FROM transactions WHERE sequence > 1")
+        tx("UPDATE accounts SET balance = 100, last_sequence = 1")
+
+    kiosk.wallet.database.write(restore)
+    tab.see("#balance", "$1.00")
+    assert tab.page.locator("#entries > .entry").count() == 1
+    kiosk.wallet.topup(kiosk.ada.id, 50)
+    tab.see("#balance", "$1.50")
+    assert tab.page.locator("#entries > .entry").count() == 2
+
+
+@pytest.mark.slow
+@in_browser
 def test_page_says_what_a_dead_token_a_frozen_account_and_an_issuer_mean(kiosk, visit):
     stale = visit(kiosk.url, kiosk.token, refusals=[401, 403])
     stale.see("#balance")
