@@ -150,11 +150,6 @@ STOP_TIMEOUT_S = 10  # To finish when the server is told to stop. Supervisors of
 STOP_IDLE_S = 0.5  # A connection that was used so recently may be sending its next request.
 QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take.
 
-# Metrics.
-DURATION_BUCKETS_S = .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10
-WRITES_BUCKETS = 1, 2, 4, 8, 16, 32, 64  # Writes to a commit: up to one for each thread.
-OTHER = "other"  # The label for an unknown route or method.
-
 # Databases.
 DATABASE_TIMEOUT_S = 5  # For SQLite's lock, which another process may hold, and for all that a call
 # asks of Postgres, with repeats and a restart of the server: longer than either should take.
@@ -1480,6 +1475,22 @@ class Database(Protocol):
         """Let the write that runs finish, and let go of everything."""
 
 
+# What needs a package that not everyone has: who needs it, and how it is installed.
+PARTS = {"postgres": ("a DSN of Postgres needs", "'psycopg[binary]' psycopg-pool"),
+         "metrics": ("metrics need", "prometheus-client")}
+
+
+def _import_part(name: str) -> Any:
+    """Return a module of PARTS. Raises ConfigurationError."""
+    is_package = "__path__" in globals()  # Installed, where the files have other names.
+    try:
+        return import_module(f"wallet.{name}" if is_package else f"wallet_{name}")
+    except ImportError as error:
+        needs, packages = PARTS[name]
+        raise ConfigurationError(f"{needs} {error.name}: pip install {packages}, and"
+                                 f" wallet_{name}.py beside wallet.py") from error
+
+
 def open_database(dsn: str, connections: int, create: bool, read_only: bool = False) -> Database:
     """Return the database that a DSN names. Raises ConfigurationError.
 
@@ -1495,14 +1506,7 @@ def open_database(dsn: str, connections: int, create: bool, read_only: bool = Fa
         raise ConfigurationError("a DSN looks like sqlite:///wallet.db, or with an absolute path"
                                  " sqlite:////srv/wallet.db")
     if scheme in ("postgresql", "postgres"):
-        try:
-            is_package = "__path__" in globals()  # Installed, where the files have other names.
-            module = import_module("wallet.postgres" if is_package else "wallet_postgres")
-        except ImportError as error:
-            raise ConfigurationError(
-                f"a DSN of Postgres needs {error.name}: pip install 'psycopg[binary]' psycopg-pool,"
-                " and wallet_postgres.py beside wallet.py") from error
-        database: Database = module.PostgresDatabase(dsn, connections)
+        database: Database = _import_part("postgres").PostgresDatabase(dsn, connections)
         return database
     if scheme != "sqlite":
         scheme = scheme if scheme.isalnum() else "..."  # It may be anything, such as a password.
@@ -2063,91 +2067,6 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
                          parse_int=lambda digits: int(digits[:20]))
 
 
-def _import_prometheus() -> Any:
-    try:
-        import prometheus_client
-    except ImportError:
-        raise ConfigurationError(
-            "metrics need another package: pip install prometheus-client") from None
-    return prometheus_client
-
-
-class _Metrics:
-    """What an App and its database do, for Prometheus (https://prometheus.io/docs/practices).
-
-    No label has a value that a client can make up: there would be ever more, and one could tell of
-    an account.
-    """
-
-    def __init__(self, database: Database) -> None:
-        prometheus = _import_prometheus()
-        self.registry = prometheus.CollectorRegistry()
-        prometheus.ProcessCollector(registry=self.registry)
-        counter = partial(prometheus.Counter, registry=self.registry)
-        gauge = partial(prometheus.Gauge, registry=self.registry)
-        histogram = partial(prometheus.Histogram, registry=self.registry)
-        self.requests = counter(
-            "wallet_requests", "answers; other is what no route takes, or what was refused before",
-            ["route", "method", "status"])
-        self.durations = histogram(
-            "wallet_request_duration_seconds", "seconds until an answer was made", ["route"],
-            buckets=DURATION_BUCKETS_S)
-        self.movements = counter(
-            "wallet_movements", "transactions that were made, by requests", ["type"])
-        self.amounts = counter("wallet_movement_amount", "their amounts, in minor units", ["type"])
-        self.refused = counter(
-            "wallet_charges_refused", "charges and captures that got a 4xx", ["code"])
-        self.commits = histogram(
-            "wallet_commit_writes", "writes to a commit, of which SQLite's have several",
-            buckets=WRITES_BUCKETS)
-        self.errors = counter(
-            "wallet_database_errors", "reads and writes that failed in the database", ["code"])
-        connections = gauge("wallet_pool_connections",
-                            "connections to Postgres, or those that read SQLite", ["state"])
-        connections.labels("idle").set_function(lambda: database.usage()["idle"])
-        connections.labels("in_use").set_function(lambda: database.usage()["in_use"])
-        gauge("wallet_pool_waiting",
-              "calls that wait for a connection to Postgres, or to write to SQLite",
-              ).set_function(lambda: database.usage()["waiting"])
-        for type in SIGN_BY_TYPE:  # A series that begins at 0 shows its first one too.
-            self.movements.labels(type), self.amounts.labels(type)
-        self.errors.labels(Unavailable.code), self.errors.labels(OutcomeUnknown.code)
-        database.observe = self.observe
-
-    def get(self, wallet: Wallet, caller: None) -> _Response:
-        """Show it all, but for when each series began, which would be as many again."""
-        from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-
-        created = rb"(?m)^(# \w+ )?\w+_created\b.*\n"
-        lines = re.sub(created, b"", generate_latest(self.registry))
-        return _Response(200, lines, {"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
-
-    def observe(self, outcomes: Sequence[Exception | None]) -> None:
-        """Count a commit, and what the database could not do (see Database)."""
-        if written := outcomes.count(None):
-            self.commits.observe(written)
-        for error in outcomes:
-            if isinstance(error, Unavailable):
-                self.errors.labels(error.code).inc()
-
-    def count(self, rule: str, method: str, answer: _Response, duration_s: float) -> None:
-        """Count an answer. An earlier one that is repeated has moved nothing."""
-        route = re.sub("<.*>", "{id}", rule)
-        method = method if method in ("GET", "HEAD", "POST") else OTHER
-        self.requests.labels(route, method, answer.status).inc()
-        self.durations.labels(route).observe(duration_s)
-        body = answer.body if isinstance(answer.body, dict) else {"transactions": [answer.body]}
-        if answer.status == 201:
-            for made in body.get("transactions", ()):
-                if isinstance(made, Transaction) and not made.replayed:
-                    # A transfer has both.
-                    for type in {made.type, made.type.replace("_out", "_in")}:
-                        self.movements.labels(type).inc()
-                        self.amounts.labels(type).inc(made.amount)
-        elif route.endswith(("/charge", "/capture")) and answer.status < 500:
-            self.refused.labels(body["code"]).inc()
-
-
 # In the environ: the error with which the server asks to refuse the request, and what App notes
 # there for the log and the metrics.
 REFUSAL, ROUTE, CALLER = "wallet.refusal", "wallet.route", "wallet.caller"
@@ -2165,7 +2084,7 @@ class App:
         self.has_issuer = issuer_token is not None
         self._issuer_token_hash = _hash_token(issuer_token) if issuer_token else ""
         self._trusted_proxy = _parse_proxy(trusted_proxy)
-        self._metrics = _Metrics(wallet.database) if metrics else None
+        self._metrics = _import_part("metrics").Metrics(wallet.database) if metrics else None
         if self._metrics:
             self.routes = Bottle()
             self.routes.merge(_routes)
@@ -2192,7 +2111,7 @@ class App:
         _log_access(method, path, answer.status, round(duration_s * 1000, 1), request_id,
                     getattr(caller, "id", caller), self._client(environ))
         if self._metrics:
-            self._metrics.count(environ.get(ROUTE, OTHER), method, answer, duration_s)
+            self._metrics.count(environ.get(ROUTE), method, answer, duration_s)
         start_response(status, headers)
         return [] if method == "HEAD" else body
 

@@ -45,7 +45,7 @@ from wallet import (
     _Execute,
     _format_time,
     _hide_tokens,
-    _import_prometheus,
+    _import_part,
     _insert_rows,
     _load_settings,
     _open_wallet,
@@ -81,7 +81,7 @@ curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" \
 def _run_server(settings: Mapping[str, Any]) -> None:
     """Serve until it is told to stop."""
     if settings["metrics"]:
-        _import_prometheus()  # What is missing is said before anything is made.
+        _import_part("metrics")  # What is missing is said before anything is made.
     with _bind(settings["host"], settings["port"]) as bound, _open_wallet(settings) as wallet:
         app = create_app(wallet, settings["issuer-token"], settings["metrics"],
                          settings["trusted-proxy"])

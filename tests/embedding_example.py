@@ -22,6 +22,7 @@ from wallet import (
     BalanceLimitExceeded,
     BodyTooLarge,
     ConfigurationError,
+    CursorBeyondEnd,
     Forbidden,
     HeadersTooLarge,
     Hold,
@@ -76,6 +77,8 @@ def explain(error: WalletError) -> str:
         return f"there is room for {room}"
     if isinstance(error, RefundExceedsCharge):
         return f"{error.refundable} can be refunded"
+    if isinstance(error, CursorBeyondEnd):
+        return "a backup was restored: begin again"
     if isinstance(error, HoldNotActive):
         return f"the hold is {error.hold_status}"
     if isinstance(error, ValidationFailed):

@@ -301,6 +301,7 @@ def test_image_has_every_file_that_the_service_reads():
         "requirements.txt",
         "wallet.py",
         "wallet_cli.py",
+        "wallet_metrics.py",
         "wallet_postgres.py",
         "migrations/",
         "schema.sql",

@@ -22,6 +22,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import wallet as wallet_module
+import wallet_metrics
 from tests.support import (
     BUGGY,
     ISSUER_TOKEN,
@@ -242,7 +243,7 @@ def test_readme_lists_every_metric():
     )
 
 
-class CarelessMetrics(wallet_module._Metrics):
+class CarelessMetrics(wallet_metrics.Metrics):
     """Has any method that was asked for in a label."""
 
     def count(self, rule, method, answer, duration_s):
@@ -252,7 +253,7 @@ class CarelessMetrics(wallet_module._Metrics):
 @pytest.mark.parametrize(("careless", "count"), [(False, 2000), (True, 200)])
 def test_no_client_makes_a_new_time_series(sqlite_wallet, monkeypatch, careless, count):
     if careless:
-        monkeypatch.setattr(wallet_module, "_Metrics", CarelessMetrics)
+        monkeypatch.setattr(wallet_metrics, "Metrics", CarelessMetrics)
     app, odd = create_app(sqlite_wallet, metrics=True), random.Random(1)
 
     def ask():

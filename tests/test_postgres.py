@@ -235,7 +235,7 @@ def test_options_come_from_the_dsn_else_from_the_environment_else_from_here(
     with monkeypatch.context() as patched:
         patched.setattr(wallet_module, "Wallet", refuse)
         assert wallet_cli.main(["--port", "0", "--threads", "4", "--dsn", postgres_dsn]) == 2
-    assert seen == [{"currency": "", "connections": 4}]
+    assert seen == [{"currency": None, "connections": 4}]
     monkeypatch.setenv("WALLET_DSN", postgres_dsn)
     monkeypatch.setenv("WALLET_THREADS", "5")
     with create_app().wallet as wallet:
@@ -818,7 +818,7 @@ BAD_POSTGRES = {
     "raw password": ("postgresql://u:se@secret@127.0.0.1/x", "the DSN is malformed: it looks like"),
     "slash behind digits": ("postgresql://u:123/secret@127.0.0.1/x", "the DSN is malformed"),
     "slash in it": ("postgresql://u:se/secret@127.0.0.1/x", "the DSN is malformed"),
-    "line break behind it": ("postgresql://u:secret\n@127.0.0.1/x", "the DSN is malformed"),
+    "line break behind it": ("postgresql://u:secret\n@127.0.0.1/x", "has a control character"),
     "password elsewhere": (
         "postgresql://127.0.0.1:1/x?user=u&password=p//a@secret",
         "cannot open postgresql://127.0.0.1:1/x",
@@ -865,7 +865,10 @@ def test_missing_prometheus_client_is_one_line_with_the_command_that_installs_it
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert done.stderr == "wallet: metrics need another package: pip install prometheus-client\n"
+    assert (
+        done.stderr == "wallet: metrics need prometheus_client: pip install prometheus-client,"
+        " and wallet_metrics.py beside wallet.py\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1118,7 +1121,7 @@ def foreign_parts(source):
     return {part for part in found if not part.isupper()} - SQL_PARTS
 
 
-MODULES = "wallet.py", "wallet_cli.py", "wallet_postgres.py"
+MODULES = "wallet.py", "wallet_cli.py", "wallet_metrics.py", "wallet_postgres.py"
 FUTURE = "from __future__ import annotations\n"
 
 
