@@ -195,7 +195,7 @@ class Prefixed:
 
 def mount(wallet: Wallet) -> None:
     """Use the wallet as a WSGI application, and over HTTP."""
-    app: App = create_app(wallet, issuer_token=None, metrics=False, trusted_proxy="")
+    app: App = create_app(wallet, issuer_token=None, metrics=False, trusted_proxy=None)
     application: WSGIApplication = app
     statuses: list[str] = []
 
