@@ -6,12 +6,19 @@
 -- minor units of the wallet's currency (1250 is $12.50), and times are whole
 -- microseconds since 1970-01-01T00:00:00Z. The CHECKs repeat what wallet.py
 -- enforces, so that no other program can break a promise either.
+--
+-- Text that programs compare is COLLATE "C", in the order of its bytes: what
+-- language a database is in, and a new version of that language's rules, must
+-- not decide which keys are equal. SQLite has that order anyway, and no such
+-- name for it, so there the wallet leaves the name out.
 
--- One row: what this database is. It is read before anything else is made.
+-- One row: what this database is. It is read before anything else is made. The
+-- digits are the currency's decimals: with 2, an amount of 1250 is 12.50.
 CREATE TABLE IF NOT EXISTS wallet (
-    id             INTEGER PRIMARY KEY CHECK (id = 1),
-    schema_version INTEGER NOT NULL CHECK (schema_version >= 1),
-    currency       TEXT    NOT NULL CHECK (length(currency) = 3)
+    id              INTEGER          PRIMARY KEY CHECK (id = 1),
+    schema_version  INTEGER          NOT NULL CHECK (schema_version >= 1),
+    currency        TEXT COLLATE "C" NOT NULL CHECK (length(currency) = 3),
+    currency_digits INTEGER          NOT NULL CHECK (currency_digits BETWEEN 0 AND 9)
 );
 
 -- One row per account. Its balance is that of its last transaction, and held
@@ -20,15 +27,15 @@ CREATE TABLE IF NOT EXISTS wallet (
 -- the account's clock, which never goes back, and frozen is 0 or 1. Of the
 -- token, only the SHA-256 is kept, in hex.
 CREATE TABLE IF NOT EXISTS accounts (
-    id             TEXT    NOT NULL PRIMARY KEY,
-    name           TEXT    NOT NULL CHECK (length(name) BETWEEN 1 AND 100),
-    token_hash     TEXT    NOT NULL CHECK (length(token_hash) = 64),
-    balance        BIGINT  NOT NULL CHECK (balance BETWEEN 0 AND 9007199254740991),
-    held           BIGINT  NOT NULL CHECK (held BETWEEN 0 AND balance),
-    last_sequence  BIGINT  NOT NULL CHECK (last_sequence >= 0),
-    frozen         INTEGER NOT NULL CHECK (frozen IN (0, 1)),
-    created_at     BIGINT  NOT NULL,
-    updated_at     BIGINT  NOT NULL
+    id             TEXT COLLATE "C" NOT NULL PRIMARY KEY,
+    name           TEXT             NOT NULL CHECK (length(name) BETWEEN 1 AND 100),
+    token_hash     TEXT COLLATE "C" NOT NULL CHECK (length(token_hash) = 64),
+    balance        BIGINT           NOT NULL CHECK (balance BETWEEN 0 AND 9007199254740991),
+    held           BIGINT           NOT NULL CHECK (held BETWEEN 0 AND balance),
+    last_sequence  BIGINT           NOT NULL CHECK (last_sequence >= 0),
+    frozen         INTEGER          NOT NULL CHECK (frozen IN (0, 1)),
+    created_at     BIGINT           NOT NULL,
+    updated_at     BIGINT           NOT NULL
 );
 
 -- One row per movement of money, and per hold that was made or released: all
@@ -42,18 +49,18 @@ CREATE TABLE IF NOT EXISTS accounts (
 -- that a key sent again with another request is noticed, or zeros for a request
 -- without a key, which cannot be sent again.
 CREATE TABLE IF NOT EXISTS transactions (
-    account_id      TEXT   NOT NULL REFERENCES accounts (id),
-    sequence        BIGINT NOT NULL CHECK (sequence >= 1),
-    type            TEXT   NOT NULL CHECK (type IN ('topup', 'charge', 'refund', 'transfer_in', 'transfer_out',
-                                                    'hold', 'release')),
-    amount          BIGINT NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
-    balance         BIGINT NOT NULL CHECK (balance BETWEEN 0 AND 9007199254740991),
-    description     TEXT   CHECK (length(description) <= 500),
+    account_id      TEXT COLLATE "C" NOT NULL REFERENCES accounts (id),
+    sequence        BIGINT           NOT NULL CHECK (sequence >= 1),
+    type            TEXT COLLATE "C" NOT NULL CHECK (type IN (
+        'topup', 'charge', 'refund', 'transfer_in', 'transfer_out', 'hold', 'release')),
+    amount          BIGINT           NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
+    balance         BIGINT           NOT NULL CHECK (balance BETWEEN 0 AND 9007199254740991),
+    description     TEXT             CHECK (length(description) <= 500),
     metadata        TEXT,
-    reference       TEXT,
-    idempotency_key TEXT   NOT NULL CHECK (length(idempotency_key) BETWEEN 1 AND 255),
-    fingerprint     TEXT   NOT NULL CHECK (length(fingerprint) = 64),
-    created_at      BIGINT NOT NULL,
+    reference       TEXT COLLATE "C",
+    idempotency_key TEXT COLLATE "C" NOT NULL CHECK (length(idempotency_key) BETWEEN 1 AND 255),
+    fingerprint     TEXT COLLATE "C" NOT NULL CHECK (length(fingerprint) = 64),
+    created_at      BIGINT           NOT NULL,
     PRIMARY KEY (account_id, sequence),
     UNIQUE (account_id, idempotency_key)
 );
@@ -63,19 +70,21 @@ CREATE TABLE IF NOT EXISTS transactions (
 CREATE INDEX IF NOT EXISTS transactions_by_type ON transactions (account_id, type, sequence);
 
 -- What a charge has had refunded is the sum of a few rows.
-CREATE INDEX IF NOT EXISTS refunds_by_charge ON transactions (account_id, reference) WHERE type = 'refund';
+CREATE INDEX IF NOT EXISTS refunds_by_charge ON transactions (account_id, reference)
+    WHERE type = 'refund';
 
 -- One row per hold, under the sequence number of the transaction that made it.
 -- The status changes once, when the hold ends: captured, in whole or in part,
 -- released, or expired. One that is past its time counts as expired, though it
 -- may stay active here until its account next makes a hold or needs the money.
 CREATE TABLE IF NOT EXISTS holds (
-    account_id TEXT   NOT NULL REFERENCES accounts (id),
-    sequence   BIGINT NOT NULL CHECK (sequence >= 1),
-    amount     BIGINT NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
-    expires_at BIGINT NOT NULL,
-    status     TEXT   NOT NULL CHECK (status IN ('active', 'captured', 'released', 'expired')),
-    captured   BIGINT NOT NULL CHECK (captured BETWEEN 0 AND amount),
+    account_id TEXT COLLATE "C" NOT NULL REFERENCES accounts (id),
+    sequence   BIGINT           NOT NULL CHECK (sequence >= 1),
+    amount     BIGINT           NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
+    expires_at BIGINT           NOT NULL,
+    status     TEXT COLLATE "C" NOT NULL CHECK (status IN (
+        'active', 'captured', 'released', 'expired')),
+    captured   BIGINT           NOT NULL CHECK (captured BETWEEN 0 AND amount),
     PRIMARY KEY (account_id, sequence),
     CHECK ((status = 'captured') = (captured > 0))
 );

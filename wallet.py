@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["bottle==0.13.4", "prometheus-client==0.26.0", "psycopg[binary]==3.3.9",
-#                 "psycopg-pool==3.3.3", "typing_extensions==4.16.0", "waitress==3.0.2"]
+# dependencies = ["bottle==0.13.4", "iso4217==1.16.20260101", "prometheus-client==0.26.0",
+#                 "psycopg[binary]==3.3.9", "psycopg-pool==3.3.3", "typing_extensions==4.16.0",
+#                 "waitress==3.0.2"]
 # ///
 """Wallet: a small service that keeps money balances and is trusted with them.
 
@@ -162,7 +163,7 @@ SQLITE_READER_CACHE_KB = 500  # For each reader. The system keeps the file in me
 SQLITE_VERIFY_CACHE_KB = 64_000  # For `verify`, which reads in another order than the file's.
 SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Minor version of 3.x: first patch with the fix.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MIGRATIONS = range(1, SCHEMA_VERSION)  # From each of these, migrations/N.sql leads to the next.
 
 SECURITY_HEADERS = {  # On every answer: no browser keeps it, runs it, or shows it to another site.
@@ -215,8 +216,8 @@ SETTINGS = (
     _Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
     _Setting("threads", "8", "how many connections to Postgres are kept, and how many requests"
              " waitress works on at once", range(1, 65)),
-    _Setting("currency", "",
-             "three capital letters, fixed when the database is made; USD if not given then"),
+    _Setting("currency", "", "a code of ISO 4217 such as USD, or a unit of your own with its number"
+             " of decimals such as CRD/0, fixed when the database is made; USD if not given then"),
     _Setting("issuer-token", "", "at least 32 characters: only who sends them makes accounts and"
              " tops them up, else everyone does"),
     _Setting("trusted-proxy", "", "the IP address of the proxy in front, which may tell the log"
@@ -409,12 +410,13 @@ EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 class Account:
     """An account as it stands. `available` is the balance without what is held.
 
-    Amounts are in minor units of `currency`.
+    Amounts are in minor units of `currency`: with 2 for `currency_digits`, 1250 is 12.50.
     """
 
     id: str
     name: str
     currency: str
+    currency_digits: int
     balance: int
     available: int
     frozen: bool
@@ -574,6 +576,26 @@ def _as_transaction(account_id: str, row: _Row, replayed: bool = False) -> Trans
     return Transaction(
         _make_entry_id("txn", account_id, sequence), type, amount, balance, description,
         json.loads(metadata) if metadata else {}, reference, _as_time(created_at_us), replayed)
+
+
+def _parse_currency(text: str) -> tuple[str, int | None]:
+    """Return a currency's code and how many decimals it has, None where nobody says so.
+
+    Raises ConfigurationError.
+    """
+    from iso4217 import Currency  # Which takes a while, for what most wallets never need.
+
+    match = re.fullmatch("([A-Z]{3})(?:/([0-9]))?", text)
+    if not match:
+        raise ConfigurationError("the currency must be three capital letters, such as USD, or a"
+                                 " unit of your own with its number of decimals, such as CRD/0")
+    code, said, known = match[1], int(match[2]) if match[2] else None, None
+    with suppress(ValueError):
+        known = Currency(code).exponent  # Gold has none.
+    if None not in (said, known) and said != known:
+        raise ConfigurationError(
+            f"{code} has {known} decimals in ISO 4217: a unit of your own needs another code")
+    return code, known if said is None else said
 
 
 def _parse_account_id(value: object) -> str:
@@ -842,20 +864,21 @@ class Wallet:
     """Accounts and their money, in the database that `dsn` names (see `open_database`).
 
     Amounts are integers in minor units. Many threads may call every method, and each raises
-    Unavailable when the database cannot do it now. `currency` is three capital letters (ISO 4217),
-    fixed when the database is made. At most `connections` are kept to Postgres. With `read_only`
-    nothing is ever written. Raises ConfigurationError when the database cannot be opened, or when
-    it is not there and `create` is False.
+    Unavailable when the database cannot do it now. `currency` is a code of ISO 4217, or a unit of
+    your own with its number of decimals, such as CRD/0. It is fixed when the database is made, and
+    USD if not given then. At most `connections` are kept to Postgres. With `read_only` nothing is
+    ever written. Raises ConfigurationError when the database cannot be opened, or when it is not
+    there and `create` is False.
     """
 
     def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None,
                  connections: int = 8, create: bool = True, read_only: bool = False) -> None:
-        if currency and not re.fullmatch("[A-Z]{3}", currency):
-            raise ConfigurationError("the currency must be three capital letters, such as USD")
+        unit = None if currency is None else _parse_currency(currency)
         create = create and not read_only
         self.database = open_database(dsn, connections, create, read_only)
         try:
-            self.currency = self._prepare(currency, create, range(0) if read_only else MIGRATIONS)
+            self.currency, self.currency_digits = self._prepare(
+                unit, create, range(0) if read_only else MIGRATIONS)
         except BaseException as error:
             self.database.close()
             if isinstance(error, (OSError, NotFound, Unavailable)):
@@ -886,7 +909,7 @@ class Wallet:
                  ON CONFLICT (id) DO NOTHING"""
         self.database.write(
             lambda tx: tx(sql, account_id, name, _hash_token(token), now_us, now_us))
-        return Account(account_id, name, self.currency, 0, 0, False, _as_time(now_us)), token
+        return self._as_account(account_id, name, 0, 0, 0, now_us), token
 
     def authenticate(self, token: str) -> Account:
         """Return the account that a token opens. Raises Unauthorized."""
@@ -1276,8 +1299,8 @@ class Wallet:
 
     def _as_account(self, id: str, name: str, balance: int, available: int, frozen: int,
                     created_at_us: int) -> Account:
-        return Account(id, name, self.currency, balance, available, bool(frozen),
-                       _as_time(created_at_us))
+        return Account(id, name, self.currency, self.currency_digits, balance, available,
+                       bool(frozen), _as_time(created_at_us))
 
     def _transaction(self, tx: _Execute, account_id: str, transaction_id: str) -> Transaction:
         sequence = _parse_entry_id("txn", account_id, transaction_id)
@@ -1361,7 +1384,8 @@ class Wallet:
         return bisect_left(
             entries, time_us, key=lambda sequence: int(tx(sql, account_id, sequence)[0][0]))
 
-    def _prepare(self, currency: str | None, create: bool, migrations: range) -> str:
+    def _prepare(self, unit: tuple[str, int | None] | None, create: bool,
+                 migrations: range) -> tuple[str, int]:
         """Make the tables, or bring those of an older version to this one. Return the currency.
 
         The row of `wallet` comes last: where it is, all is. So where it is, nothing is made.
@@ -1386,32 +1410,38 @@ class Wallet:
                     raise ConfigurationError(
                         f"the table {table} in {self.database.location} is another program's:"
                         " name another database, or another schema as the search_path")
+            code, digits = unit or ("USD", 2)
+            if digits is None:
+                raise ConfigurationError(
+                    f"{code} is not in ISO 4217: say how many decimals it has, as with {code}/0")
             for statement in _read_sql("schema.sql"):
-                self._write(statement)
-            self._write("INSERT INTO wallet VALUES (1, ?, ?) ON CONFLICT (id) DO NOTHING",
-                        SCHEMA_VERSION, currency or "USD")
+                self._write(self.database.adapt(statement))
+            self._write("INSERT INTO wallet VALUES (1, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                        SCHEMA_VERSION, code, digits)
             rows = self._read("SELECT schema_version, currency FROM wallet")
-        ((version, kept),) = rows
+        ((version, _),) = rows
         while version in migrations:
-            version = self.database.write(_migrate, LONG_TIMEOUT_S)
+            version = self.database.write(
+                partial(_migrate, self.database.adapt), LONG_TIMEOUT_S)
         if version != SCHEMA_VERSION:
             raise ConfigurationError(
                 f"the database has schema version {version}, and this wallet has {SCHEMA_VERSION}:"
                 f" use {'a newer' if version > SCHEMA_VERSION else 'an older'} wallet")
-        if currency and currency != kept:
-            raise ConfigurationError(
-                f"the database's currency is {kept}, and cannot be changed to {currency}")
-        return str(kept)
+        ((code, digits),) = self._read("SELECT currency, currency_digits FROM wallet")
+        if unit and unit not in ((code, digits), (code, None)):
+            raise ConfigurationError(f"the database's currency is {code}/{digits}, and cannot be"
+                                     f" changed to {unit[0]}/{unit[1]}")
+        return code, digits
 
 
-def _migrate(tx: _Execute) -> int:
+def _migrate(adapt: Callable[[str], str], tx: _Execute) -> int:
     """Make the tables those of the next version, unless another process has. Return the version."""
     ((version,),) = tx(
         "UPDATE wallet SET schema_version = schema_version RETURNING schema_version")
     if version not in MIGRATIONS:
         return int(version)
     for statement in _read_sql(f"migrations/{version}.sql"):
-        tx(statement)
+        tx(adapt(statement))
     tx("UPDATE wallet SET schema_version = ?", version + 1)
     return int(version) + 1
 
@@ -1458,6 +1488,10 @@ class Database(Protocol):
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function`. Each statement sees what is committed by then. Raises Unavailable."""
+
+    def adapt(self, statement: str) -> str:
+        """Return a statement of schema.sql or of a migration as this engine has it."""
+        return statement
 
     def ping(self) -> None:
         """Read the one row that every wallet has. Raises Unavailable."""
@@ -1609,6 +1643,10 @@ class SQLiteDatabase(Database):
                     reader.close()
                 elif reader:
                     self._idle_readers.append(reader)
+
+    def adapt(self, statement: str) -> str:
+        """Take collations out: SQLite compares bytes, unless told otherwise, and has no "C"."""
+        return "" if "ALTER COLUMN" in statement else statement.replace(' COLLATE "C"', "")
 
     def ping(self) -> None:
         """See too that the file is the one that was opened."""
@@ -1824,7 +1862,8 @@ def _get_account(wallet: Wallet, caller: Account, at: str | None = None) -> _Res
         return _Response(200, caller)
     balance, moment = wallet.balance_at(caller.id, at), _format_time(_as_time(_parse_time(at)))
     return _Response(200, {"id": caller.id, "name": caller.name, "currency": caller.currency,
-                           "balance": balance, "at": moment})
+                           "currency_digits": caller.currency_digits, "balance": balance,
+                           "at": moment})
 
 
 @_routes.post("/api/account/token", body=_fields({}), body_optional=True, token=True)

@@ -62,6 +62,7 @@ PROGRAM = "wallet" if __package__ else "python wallet.py"  # As a package it is 
 BACKUP_PAGES = 5000  # At a time, 20 MB. Ctrl-C is heard in between.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
 VERIFY_ACCOUNTS = 100  # To a statement, which is one step of the progress bar.
+AMOUNTS = "balance", "available"  # Of an account.
 _Report = Callable[[int, int], None]  # It is told how much is done of how much.
 TRY = """\
 Open the address in a browser, or try it from another terminal:
@@ -129,8 +130,11 @@ def _make_banner(app: App, address: str) -> str:
     """Return what is printed at the start."""
     url = address.replace("//0.0.0.0", "//127.0.0.1").replace("[::]", "[::1]")
     issued = "Only the issuer's token makes and fills accounts."
+    wallet = app.wallet
     return (f"wallet {__version__} listens on {address}, with its data in"
-            f" {app.wallet.database.location}. {issued if app.has_issuer else TRY.format(url=url)}")
+            f" {wallet.database.location}, in {wallet.currency}: an amount of 1250 is"
+            f" {_format_amount(1250, wallet.currency_digits)}."
+            f" {issued if app.has_issuer else TRY.format(url=url)}")
 
 
 # Logs #############################################################################################
@@ -236,10 +240,11 @@ def _verify_books(tx: _Execute, report: _Report) -> tuple[int, int]:
 
 def _run_accounts(settings: Mapping[str, Any]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    line = ("{id:20} {balance:>16} {available:>16} {frozen:6} {created_at:27} {name}").format_map
+    line = "{id:20} {balance:>17} {available:>17} {frozen:6} {created_at:27} {name}".format_map
     with _open_wallet(settings, create=False, read_only=True) as wallet:
         if not settings["json"]:
-            print(line({name: name for name in Account.__annotations__}))
+            names = {name: name for name in Account.__annotations__}
+            print(line(names | {name: f"{name} ({wallet.currency})" for name in AMOUNTS}))
         for account in wallet.accounts():
             shown = _to_json(account)
             if settings["json"]:
@@ -247,8 +252,15 @@ def _run_accounts(settings: Mapping[str, Any]) -> None:
             else:  # The name comes last: nobody knows how wide a terminal shows it.
                 name = "".join(
                     one if one.isprintable() else ascii(one)[1:-1] for one in account.name)
-                frozen = "frozen" if account.frozen else ""
-                print(line(shown | {"name": name, "frozen": frozen}))
+                shown |= {"name": name, "frozen": "frozen" if account.frozen else ""}
+                print(line(shown | {name: _format_amount(shown[name], wallet.currency_digits)
+                                    for name in AMOUNTS}))
+
+
+def _format_amount(amount: int, digits: int) -> str:
+    """Return an amount as people write it: 1250 with 2 digits is 12.50."""
+    whole, part = divmod(amount, 10**digits)
+    return f"{whole}.{part:0{digits}}" if digits else str(whole)
 
 
 def _run_token(settings: Mapping[str, Any]) -> None:
@@ -375,15 +387,15 @@ def copy_wallet(source: Wallet, target: Wallet,
         if any(_digest_table(tx, table) != _digest_table(read, table) for table in KEY_COLUMNS):
             raise ConfigurationError("the wallet was changed while it was copied: stop it first")
         _verify_books(tx, lambda done, total: None)
-        if target.currency != source.currency:
-            tx("UPDATE wallet SET currency = ?", source.currency)
+        tx("UPDATE wallet SET currency = ?, currency_digits = ?", *unit)
 
     first, read = "SELECT id FROM accounts LIMIT 1", partial(_read, source)
+    unit = source.currency, source.currency_digits
     if _read(target, first):
         raise ConfigurationError(
             f"{target.database.location} already holds accounts: name an empty database")
     target.database.write(copy, LONG_TIMEOUT_S)
-    target.currency = source.currency
+    target.currency, target.currency_digits = unit
 
 
 def _read_table(tx: _Execute, table: str) -> Iterator[list[_Row]]:
@@ -422,9 +434,9 @@ COMMANDS = (
     _Command("backup", "copy a wallet on SQLite to a new file while it serves, and verify the copy",
              "backup backup.db", _run_backup,
              {"file": {"metavar": "FILE", "help": "the file, which must not be there"}}),
-    _Command("accounts", "list all accounts, with amounts in minor units", "accounts --json",
-             _run_accounts,
-             {"--json": {"action": "store_true", "help": "print one JSON object a line"}}),
+    _Command("accounts", "list all accounts", "accounts --json", _run_accounts,
+             {"--json": {"action": "store_true",
+                         "help": "print one JSON object a line, with amounts in minor units"}}),
     _Command("token", "print a new token of an account, whose old one is dead from then on",
              "token acc_4fKq0ZbT9xWm2Lr7", _run_token, ACCOUNT_ID),
     _Command("freeze", "let an account receive nothing and spend nothing",

@@ -189,7 +189,7 @@ def test_it_serves_says_where_and_its_curls_can_be_pasted(tmp_path):
         assert (
             first_line
             == f"wallet {wallet_module.__version__} listens on {server.url}, with its data in "
-            f"{tmp_path}/wallet.db. Open the address in a browser, or try it from another terminal:"
+            f"{tmp_path}/wallet.db, in USD: an amount of 1250 is 12.50. Open the address in a browser, or try it from another terminal:"
         )
         assert pasted.count("curl ") == 3
         done = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, timeout=60)

@@ -973,12 +973,20 @@ def test_backup_over_postgres_names_the_commands_that_do_it_and_they_do(
     assert wallet_cli.main(["verify", "--dsn", dsn]) == 0
 
 
+@pytest.mark.parametrize(
+    ("code", "nothing", "amounts"),
+    [
+        ("JPY", "0", ("9007199254740991", "9007199254740990")),
+        ("HUF", "0.00", ("90071992547409.91", "90071992547409.90")),
+        ("KWD", "0.000", ("9007199254740.991", "9007199254740.990")),
+    ],
+)
 def test_accounts_are_listed_as_a_table_and_as_json_however_odd_their_names(
-    durable_dsn, monkeypatch, capsys
+    durable_dsn, monkeypatch, capsys, code, nothing, amounts
 ):
     monkeypatch.setattr(wallet_cli, "COPY_ROWS", 2)
     names = ["Ada", "日本 😀", "\u202egnol", "a\u2028b", "Ä" * 100]
-    with Wallet(durable_dsn, currency="JPY") as wallet:
+    with Wallet(durable_dsn, currency=code) as wallet:
         made = sorted((wallet.register(name)[0] for name in names), key=lambda account: account.id)
         rich = made[2].id
         wallet.topup(rich, AMOUNT_MAX)
@@ -993,15 +1001,15 @@ def test_accounts_are_listed_as_a_table_and_as_json_however_odd_their_names(
     assert lines == json.loads(json.dumps([wallet_module._to_json(account) for account in shown]))
     assert wallet_cli.main(["accounts", "--dsn", durable_dsn]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["id", "balance", "available", "frozen", "created_at", "name"]
-    assert {row[90:] for row in rows} == {"Ada", "日本 😀", "\\u202egnol", "a\\u2028b", "Ä" * 100}
-    assert {(row[:20], row[21:37].strip(), row[38:54].strip(), row[55:61]) for row in rows} == {
+    assert header.split() == [
+        *("id", "balance", f"({code})", "available", f"({code})", "frozen", "created_at", "name")
+    ]
+    assert {row[92:] for row in rows} == {"Ada", "日本 😀", "\\u202egnol", "a\\u2028b", "Ä" * 100}
+    assert {(row[:20], row[21:38].strip(), row[39:56].strip(), row[57:63]) for row in rows} == {
         (
             id,
             *(
-                ("9007199254740991", "9007199254740990", "frozen")
-                if id == rich
-                else ("0", "0", " " * 6)
+                (*amounts, "frozen") if id == rich else (nothing, nothing, " " * 6)
             ),
         )
         for id in (account.id for account in made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import partial
 
 import pytest
 
@@ -17,13 +18,13 @@ from wallet import Wallet
 
 def test_newer_schema_is_refused_and_left_as_it_is(durable_dsn):
     with Wallet(durable_dsn) as wallet:
-        wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 3"))
+        wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 99"))
     before = contents(durable_dsn)
     done = command("--dsn", durable_dsn, "--port", "0")
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr
-        == "wallet: the database has schema version 3, and this wallet has 2: use a newer wallet\n"
+        == "wallet: the database has schema version 99, and this wallet has 3: use a newer wallet\n"
     )
     assert contents(durable_dsn) == before
 
@@ -60,7 +61,7 @@ def test_database_of_the_first_version_is_brought_to_this_one_and_keeps_all(dura
     )
     assert [done.returncode for done in opened] == [0] * processes, opened
     with Wallet(durable_dsn) as wallet:
-        assert wallet.currency == "JPY"
+        assert (wallet.currency, wallet.currency_digits) == ("JPY", 0)
         wallet.freeze("acc_" + "A" * 16, False)
         ada = wallet.authenticate(token)
         assert (ada.name, ada.balance, ada.available, ada.frozen) == ("Ada", 7, 7, False)
@@ -72,7 +73,7 @@ def test_database_of_the_first_version_is_brought_to_this_one_and_keeps_all(dura
             None,
         )
         assert (
-            wallet.database.write(wallet_module._migrate) == 2
+            wallet.database.write(partial(wallet_module._migrate, wallet.database.adapt)) == 3
         )  # As for a process that comes too late.
         assert wallet.refund(ada.id, f"txn_{'A' * 16}_2").balance == 12
         assert wallet.transfer(ada.id, "acc_" + "B" * 16, 2).balance == 10
@@ -100,7 +101,7 @@ def shape(database):
     """Return the tables as the engine has them: columns, CHECKs, keys and indexes."""
     if database.location.startswith("postgresql"):
         statements = [
-            """SELECT table_name, ordinal_position, column_name, data_type, is_nullable
+            """SELECT table_name, ordinal_position, column_name, data_type, collation_name, is_nullable
                FROM information_schema.columns WHERE table_schema = current_schema()""",
             """SELECT conrelid::regclass::text, pg_get_constraintdef(oid) FROM pg_constraint
                WHERE connamespace = current_schema()::regnamespace""",
@@ -140,6 +141,17 @@ ROWS = {  # Of each version: what its tables hold before the step to the next.
         *[f"INSERT INTO transactions VALUES ('{one}', 2, 'charge', 5, 7, NULL, 'k2', '{'0' * 64}', 2)"
           for one in ACCOUNT_IDS],
     ],
+    2: [
+        *[f"INSERT INTO accounts VALUES ('{one}', 'Ada', '{'f' * 64}', 7, 2, 3, 0, 1000, 2000)"
+          for one in ACCOUNT_IDS],
+        *[f"INSERT INTO transactions VALUES ('{one}', 1, 'topup', 12, 12, 'x', NULL, NULL, 'k1', '{'0' * 64}', 1)"
+          for one in ACCOUNT_IDS],
+        *[f"INSERT INTO transactions VALUES ('{one}', 2, 'charge', 5, 7, NULL, NULL, NULL, 'k2', '{'0' * 64}', 2)"
+          for one in ACCOUNT_IDS],
+        *[f"INSERT INTO transactions VALUES ('{one}', 3, 'hold', 2, 7, NULL, NULL, NULL, 'k3', '{'0' * 64}', 3)"
+          for one in ACCOUNT_IDS],
+        *[f"INSERT INTO holds VALUES ('{one}', 3, 2, {4 * 10**15}, 'active', 0)" for one in ACCOUNT_IDS],
+    ],
 }
 
 
@@ -156,6 +168,7 @@ def test_tables_of_each_version_become_those_of_a_new_wallet_and_keep_their_rows
     new_dsn = made() if callable(made) else f"sqlite:///{made}/new.db"
     with Wallet(durable_dsn) as migrated, Wallet(new_dsn) as fresh:
         assert shape(migrated.database) == shape(fresh.database)
+        assert (migrated.currency, migrated.currency_digits) == ("JPY", 0)
         check_books(migrated)
         for account in migrated.accounts():
             assert (account.name, account.balance) == ("Ada", 7)

@@ -133,7 +133,7 @@ def wheel(built):
 @pytest.fixture(scope="session")
 def installed(wheel, tmp_path_factory):
     """An environment with the wallet, what it needs, and pytest."""
-    environment = Environment(tmp_path_factory.mktemp("installed"), "bottle", "waitress", "pytest")
+    environment = Environment(tmp_path_factory.mktemp("installed"), "bottle", "iso4217", "waitress", "pytest")
     environment.install(wheel)
     return environment
 
@@ -141,7 +141,7 @@ def installed(wheel, tmp_path_factory):
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory):
     """An environment with what the wallet needs, and pytest, but without the wallet."""
-    return Environment(tmp_path_factory.mktemp("bare"), "bottle", "waitress", "pytest")
+    return Environment(tmp_path_factory.mktemp("bare"), "bottle", "iso4217", "waitress", "pytest")
 
 
 # What is installed ################################################################################

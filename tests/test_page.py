@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from iso4217 import Currency
 from bottle import Bottle
 
 import wallet as wallet_module
@@ -309,6 +310,31 @@ def test_page_shows_the_token_once_and_copies_it(kiosk, visit):
             "BHD\N{NO-BREAK SPACE}9,007,199,254,740.991",
             "BHD\N{NO-BREAK SPACE}0.000",
         ),
+        # Of these the browser has other decimals than ISO 4217, or knows nothing.
+        (
+            "HUF",
+            "90071992547409.91",
+            "HUF\N{NO-BREAK SPACE}90,071,992,547,409.91",
+            "HUF\N{NO-BREAK SPACE}0.00",
+        ),
+        (
+            "KWD",
+            "9007199254740.991",
+            "KWD\N{NO-BREAK SPACE}9,007,199,254,740.991",
+            "KWD\N{NO-BREAK SPACE}0.000",
+        ),
+        (
+            "CLF",
+            "900719925474.0991",
+            "CLF\N{NO-BREAK SPACE}900,719,925,474.0991",
+            "CLF\N{NO-BREAK SPACE}0.0000",
+        ),
+        (
+            "CRD/0",
+            "9007199254740991",
+            "CRD\N{NO-BREAK SPACE}9,007,199,254,740,991",
+            "CRD\N{NO-BREAK SPACE}0",
+        ),
     ],
     indirect=["kiosk"],
 )
@@ -351,9 +377,30 @@ PARSED = {  # What is typed, to minor units, or a part of what is said of it.
         "90071992547409.92": "$90,071,992,547,409.91 at most",
         "9" * 40: "at most",
     },
+    "HUF": {"100": "10000", "0.01": "1", "0.001": "HUF has 2 decimals: type it as 12.50."},
+    "CLF": {"1.5": "15000", "0.00001": "CLF has 4 decimals: type it as 12.5000."},
     "JPY": {"1250": "1250", "12.5": "JPY has no decimals: type it as 12.", "1.": "digits only"},
     "BHD": {"1.25": "1250", "1.2505": "BHD has 3 decimals: type it as 12.500."},
 }
+
+
+@pytest.mark.slow
+@in_browser
+def test_page_shows_and_reads_every_currency_of_iso_4217_with_its_decimals(kiosk, visit):
+    tab = visit(kiosk.url)
+    for currency in Currency:
+        digits = currency.exponent
+        if digits is None:  # As of gold: its decimals are the wallet's to say.
+            continue
+        shown, read = tab.page.evaluate(
+            """([code, digits]) => {
+            const money = new Money(code, digits);
+            return [money.show(123456789n), String(money.parse(money.decimal(123456789n)))];
+        }""",
+            [currency.code, digits],
+        )
+        decimals = re.search(r"\.(\d+)$", shown)
+        assert (len(decimals[1]) if decimals else 0, read) == (digits, "123456789"), shown
 
 
 @pytest.mark.slow
@@ -364,9 +411,9 @@ def test_page_sends_no_amount_that_is_wrong_and_says_what_to_type(kiosk, visit):
     for currency, cases in PARSED.items():
         found = tab.page.evaluate(
             """([currency, texts]) => texts.map((text) => {
-            try { return String(new Money(currency).parse(text)); } catch (refusal) { return refusal.fields.amount; }
+            try { return String(new Money(...currency).parse(text)); } catch (refusal) { return refusal.fields.amount; }
         })""",
-            [currency, list(cases)],
+            [[currency, Currency(currency).exponent], list(cases)],
         )
         for (text, expected), result in zip(cases.items(), found, strict=True):
             assert result == expected if expected.isdigit() else expected in result, (

@@ -1229,7 +1229,7 @@ def test_compose_file_runs_a_wallet_over_postgres_and_holds_no_secret(postgres_s
     # What the network of compose does: the name of the service leads to the server.
     network = {"PGHOSTADDR": "127.0.0.1", "PGPORT": str(postgres_server.port)}
     with served(**in_image | given | network) as server:
-        assert "with its data in postgresql://postgres/wallet." in server.banner
+        assert "with its data in postgresql://postgres/wallet, in USD:" in server.banner
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
         assert (
             send(server.url, "POST", "/api/transactions/topup", {"amount": 5}, token)[2]["balance"]

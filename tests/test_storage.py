@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
+from iso4217 import Currency
 
 import wallet as wallet_module
 import wallet_cli
@@ -1234,10 +1235,48 @@ def test_currency_is_fixed_when_the_database_is_made(durable_dsn):
         assert wallet.register("Ada")[0].currency == "JPY"
     with Wallet(durable_dsn) as wallet:
         assert wallet.currency == "JPY"
-    with pytest.raises(ConfigurationError, match="currency is JPY"):
+    with pytest.raises(ConfigurationError, match="currency is JPY/0"):
         Wallet(durable_dsn, currency="USD")
-    with pytest.raises(ConfigurationError, match="three capital letters"):
-        Wallet(currency="usd")
+    for wrong in ("", "usd", "USD\n", "US", "USDT", "USD/", "USD/10", "USD/-1", "/2"):
+        with pytest.raises(ConfigurationError, match="three capital letters"):
+            Wallet(currency=wrong)
+
+
+def test_currency_has_the_decimals_of_iso_4217():
+    assert len(Currency) > 170
+    for currency in Currency:
+        code, digits = currency.code, currency.exponent
+        if digits is None:  # As of gold.
+            with pytest.raises(ConfigurationError, match=f"how many decimals it has, as.* {code}/0"):
+                Wallet(currency=code)
+            digits = 6
+        else:
+            with Wallet(currency=code) as wallet:
+                assert (wallet.currency, wallet.currency_digits) == (code, digits)
+            with pytest.raises(ConfigurationError, match=f"{code} has {digits} decimals in ISO 4217"):
+                Wallet(currency=f"{code}/{digits + 1}")
+        with Wallet(currency=f"{code}/{digits}") as wallet:
+            assert (wallet.currency, wallet.currency_digits) == (code, digits)
+    assert {code: Currency(code).exponent for code in ("HUF", "JPY", "KWD", "CLF")} == {
+        "HUF": 2,
+        "JPY": 0,
+        "KWD": 3,
+        "CLF": 4,
+    }
+
+
+def test_unit_of_ones_own_says_its_decimals_once(durable_dsn):
+    with pytest.raises(ConfigurationError, match="CRD is not in ISO 4217: say how many decimals"):
+        Wallet(durable_dsn, currency="CRD")
+    with Wallet(durable_dsn, currency="CRD/0") as wallet:
+        account, _ = wallet.register("Ada")
+        assert (account.currency, account.currency_digits) == ("CRD", 0)
+    for same in (None, "CRD", "CRD/0"):
+        with Wallet(durable_dsn, currency=same) as wallet:
+            assert wallet.account(account.id) == account
+    for other in ("CRD/2", "CRE/0", "USD"):
+        with pytest.raises(ConfigurationError, match="currency is CRD/0, and cannot be changed"):
+            Wallet(durable_dsn, currency=other)
 
 
 def test_sqlite_too_old_is_refused(monkeypatch):
