@@ -155,7 +155,9 @@ def test_topup_reaches_the_cap_and_not_above(wallet, ada):
         "UPDATE transactions SET idempotency_key = 'same'",
         "UPDATE transactions SET account_id = 'acc_nobody'",
         "INSERT INTO transactions SELECT * FROM transactions",
-        "INSERT INTO wallet VALUES (2, 1, 'EUR')",
+        "INSERT INTO wallet VALUES (2, 1, 'EUR', 2)",
+        "UPDATE wallet SET currency_digits = -1",
+        "UPDATE wallet SET currency_digits = 10",
     ],
 )
 def test_the_tables_refuse_what_would_break_a_promise(wallet, ada, careless):
@@ -1625,6 +1627,7 @@ def test_balance_at_a_time_is_that_after_the_last_entry_until_then(dated):
             "id": dated.id,
             "name": "Ada",
             "currency": "USD",
+            "currency_digits": 2,
             "balance": balance,
             "at": utc,
         }

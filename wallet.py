@@ -1500,6 +1500,9 @@ class Database(Protocol):
     def usage(self) -> dict[str, int]:
         """Return how many connections are `idle` and `in_use`, and how many calls `waiting`."""
 
+    def check(self) -> None:
+        """See that each index has what its table has. Raises WrongBooks."""
+
     def failed(self, error: Unavailable) -> Unavailable:
         """Tell `observe` of a call that has failed, and return its error."""
         self.observe([error])
@@ -1657,6 +1660,11 @@ class SQLiteDatabase(Database):
                     return
             raise self.failed(Unavailable(f"{self.location} was removed or replaced. Stop this"
                                           " wallet before you do that."))
+
+    def check(self) -> None:
+        ((found,),) = self.read(lambda tx: tx("PRAGMA integrity_check(1)"))
+        if found != "ok":
+            raise WrongBooks(f"{self.location} is damaged: {' '.join(found.split())}")
 
     def usage(self) -> dict[str, int]:
         # What waits is a write, for the commit before it.

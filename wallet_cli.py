@@ -199,11 +199,7 @@ def verify(wallet: Wallet, report: _Report = lambda done, total: None) -> tuple[
     meanwhile. `report` is told now and then how much of how much is done. Raises WrongBooks,
     which names the first row that is wrong.
     """
-    database = wallet.database
-    if isinstance(database, SQLiteDatabase):  # See that each index has what its table has.
-        ((found,),) = database.read(lambda tx: tx("PRAGMA integrity_check(1)"))
-        if found != "ok":
-            raise WrongBooks(f"{database.location} is damaged: {' '.join(found.split())}")
+    wallet.database.check()
     return _verify_books(partial(_read, wallet), report)
 
 
@@ -387,7 +383,8 @@ def copy_wallet(source: Wallet, target: Wallet,
         if any(_digest_table(tx, table) != _digest_table(read, table) for table in KEY_COLUMNS):
             raise ConfigurationError("the wallet was changed while it was copied: stop it first")
         _verify_books(tx, lambda done, total: None)
-        tx("UPDATE wallet SET currency = ?, currency_digits = ?", *unit)
+        if (target.currency, target.currency_digits) != unit:
+            tx("UPDATE wallet SET currency = ?, currency_digits = ?", *unit)
 
     first, read = "SELECT id FROM accounts LIMIT 1", partial(_read, source)
     unit = source.currency, source.currency_digits

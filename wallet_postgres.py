@@ -20,7 +20,16 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 import wallet
-from wallet import ConfigurationError, Database, OutcomeUnknown, T, _check_usable, _Execute, _Row
+from wallet import (
+    ConfigurationError,
+    Database,
+    OutcomeUnknown,
+    T,
+    WrongBooks,
+    _check_usable,
+    _Execute,
+    _Row,
+)
 
 logger = logging.getLogger("wallet")
 
@@ -39,8 +48,14 @@ POSTGRES_DEFAULTS: dict[str, Any] = {  # libpq's options, where the DSN has none
 # (https://www.postgresql.org/docs/current/errcodes-appendix.html).
 LOST_A_RACE = "40001", "40P01"  # serialization_failure, deadlock_detected: rolled back, always.
 READ_ONLY = "25006"  # read_only_sql_transaction
+CORRUPTED = "XX001", "XX002"  # data_corrupted, index_corrupted
 # unique_violation, duplicate_table, duplicate_object
 CHANGED_MEANWHILE = READ_ONLY, "23505", "42P07", "42710"
+
+
+COLLATION_VERSIONS = """
+    SELECT quote_ident(datname), datcollversion, pg_database_collation_actual_version(oid)
+    FROM pg_database WHERE datname = current_database()"""
 
 
 class TimedConnection(Connection[_Row]):
@@ -118,6 +133,23 @@ class PostgresDatabase(Database):
         return {"idle": idle, "in_use": pool["pool_size"] - idle,
                 "waiting": pool["requests_waiting"]}
 
+    def check(self) -> None:
+        """See that each index has what its table has, with the extension amcheck."""
+        sql = """
+            SELECT bt_index_check(indexrelid::regclass, true) FROM pg_index WHERE indrelid IN (
+                'wallet'::regclass, 'accounts'::regclass, 'transactions'::regclass,
+                'holds'::regclass)"""
+        try:
+            with self._pool.connection(wallet.DATABASE_TIMEOUT_S) as connection:
+                connection.deadline = time.monotonic() + wallet.LONG_TIMEOUT_S
+                connection.execute(sql)
+        except Error as error:
+            reason = error.diag.message_primary or error
+            if error.sqlstate in CORRUPTED:
+                raise WrongBooks(f"{self.location} is damaged: {reason}") from error
+            logger.warning("the indexes of %s were not checked, which needs CREATE EXTENSION"
+                           " amcheck, and the right to use it: %s", self.location, reason)
+
     def close(self) -> None:
         """Close what is not in use. What is in use is closed when its call has ended."""
         self._pool.close()
@@ -186,6 +218,13 @@ class PostgresDatabase(Database):
             if settings.get(name) == "off":
                 logger.warning("%s has %s off: in a crash it may lose what was answered",
                                self.location, name)
+        with suppress(Error):  # Before version 15, and in other engines, there is no such column.
+            ((name, kept, now),) = tx(COLLATION_VERSIONS)
+            if kept != now:
+                logger.warning(
+                    "%s was made with version %s of its collation, and the system has %s: run"
+                    " REINDEX DATABASE %s; ALTER DATABASE %s REFRESH COLLATION VERSION",
+                    self.location, kept, now, name, name)
 
 
 def _execute_on(connection: TimedConnection, sql: str, *parameters: str | int | None) -> list[_Row]:

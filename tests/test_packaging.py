@@ -31,7 +31,8 @@ from wallet import Hold, Transaction, create_app
 
 HERE = Path(__file__).parent.parent
 EXAMPLE = Path(__file__).with_name("embedding_example.py")
-DATA_FILES = {"checks.sql", "openapi.yaml", "schema.sql", "wallet.html", "migrations/1.sql"}
+DATA_FILES = {"checks.sql", "openapi.yaml", "schema.sql", "wallet.html", "migrations/1.sql",
+              "migrations/2.sql"}
 TYPES = typing.get_args(wallet_module.TransactionType)
 pytestmark = pytest.mark.xdist_group("packaging")  # One worker builds and installs, once.
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from iso4217 import Currency
 from bottle import Bottle
+from iso4217 import Currency
 
 import wallet as wallet_module
 from tests.support import PAGE, check_books

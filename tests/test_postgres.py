@@ -1197,7 +1197,7 @@ def test_every_key_begins_with_the_account_id(postgres_wallet):
 def test_compose_file_runs_a_wallet_over_postgres_and_holds_no_secret(postgres_server):
     compose = load_yaml((HERE / "compose.yaml").read_text())
     service, database = compose["services"]["wallet"], compose["services"]["postgres"]
-    assert database["image"] == "postgres:17"
+    assert database["image"] == "postgres:17-trixie"
     assert service["depends_on"] == {"postgres": {"condition": "service_healthy"}}
     assert "--host=127.0.0.1" in database["healthcheck"]["test"]
     assert [volume.partition(":")[0] for volume in database["volumes"]] == list(compose["volumes"])

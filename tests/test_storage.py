@@ -1126,7 +1126,7 @@ def test_interrupt_of_who_commits_for_others_leaves_none_of_them_waiting(
         ("sqlite:////no/such/x", "No such"),
         ("sqlite:////dev", "unable to open"),
         ("sqlite:////proc/wallet.db", "cannot open"),
-        ("sqlite:///\0", "cannot open"),
+        ("sqlite:///\0", "the DSN has a control character"),
     ],
 )
 def test_bad_dsn_is_refused_with_advice_and_without_its_secret(bad_dsn, message):
@@ -1161,7 +1161,7 @@ def test_file_of_another_program_is_refused_and_left_as_it_was(tmp_path):
 
 def test_database_that_cannot_be_opened_leaves_nothing_open(file_dsn, tmp_path):
     with Wallet(file_dsn) as wallet:
-        wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 3"))
+        wallet.database.write(lambda tx: tx("UPDATE wallet SET schema_version = 99"))
     (tmp_path / "notes.db").write_bytes(b"These are notes, and no database.\n" * 100)
     before = sorted(os.listdir("/dev/fd"))
     for one in (file_dsn, f"sqlite:///{tmp_path}/notes.db"):
