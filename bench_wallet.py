@@ -529,7 +529,7 @@ def plain_loop(path: str, synchronous: str) -> Target:
         "PRAGMA foreign_keys = ON",
         f"PRAGMA wal_autocheckpoint = {wallet.SQLITE_CHECKPOINT_PAGES}",
         f"PRAGMA cache_size = -{wallet.SQLITE_CACHE_KB}",
-        *wallet._read_sql("schema.sql"),
+        *(sql.replace(' COLLATE "C"', "") for sql in wallet._read_sql("schema.sql")),
     ):
         connection.execute(statement)
     accounts = [f"acc_{number:016}" for number in range(ACCOUNTS)]

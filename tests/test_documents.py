@@ -169,7 +169,7 @@ def test_readme_names_the_run_behind_each_piece_of_evidence():
         assert re.search(r"\d", found), promise
         decorators = " ".join(ast.unparse(one) for one in tests[name.strip("`")].decorator_list)
         complete += [name] if "torture" not in decorators.lower() else []
-    assert len(complete) == 3
+    assert len(complete) == 4
     assert f"{len(list(raw_requests()))} requests with a second one" in README
 
 

@@ -797,7 +797,7 @@ def test_secrets_are_found_nowhere_but_in_the_answer_that_shows_one(
             tmp_path / "vacuumed.db"
         ).read_bytes()
     else:
-        assert f"postgresql://127.0.0.1:{postgres_server.port}/postgres. " in server.banner
+        assert f"postgresql://127.0.0.1:{postgres_server.port}/postgres, in" in server.banner
         dump = [
             postgres_server.server.bin_path / "pg_dump",
             "--schema",
