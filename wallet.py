@@ -188,15 +188,13 @@ class _Setting(NamedTuple):
         return "WALLET_" + self.name.upper().replace("-", "_")
 
     def parse(self, given: str | None) -> Any:
-        """Return the value that a text stands for, or if none is given the default, which may be
-        None. Raises ConfigurationError.
-        """
+        """Return what a text stands for, or without one the default. Raises ConfigurationError."""
         text, named = self.default if given is None else given, f"--{self.name} or {self.variable}"
         if given == "":  # Read as the default, a secret that is lost would open the wallet to all.
             raise ConfigurationError(f"{named} is empty: give it a value, or leave it out")
         if re.search(UNFIT, text):
             raise ConfigurationError(
-                f"{named} has a control character, such as a carriage return at its end")
+                f"{named} has a control character, such as a carriage return")
         if isinstance(self.allowed, range):
             if re.fullmatch("[0-9]{1,9}", text) and int(text) in self.allowed:
                 return int(text)
@@ -312,7 +310,7 @@ class HoldNotActive(WalletError, status=409, title="The hold is not active."):
 
 
 class CursorBeyondEnd(WalletError, status=409, title="The cursor is beyond the end."):
-    """The account has never had as many entries, unless that was before a backup was restored."""
+    """The account has never had so many entries, or not since a backup was restored."""
 
     advice = ("This account has no entry so late. If the wallet was restored from a backup, what"
               " came after that is gone: read the history again from its beginning.")
@@ -583,7 +581,7 @@ def _parse_currency(text: str) -> tuple[str, int | None]:
 
     Raises ConfigurationError.
     """
-    from iso4217 import Currency  # Which takes a while, for what most wallets never need.
+    from iso4217 import Currency  # Slow to import, and seldom needed.
 
     match = re.fullmatch("([A-Z]{3})(?:/([0-9]))?", text)
     if not match:
@@ -624,8 +622,8 @@ def _parse_cursor(kind: str, account_id: str, value: str) -> int:
 def _parse_time(value: str | datetime) -> int:
     """Return a time, of RFC 3339 or aware, in microseconds since 1970. Raises MalformedRequest.
 
-    A leap second, which ends a month in UTC, counts as the second after it, as the system's clock
-    has it. What is before year 1 or after year 9999 counts as their first and last microsecond.
+    A leap second, which ends a month in UTC, counts as the second after it. What is before year 1
+    or after 9999 counts as the nearest time in them.
     """
     hour_minute = r"(?:[01]\d|2[0-3]):[0-5]\d"
     pattern = (rf"(\d{{4}})(-\d\d-\d\d)[Tt ]({hour_minute}):([0-5]\d|60)(?:\.(\d+))?"
@@ -881,9 +879,10 @@ class Wallet:
                 unit, create, range(0) if read_only else MIGRATIONS)
         except BaseException as error:
             self.database.close()
-            if isinstance(error, (OSError, NotFound, Unavailable)):
-                message = f"cannot use {self.database.location}: {error}"
-                raise ConfigurationError(message) from error
+            is_fault = isinstance(error, (OSError, NotFound, Unavailable, sqlite3.Error))
+            if is_fault or hasattr(error, "sqlstate"):  # psycopg's. A step may find wrong data.
+                raise ConfigurationError(f"cannot use {self.database.location}:"
+                                         f" {' '.join(str(error).split())}") from error
             raise
 
     def __enter__(self) -> Wallet:
@@ -1338,10 +1337,9 @@ class Wallet:
         def bounds(tx: _Execute) -> tuple[int, int]:
             last = self._last_sequence(tx, account_id, above, below)
             return (0 if since_us is None else self._count_before(tx, account_id, since_us),
-                    last + 1 if until_us is None
-                    else self._count_before(tx, account_id, until_us) + 1)
+                    last if until_us is None else self._count_before(tx, account_id, until_us))
 
-        first, end = self.database.read(bounds)
+        first, last = self.database.read(bounds)
         start_sql = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ?"
         end_sql = f"AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
         of_type = f"{start_sql} AND type = ? {end_sql}"
@@ -1362,7 +1360,7 @@ class Wallet:
                         for value in (account_id, one, above, below, rows_max)]
                 rows = self._read(f"{of_each} ORDER BY sequence {order} LIMIT ?", *each, rows_max)
 
-        return entries(max(above, first), min(below, end))
+        return entries(max(above, first), min(below, last + 1))
 
     def _last_sequence(self, tx: _Execute, account_id: str, *cursors: int) -> int:
         """Return how many entries an account has. SEQUENCE_MAX is no cursor.
@@ -1390,48 +1388,52 @@ class Wallet:
 
         The row of `wallet` comes last: where it is, all is. So where it is, nothing is made.
         """
-
-        def read(columns: str, table: str) -> list[_Row] | None:
-            try:
-                return self._read(f"SELECT {columns} FROM {table} LIMIT 1")
-            except Unavailable as error:
-                if "malformed" in str(error):
-                    raise
-                return None  # There is no such table or column.
-
-        rows = read("schema_version, currency", "wallet")
+        rows = self._try_read("schema_version, currency", "wallet")
         if not rows:
             self._read("SELECT 1")  # Raises Unavailable where something else is wrong.
             if not create:
                 raise ConfigurationError(f"there is no wallet in {self.database.location}")
-            for table, column in (("wallet", "currency"), ("accounts", "token_hash"),
-                                  ("transactions", "fingerprint")):
-                if read("1", table) is not None and read(column, table) is None:
-                    raise ConfigurationError(
-                        f"the table {table} in {self.database.location} is another program's:"
-                        " name another database, or another schema as the search_path")
-            code, digits = unit or ("USD", 2)
-            if digits is None:
-                raise ConfigurationError(
-                    f"{code} is not in ISO 4217: say how many decimals it has, as with {code}/0")
-            for statement in _read_sql("schema.sql"):
-                self._write(self.database.adapt(statement))
-            self._write("INSERT INTO wallet VALUES (1, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-                        SCHEMA_VERSION, code, digits)
-            rows = self._read("SELECT schema_version, currency FROM wallet")
-        ((version, _),) = rows
+            self._make_tables(*unit or ("USD", 2))
+            rows = self._read("SELECT schema_version FROM wallet")
+        ((version, *_),) = rows
         while version in migrations:
             version = self.database.write(
                 partial(_migrate, self.database.adapt), LONG_TIMEOUT_S)
         if version != SCHEMA_VERSION:
-            raise ConfigurationError(
-                f"the database has schema version {version}, and this wallet has {SCHEMA_VERSION}:"
-                f" use {'a newer' if version > SCHEMA_VERSION else 'an older'} wallet")
+            advice = ("use a newer wallet" if version > SCHEMA_VERSION
+                      else "let this wallet serve it once, or use an older one")
+            raise ConfigurationError(f"the database has schema version {version}, and this wallet"
+                                     f" has {SCHEMA_VERSION}: {advice}")
         ((code, digits),) = self._read("SELECT currency, currency_digits FROM wallet")
         if unit and unit not in ((code, digits), (code, None)):
             raise ConfigurationError(f"the database's currency is {code}/{digits}, and cannot be"
                                      f" changed to {unit[0]}/{unit[1]}")
         return code, digits
+
+    def _make_tables(self, code: str, digits: int | None) -> None:
+        for table, column in (("wallet", "currency"), ("accounts", "token_hash"),
+                              ("transactions", "fingerprint")):
+            if (self._try_read("1", table) is not None
+                    and self._try_read(column, table) is None):
+                raise ConfigurationError(
+                    f"the table {table} in {self.database.location} is another program's:"
+                    " name another database, or another schema as the search_path")
+        if digits is None:
+            raise ConfigurationError(
+                f"{code} is not in ISO 4217: say how many decimals it has, as with {code}/0")
+        for statement in _read_sql("schema.sql"):
+            self._write(self.database.adapt(statement))
+        self._write("INSERT INTO wallet VALUES (1, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                    SCHEMA_VERSION, code, digits)
+
+    def _try_read(self, columns: str, table: str) -> list[_Row] | None:
+        """Return a row of a table, or None if there is no such table or column."""
+        try:
+            return self._read(f"SELECT {columns} FROM {table} LIMIT 1")
+        except Unavailable as error:
+            if "malformed" in str(error):
+                raise
+            return None
 
 
 def _migrate(adapt: Callable[[str], str], tx: _Execute) -> int:
@@ -1538,7 +1540,7 @@ def open_database(dsn: str, connections: int, create: bool, read_only: bool = Fa
     scheme, separator, path = dsn.partition("://")
     if re.search(UNFIT, dsn):
         raise ConfigurationError(
-            "the DSN has a control character, such as a carriage return at its end")
+            "the DSN has a control character, such as a carriage return")
     if not separator:
         raise ConfigurationError("a DSN looks like sqlite:///wallet.db, or with an absolute path"
                                  " sqlite:////srv/wallet.db")
@@ -2356,12 +2358,13 @@ def _open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
 
 
 def _warn_of_unknown_variables() -> None:
-    known = [one.variable for one in SETTINGS]
+    known = [one.variable.removeprefix("WALLET_") for one in SETTINGS]
     unknown = []
     for name in sorted(os.environ):
-        if name.startswith("WALLET_") and name not in known:
-            # Without what all have in common, which would make them all alike.
-            near = get_close_matches(name[7:], [one[7:] for one in known], 1)
+        # Near is told without the prefix, which would make all alike.
+        rest = name.removeprefix("WALLET_")
+        if rest not in (name, *known):
+            near = get_close_matches(rest, known, 1)
             unknown.append(name + "".join(f" (is it WALLET_{one}?)" for one in near))
     if unknown:
         logger.warning("these variables are unknown, and do nothing: %s",

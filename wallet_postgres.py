@@ -52,7 +52,6 @@ CORRUPTED = "XX001", "XX002"  # data_corrupted, index_corrupted
 # unique_violation, duplicate_table, duplicate_object
 CHANGED_MEANWHILE = READ_ONLY, "23505", "42P07", "42710"
 
-
 COLLATION_VERSIONS = """
     SELECT quote_ident(datname), datcollversion, pg_database_collation_actual_version(oid)
     FROM pg_database WHERE datname = current_database()"""

@@ -1,4 +1,4 @@
--- From version 2 of the tables to version 3. It was released, so it never changes again.
+-- From version 2 of the tables to version 3. Once released, it never changes again.
 --
 -- The currency's decimals are those of ISO 4217, as of 2026-01-01. A unit of one's own, which had
 -- 2 where it was shown, has 2.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import wallet as wallet_module
 import wallet_cli
 import wallet_postgres
-from tests.support import MEMORY_FOLDER, check_books
+from tests.support import MEMORY_FOLDER, check_books, contents, schema_of
 from wallet import Wallet, WalletError, WrongBooks
 
 KEYS = ["a", "B", "A", "b", "_", "-a", "a-", "aB", "Ab", "1", "Z", "z", "A b", "a b", "!", "~"]
@@ -147,6 +148,35 @@ def test_control_order_of_the_database_itself_doubles_keys_when_it_changes(
     wrong = repeat_after_the_order_changed(english, postgres_server)
     assert wrong > 0
     print(f"{wrong} of {40 * len(KEYS)} keys had a second effect or failed")
+
+
+@needs_languages
+def test_key_that_a_changed_order_has_doubled_stops_the_migration_with_one_line(
+    english, postgres_server, capsys
+):
+    dsn, folder = english
+    entry = "INSERT INTO transactions VALUES ('acc_%s', %d, 'topup', 1, %d, NULL, NULL, NULL, '%s', '%s', 1)"
+    for sql in schema_of(2):
+        ask(dsn, sql)
+    ask(dsn, f"INSERT INTO accounts VALUES ('acc_{'A' * 16}', 'Ada', '{'f' * 64}', 0, 0, 0, 0, 1, 1)")
+    keys = [f"{one}|{two}" for one in KEYS for two in KEYS]
+    for number, key in enumerate(keys, 1):
+        ask(dsn, entry % ("A" * 16, number, number, key, "0" * 64))
+    make_language(folder, "C")
+    postgres_server.restart()
+    doubled = 0
+    for key in keys:  # As the first version did: where a key is not found, it has its effect.
+        number = len(keys) + doubled + 1
+        with contextlib.suppress(psycopg.IntegrityError):
+            ask(dsn, entry % ("A" * 16, number, number, key, "0" * 64))
+            doubled += 1
+    assert doubled > 0
+    before = contents(dsn)
+    assert wallet_cli.main(["freeze", "acc_" + "A" * 16, "--dsn", dsn]) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"wallet: cannot use \S+: could not create unique index [^\n]*\n", told)
+    assert "is duplicated" in told
+    assert contents(dsn) == before
 
 
 def test_version_of_a_collation_that_the_system_no_longer_has_is_told_with_the_remedy(
