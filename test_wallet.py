@@ -1518,7 +1518,7 @@ def test_history_of_a_time_is_half_open_and_honours_offsets(dated):
             path = page.headers["Link"].split(">")[0][1:] if "Link" in page.headers else None
         assert [one["balance"] for one in pages] == expected[::-1]
         statement = dated.api.send("GET", f"/api/transactions.csv?{query}", status=200).text
-        assert [int(line["balance"]) for line in csv.DictReader(io.StringIO(statement))] == expected
+        assert [int(line["balance"]) for line in lines_of(statement)] == expected
         feed = dated.api.send(
             "GET", f"/api/transactions?limit=100&after=0&{query}", status=200
         ).json
@@ -1787,6 +1787,14 @@ FORMULAS = [
 ]
 
 
+def lines_of(statement):
+    """Return the lines of a statement, as a client reads it that wants to know if it is whole."""
+    *lines, last = csv.DictReader(io.StringIO(statement))
+    assert last.pop("id") == f"transactions in this statement: {len(lines)}"
+    assert set(last.values()) == {""}
+    return lines
+
+
 def cells(text, delimiter):
     """Return every cell as a spreadsheet of some country would have it."""
     return [cell for line in csv.reader(io.StringIO(text), delimiter=delimiter) for cell in line]
@@ -1806,7 +1814,7 @@ def test_statement_has_no_cell_that_a_spreadsheet_takes_for_a_formula(wallet):
                 if re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", cell)
             ]
             assert found == []
-        (line,) = csv.DictReader(io.StringIO(text))
+        (line,) = lines_of(text)
         assert line["description"].replace("'", "") == formula.replace("'", "")
 
 
@@ -1821,10 +1829,11 @@ def test_statement_is_the_whole_history_as_csv(wallet):
     assert answer.headers["Content-Type"] == "text/csv; charset=utf-8"
     assert answer.headers["Content-Disposition"] == 'attachment; filename="transactions.csv"'
     assert answer.text.startswith(
-        "id,created_at,type,amount,balance,description,reference,metadata\r\n"
+        "id,created_at,type,amount,balance,description,reference,metadata,currency,currency_digits\r\n"
     )
     shown = api.send("GET", "/api/transactions?after=0").json["transactions"]
-    lines = list(csv.DictReader(io.StringIO(answer.text)))
+    lines = lines_of(answer.text)
+    assert {(line.pop("currency"), line.pop("currency_digits")) for line in lines} == {("USD", "2")}
     assert (
         lines
         == [
@@ -1841,7 +1850,8 @@ def test_statement_is_the_whole_history_as_csv(wallet):
     head = api.send("HEAD", "/api/transactions.csv", status=200)
     assert (head.body, "Content-Length" in head.headers) == (b"", False)
     only = api.send("GET", "/api/transactions.csv?type=refund", status=200).text
-    assert [line["type"] for line in csv.DictReader(io.StringIO(only))] == ["refund"]
+    assert [line["type"] for line in lines_of(only)] == ["refund"]
+    assert lines_of(api.send("GET", "/api/transactions.csv?since=9999-01-01T00:00:00Z").text) == []
     for _ in range(wallet_module.STATEMENTS_MAX + 1):  # Each has given its place back.
         api.send("GET", "/api/transactions.csv", status=200)
         api.send("HEAD", "/api/transactions.csv", status=200)
@@ -1853,10 +1863,10 @@ def test_statement_of_any_length_takes_little_memory(wallet, ada):
     fill_with_topups(wallet, ada.id, 5500)
     tracemalloc.start()
     try:
-        length = sum(map(len, wallet_module._csv_chunks(wallet.statement(ada.id))))
+        length = sum(map(len, wallet_module._csv_chunks(wallet, wallet.statement(ada.id))))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
-        assert len(b"".join(wallet_module._csv_chunks(wallet.statement(ada.id)))) == length
+        assert len(b"".join(wallet_module._csv_chunks(wallet, wallet.statement(ada.id)))) == length
         control = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

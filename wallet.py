@@ -71,7 +71,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from difflib import get_close_matches
 from functools import partial
 from http.client import responses as REASONS
 from importlib import import_module
@@ -187,28 +186,12 @@ class _Setting(NamedTuple):
         """The name of its environment variable."""
         return "WALLET_" + self.name.upper().replace("-", "_")
 
-    def parse(self, given: str | None) -> Any:
-        """Return what a text stands for, or without one the default. Raises ConfigurationError."""
-        text, named = self.default if given is None else given, f"--{self.name} or {self.variable}"
-        if given == "":  # Read as the default, a secret that is lost would open the wallet to all.
-            raise ConfigurationError(f"{named} is empty: give it a value, or leave it out")
-        if re.search(UNFIT, text):
-            raise ConfigurationError(
-                f"{named} has a control character, such as a carriage return")
-        if isinstance(self.allowed, range):
-            if re.fullmatch("[0-9]{1,9}", text) and int(text) in self.allowed:
-                return int(text)
-            rule = f"an integer from {self.allowed[0]} to {self.allowed[-1]}"
-        else:
-            if not self.allowed or text in self.allowed:
-                return text or None
-            rule = f"one of {', '.join(self.allowed)}"
-        raise ConfigurationError(f"{named} must be {rule}, not {text!r}")
-
 
 SETTINGS = (
     _Setting("dsn", "sqlite:///wallet.db", "where the money is kept: sqlite:///FILE, sqlite:// in"
              " memory, or postgresql://USER:PASSWORD@HOST/DATABASE"),
+    _Setting("must-exist", "0", "1 to start only where the command init has made the database",
+             range(2)),
     _Setting("host", "127.0.0.1",
              "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
     _Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
@@ -865,15 +848,16 @@ class Wallet:
     Unavailable when the database cannot do it now. `currency` is a code of ISO 4217, or a unit of
     your own with its number of decimals, such as CRD/0. It is fixed when the database is made, and
     USD if not given then. At most `connections` are kept to Postgres. With `read_only` nothing is
-    ever written. Raises ConfigurationError when the database cannot be opened, or when it is not
-    there and `create` is False.
+    ever written, and with `alone` no other wallet may have the database open. Raises
+    ConfigurationError when it cannot be opened so, or when it is not there and `create` is False.
     """
 
-    def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None,
-                 connections: int = 8, create: bool = True, read_only: bool = False) -> None:
+    def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None, connections: int = 8,
+                 create: bool = True, read_only: bool = False, alone: bool = False) -> None:
         unit = None if currency is None else _parse_currency(currency)
         create = create and not read_only
-        self.database = open_database(dsn, connections, create, read_only)
+        self.database = open_database(
+            dsn, connections, create, read_only=read_only, alone=alone)
         try:
             self.currency, self.currency_digits = self._prepare(
                 unit, create, range(0) if read_only else MIGRATIONS)
@@ -1392,7 +1376,7 @@ class Wallet:
         if not rows:
             self._read("SELECT 1")  # Raises Unavailable where something else is wrong.
             if not create:
-                raise ConfigurationError(f"there is no wallet in {self.database.location}")
+                raise ConfigurationError(f"there is no wallet in {self.database.location}{MISSING}")
             self._make_tables(*unit or ("USD", 2))
             rows = self._read("SELECT schema_version FROM wallet")
         ((version, *_),) = rows
@@ -1514,9 +1498,10 @@ class Database(Protocol):
         """Let the write that runs finish, and let go of everything."""
 
 
-# What needs a package that not everyone has: who needs it, and how it is installed.
-PARTS = {"postgres": ("a DSN of Postgres needs", "'psycopg[binary]' psycopg-pool"),
-         "metrics": ("metrics need", "prometheus-client")}
+MISSING = ": name another DSN, or let the command init make it"
+# What is loaded only where it is needed, and how that is installed.
+PARTS = {"postgres": "pip install 'psycopg[binary]' psycopg-pool, and ",
+         "metrics": "pip install prometheus-client, and ", "cli": ""}
 
 
 def _import_part(name: str) -> Any:
@@ -1525,37 +1510,35 @@ def _import_part(name: str) -> Any:
     try:
         return import_module(f"wallet.{name}" if is_package else f"wallet_{name}")
     except ImportError as error:
-        needs, packages = PARTS[name]
-        raise ConfigurationError(f"{needs} {error.name}: pip install {packages}, and"
+        raise ConfigurationError(f"{error.name} is not installed: {PARTS[name]}put"
                                  f" wallet_{name}.py beside wallet.py") from error
 
 
-def open_database(dsn: str, connections: int, create: bool, read_only: bool = False) -> Database:
+def open_database(dsn: str, connections: int, create: bool, **options: bool) -> Database:
     """Return the database that a DSN names. Raises ConfigurationError.
 
     sqlite:///wallet.db is a file in this folder, sqlite:////var/lib/wallet.db one with an absolute
-    path, and sqlite:// is in memory, gone when it is closed. postgresql:// and postgres:// take
-    all that libpq does (https://www.postgresql.org/docs/current/libpq-connect.html).
+    path, and sqlite:// is in memory, gone when it is closed. postgresql:// takes all that libpq
+    does (https://www.postgresql.org/docs/current/libpq-connect.html).
     """
     scheme, separator, path = dsn.partition("://")
     if re.search(UNFIT, dsn):
-        raise ConfigurationError(
-            "the DSN has a control character, such as a carriage return")
+        raise ConfigurationError("the DSN has a control character, such as a carriage return")
     if not separator:
         raise ConfigurationError("a DSN looks like sqlite:///wallet.db, or with an absolute path"
                                  " sqlite:////srv/wallet.db")
     if scheme in ("postgresql", "postgres"):
-        database: Database = _import_part("postgres").PostgresDatabase(dsn, connections)
+        database: Database = _import_part("postgres").PostgresDatabase(dsn, connections, **options)
         return database
     if scheme != "sqlite":
         scheme = scheme if scheme.isalnum() else "..."  # It may be anything, such as a password.
         raise ConfigurationError(f"unknown kind of DSN, {scheme}://; known are sqlite:///FILE,"
                                  " sqlite:// and postgresql://")
     if path in ("", "/:memory:"):
-        return SQLiteDatabase(None, create, read_only)
+        return SQLiteDatabase(None, create, **options)
     if not path.startswith("/") or path == "/" or "?" in path:
         raise ConfigurationError("a DSN of SQLite has three slashes and a path, without parameters")
-    return SQLiteDatabase(path[1:], create, read_only)
+    return SQLiteDatabase(path[1:], create, **options)
 
 
 class SQLiteDatabase(Database):
@@ -1563,16 +1546,19 @@ class SQLiteDatabase(Database):
 
     Writes are put in order here, since those who wait for SQLite's own lock poll and overtake each
     other. Whoever finds nobody at work leads: it commits for all who stand in line, so that many
-    threads share the price of one sync. None returns before that COMMIT has.
+    threads share the price of one sync. None returns before that COMMIT has. With `alone`, as in
+    memory, there is this one connection, and readers take turns with it.
     """
 
-    def __init__(self, path: str | None, create: bool, read_only: bool = False) -> None:
+    def __init__(self, path: str | None, create: bool, read_only: bool = False,
+                 alone: bool = False) -> None:
         if sqlite3.sqlite_version_info < (3, 35):  # The first with RETURNING.
             raise ConfigurationError(
                 f"SQLite 3.35 or newer is needed; this Python has {sqlite3.sqlite_version}")
         self.path = os.path.abspath(path) if path else None  # Wherever the process moves.
         self.location = self.path or "memory, gone when it stops"
-        self._read_only = read_only
+        self._read_only, self._alone = read_only, alone or path is None
+        self._data_version: int | None = None  # None where nobody looks.
         self._process_id = os.getpid()
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)  # Told when nobody leads.
@@ -1580,14 +1566,13 @@ class SQLiteDatabase(Database):
         self._batch: list[_Write] = []
         self._leader: _Write | None = None  # Whose thread commits at the moment.
         self._closed = False
+        self._file: os.stat_result | None = None
         self._idle_readers: list[sqlite3.Connection] = []
         self._reading = 0  # How many readers are in use.
         try:
             self._writer = self._open_writer(create)
         except (OSError, ValueError, sqlite3.Error) as error:
-            is_missing = self.path and not os.path.exists(self.path)
-            reason = getattr(error, "strerror", None) or (
-                "there is no such file" if is_missing else error)
+            reason = getattr(error, "strerror", None) or self._explain(str(error))
             raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
 
     def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
@@ -1625,8 +1610,8 @@ class SQLiteDatabase(Database):
         return result
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
-        """Run `function` beside the writer. In memory there is one connection: take turns."""
-        if self.path is None:
+        """Run `function` beside the writer, or in turn with it."""
+        if self._alone:
             return self.write(function)
         with self._lock:
             _check_usable(self._process_id, self._closed)
@@ -1638,7 +1623,10 @@ class SQLiteDatabase(Database):
                 reader.execute("PRAGMA query_only = ON")
                 cache_kb = SQLITE_VERIFY_CACHE_KB if self._read_only else SQLITE_READER_CACHE_KB
                 reader.execute(f"PRAGMA cache_size = -{cache_kb}")
-            return function(_execute_on(reader))
+            result = function(_execute_on(reader))
+            if self._immutable and not self._is_immutable():
+                raise self.failed(Unavailable(f"{self.path} was written to meanwhile."))
+            return result
         except sqlite3.DatabaseError as error:
             raise self.failed(_unavailable(error)) from error
         finally:
@@ -1716,6 +1704,7 @@ class SQLiteDatabase(Database):
         execute = self._writer.execute
         try:
             execute("BEGIN IMMEDIATE")
+            self._look_for_others()
             if len(batch) == 1:
                 if not self._run(batch[0]):
                     return None  # What it did is rolled back below.
@@ -1749,6 +1738,34 @@ class SQLiteDatabase(Database):
             write.error = error
         return write.error is None
 
+    def _look_for_others(self) -> None:
+        """Warn, once, of another process that writes, if this SQLite has a rare bug then."""
+        if self._data_version is not None:
+            ((version,),) = self._writer.execute("PRAGMA data_version").fetchall()
+            if version != self._data_version:
+                self._data_version = None
+                logger.warning(
+                    "another process writes to %s, and SQLite %s has a rare bug then: let one alone"
+                    " write, or install SQLite 3.51.3 (sqlite.org/wal.html#walresetbug)",
+                    self.path, sqlite3.sqlite_version)
+
+    def _explain(self, reason: str) -> str:
+        """Return why the file cannot be opened."""
+        if self.path and not os.path.exists(self.path):
+            return f"there is no such file{MISSING}"
+        if self._alone and "locked" in reason:
+            return "it is in use: stop the wallet that has it open first"
+        if self._read_only and "unable to open" in reason:
+            reason += ": SQLite writes beside it to read it. Let it, or copy it and its -wal"
+        return reason
+
+    def _is_immutable(self) -> bool:
+        """Is the file unchanged, on a read-only mount, and without a log, which it needs there?"""
+        return (self.path is not None and self._file is not None and hasattr(os, "statvfs")
+                and bool(os.statvfs(self.path).f_flag & os.ST_RDONLY)
+                and os.stat(self.path).st_mtime_ns == self._file.st_mtime_ns
+                and not os.path.exists(f"{self.path}-wal"))
+
     def _open_writer(self, create: bool) -> sqlite3.Connection:
         if self.path is not None and create:
             # The -wal and -shm get this mode too: money is nobody else's to read. A file that is
@@ -1756,9 +1773,11 @@ class SQLiteDatabase(Database):
             # this process holds.
             with suppress(FileExistsError):
                 Path(self.path).touch(0o600, exist_ok=False)
+        with suppress(FileNotFoundError):  # SQLite finds that too.
+            self._file = os.stat(self.path) if self.path else None
+        self._immutable = self._read_only and self._is_immutable()
         connection = self.connect()
         try:
-            self._file = os.stat(self.path) if self.path else None
             # In this order: who makes a wallet marks the file first, and may be at it now.
             ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
             ((owner,),) = connection.execute("PRAGMA application_id").fetchall()
@@ -1775,6 +1794,9 @@ class SQLiteDatabase(Database):
             # This write syncs what a killed process left in the log without a sync. From now on
             # that can be read, and be answered to whoever sends its key again.
             connection.execute(f"PRAGMA application_id = {SQLITE_APPLICATION_ID}")
+            _, minor, patch = sqlite3.sqlite_version_info
+            if self.path and minor <= 51 and patch < SQLITE_WAL_RESET_FIXES.get(minor, math.inf):
+                ((self._data_version,),) = connection.execute("PRAGMA data_version").fetchall()
         except BaseException:
             connection.close()
             raise
@@ -1795,11 +1817,13 @@ class SQLiteDatabase(Database):
     def connect(self) -> sqlite3.Connection:
         """Return a new connection to the file."""
         # Only `_open_writer` makes the file: one that was removed must not come back empty.
-        mode = "ro" if self._read_only else "rw"
+        mode = f"ro&immutable={self._immutable:d}" if self._read_only else "rw"
         database = f"{Path(self.path).as_uri()}?mode={mode}" if self.path else ":memory:"
         connection = sqlite3.connect(database, uri=True, timeout=DATABASE_TIMEOUT_S,
                                      isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA foreign_keys = ON")
+        if self._alone:  # From its first read on, this connection alone has the file.
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         return connection
 
 
@@ -1932,7 +1956,7 @@ _route_get(HOLD_PATH, "get_hold")
 
 @_routes.get(STATEMENT_PATH, query=("type", "since", "until"))
 def _get_statement(wallet: Wallet, caller: Account, **filters: Any) -> _Response:
-    chunks = _csv_chunks(wallet.statement(caller.id, **filters))
+    chunks = _csv_chunks(wallet, wallet.statement(caller.id, **filters))
     next(chunks)
     return _Response(200, chunks, {
         "Content-Type": "text/csv; charset=utf-8",
@@ -1981,23 +2005,31 @@ def _format_time(moment: datetime) -> str:
 _statements = threading.BoundedSemaphore(STATEMENTS_MAX)
 
 
-def _csv_chunks(transactions: Iterator[Transaction]) -> Iterator[bytes]:
-    """Yield nothing, and then a statement as CSV (RFC 4180), some lines at a time."""
+def _csv_chunks(wallet: Wallet, transactions: Iterator[Transaction]) -> Iterator[bytes]:
+    """Yield nothing, and then a statement as CSV (RFC 4180), some lines at a time.
+
+    Its last line counts them: without that, it was broken off.
+    """
     if not _statements.acquire(blocking=False):
         raise Unavailable(TOO_MANY_STATEMENTS)
     try:
         yield b""
-        columns = ["id", "created_at", "type", "amount", "balance", "description", "reference",
-                   "metadata"]
-        lines: list[list[Any]] = [columns]
-        while lines:
-            text = io.StringIO()
-            csv.writer(text).writerows([_spreadsheet_cell(cell) for cell in line] for line in lines)
-            yield text.getvalue().encode()
-            found = islice(transactions, STATEMENT_ROWS)
-            lines = [[_to_json(one)[column] for column in columns] for one in found]
+        columns = ("id", "created_at", "type", "amount", "balance", "description", "reference",
+                   "metadata", "currency", "currency_digits")
+        unit, count = {name: getattr(wallet, name) for name in columns[-2:]}, 0
+        yield _to_csv([columns])
+        while found := list(islice(transactions, STATEMENT_ROWS)):
+            count += len(found)
+            yield _to_csv(map((_to_json(one) | unit).__getitem__, columns) for one in found)
+        yield _to_csv([[f"transactions in this statement: {count}", *[""] * (len(columns) - 1)]])
     finally:
         _statements.release()
+
+
+def _to_csv(lines: Iterable[Iterable[object]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text).writerows(map(_spreadsheet_cell, line) for line in lines)
+    return text.getvalue().encode()
 
 
 def _spreadsheet_cell(value: object) -> object:
@@ -2303,18 +2335,6 @@ def _hide_tokens(text: str) -> str:
     return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", text)
 
 
-def _load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """Return every setting: given, else the environment's, else its default.
-
-    Raises ConfigurationError.
-    """
-    settings = {one.name: one.parse(given.get(one.name, os.environ.get(one.variable)))
-                for one in SETTINGS}
-    _check_issuer_token(settings["issuer-token"])
-    _parse_proxy(settings["trusted-proxy"])
-    return settings
-
-
 def _check_issuer_token(token: str | None) -> None:
     """Raise ConfigurationError, without showing it, for a token that is too short or unsendable."""
     if token is not None and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", token):
@@ -2339,38 +2359,6 @@ def _parse_address(text: str) -> str:
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-def _open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
-    """Return the wallet that the settings name, to be served unless there are options.
-
-    Logs that this SQLite may damage a file to which several processes write, if it may.
-    """
-    _warn_of_unknown_variables()
-    wallet = Wallet(settings["dsn"], currency=settings["currency"],
-                    connections=settings["threads"], **options)
-    _, minor, patch = sqlite3.sqlite_version_info
-    is_fixed = (minor > max(SQLITE_WAL_RESET_FIXES)
-                or patch >= SQLITE_WAL_RESET_FIXES.get(minor, sys.maxsize))
-    if settings["dsn"].startswith("sqlite:///") and not (is_fixed or options):
-        logger.warning("SQLite %s has a rare bug: let no second process write to the file, or"
-                       " install SQLite 3.51.3 (sqlite.org/wal.html#walresetbug)",
-                       sqlite3.sqlite_version)
-    return wallet
-
-
-def _warn_of_unknown_variables() -> None:
-    known = [one.variable.removeprefix("WALLET_") for one in SETTINGS]
-    unknown = []
-    for name in sorted(os.environ):
-        # Near is told without the prefix, which would make all alike.
-        rest = name.removeprefix("WALLET_")
-        if rest not in (name, *known):
-            near = get_close_matches(rest, known, 1)
-            unknown.append(name + "".join(f" (is it WALLET_{one}?)" for one in near))
-    if unknown:
-        logger.warning("these variables are unknown, and do nothing: %s",
-                       re.sub(UNFIT, "?", ", ".join(unknown)))
-
-
 def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
                metrics: bool = False, trusted_proxy: str | None = None) -> App:
     """Return the WSGI application of a wallet, or of what the environment's WALLET_... name.
@@ -2380,8 +2368,9 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
     requests come from. Raises ConfigurationError.
     """
     if wallet is None:
-        settings = _load_settings()
-        wallet, metrics = _open_wallet(settings), metrics or settings["metrics"]
+        command_line = _import_part("cli")
+        settings = command_line.load_settings()
+        wallet, metrics = command_line.open_served(settings), metrics or settings["metrics"]
         issuer_token = settings["issuer-token"] if issuer_token is None else issuer_token
         trusted_proxy = settings["trusted-proxy"] if trusted_proxy is None else trusted_proxy
     return App(wallet, issuer_token, metrics, trusted_proxy)
@@ -2500,7 +2489,9 @@ class _Server(TcpWSGIServer):
     next_channel_cleanup = math.inf  # `turn` does it, by a clock that nobody can set.
 
     def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
-        self.url, self.sockets = _url_of(bound), dict[int, Any]()
+        host, port = bound.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.sockets = dict[int, Any]()
         self.probes: deque[_Channel] = deque()
         settings = Adjustments(
             ident="", backlog=CONNECTIONS_MAX, connection_limit=_connections_max(), threads=threads,
@@ -2582,11 +2573,6 @@ def _bind(host: str, port: int) -> socket.socket:
                 f"cannot listen on {host} port {port}: {error.strerror}") from error
         failed.pop_all()
         return bound
-
-
-def _url_of(bound: socket.socket) -> str:
-    host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @contextmanager

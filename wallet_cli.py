@@ -1,13 +1,14 @@
 """The command line of the wallet: `python wallet.py`, or `wallet` where it is installed.
 
 Here is what belongs to a process of its own, and never to a program that embeds the wallet: the
-arguments, the logs, the signals, serving until one comes, and the commands for who runs it. All
-about money is in wallet.py.
+settings from arguments and the environment, the logs, the signals, serving until one comes, and the
+commands for who runs it. All about money is in wallet.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -18,8 +19,9 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from datetime import datetime, timezone
+from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -32,26 +34,31 @@ from wallet import (
     LONG_TIMEOUT_S,
     REQUEST_FIELDS,
     SETTINGS,
+    UNFIT,
     Account,
     App,
     ConfigurationError,
     SQLiteDatabase,
+    Unavailable,
     Wallet,
     WalletError,
     WrongBooks,
     __version__,
+    _as_time,
     _bind,
     _check_files,
+    _check_issuer_token,
     _Execute,
     _format_time,
     _hide_tokens,
     _import_part,
     _insert_rows,
-    _load_settings,
-    _open_wallet,
+    _now_us,
+    _parse_proxy,
     _read_sql,
     _Row,
     _Server,
+    _Setting,
     _to_json,
     access_logger,
     create_app,
@@ -59,7 +66,9 @@ from wallet import (
 )
 
 PROGRAM = "wallet" if __package__ else "python wallet.py"  # As a package it is installed.
+CLOCK_AHEAD_MAX_S = 60  # More than clocks that are set by a network differ by.
 BACKUP_PAGES = 5000  # At a time, 20 MB. Ctrl-C is heard in between.
+NO_HARD_LINKS = errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS  # The first on exFAT.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
 VERIFY_ACCOUNTS = 100  # To a statement, which is one step of the progress bar.
 AMOUNTS = "balance", "available"  # Of an account.
@@ -76,6 +85,83 @@ curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" \
 """
 
 
+# Settings #########################################################################################
+
+
+def load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Return every setting: given, else the environment's, else its default.
+
+    Raises ConfigurationError.
+    """
+    settings = {one.name: _parse_setting(one, given.get(one.name, os.environ.get(one.variable)))
+                for one in SETTINGS}
+    _check_issuer_token(settings["issuer-token"])
+    _parse_proxy(settings["trusted-proxy"])
+    return settings
+
+
+def _parse_setting(setting: _Setting, given: str | None) -> Any:
+    """Return what a text stands for, or without one the default. Raises ConfigurationError."""
+    text, allowed = setting.default if given is None else given, setting.allowed
+    named = f"--{setting.name} or {setting.variable}"
+    if given == "":  # Read as the default, a secret that is lost would open the wallet to all.
+        raise ConfigurationError(f"{named} is empty: give it a value, or leave it out")
+    if re.search(UNFIT, text):
+        raise ConfigurationError(f"{named} has a control character, such as a carriage return")
+    if isinstance(allowed, range):
+        if re.fullmatch("[0-9]{1,9}", text) and int(text) in allowed:
+            return int(text)
+        rule = f"an integer from {allowed[0]} to {allowed[-1]}"
+    else:
+        if not allowed or text in allowed:
+            return text or None
+        rule = f"one of {', '.join(allowed)}"
+    raise ConfigurationError(f"{named} must be {rule}, not {text!r}")
+
+
+def open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
+    """Return the wallet that the settings name, opened with these options of `Wallet`."""
+    _warn_of_unknown_variables()
+    return Wallet(settings["dsn"], currency=settings["currency"],
+                  connections=settings["threads"], **options)
+
+
+def open_served(settings: Mapping[str, Any]) -> Wallet:
+    """Return the wallet that the settings name, to be served."""
+    wallet = open_wallet(settings, create=not settings["must-exist"])
+    with suppress(Unavailable):  # To serve does not depend on it.
+        _warn_of_clock(wallet)
+    return wallet
+
+
+def _warn_of_unknown_variables() -> None:
+    known = [one.variable.removeprefix("WALLET_") for one in SETTINGS]
+    unknown = []
+    for name in sorted(os.environ):
+        # Near is told without the prefix, which would make all alike.
+        rest = name.removeprefix("WALLET_")
+        if rest not in (name, *known):
+            near = get_close_matches(rest, known, 1)
+            unknown.append(name + "".join(f" (is it WALLET_{one}?)" for one in near))
+    if unknown:
+        logger.warning("these variables are unknown, and do nothing: %s",
+                       re.sub(UNFIT, "?", ", ".join(unknown)))
+
+
+def _warn_of_clock(wallet: Wallet) -> None:
+    """Warn if the books have times that are still to come: a clock was wrong, or is now."""
+    now_us = _now_us()
+    ((count, latest_us),) = _read(
+        wallet, "SELECT count(*), max(updated_at) FROM accounts WHERE updated_at > ?",
+        now_us + CLOCK_AHEAD_MAX_S * 1_000_000)
+    if count:
+        now, latest = (_format_time(_as_time(time_us)) for time_us in (now_us, latest_us))
+        logger.warning(
+            "it is %s by this machine's clock, and %d accounts in %s have times after that, up to"
+            ' %s: see "A clock that was ahead" in docs/operating.md',
+            now, count, wallet.database.location, latest)
+
+
 # Serving ##########################################################################################
 
 
@@ -83,7 +169,7 @@ def _run_server(settings: Mapping[str, Any]) -> None:
     """Serve until it is told to stop."""
     if settings["metrics"]:
         _import_part("metrics")  # What is missing is said before anything is made.
-    with _bind(settings["host"], settings["port"]) as bound, _open_wallet(settings) as wallet:
+    with _bind(settings["host"], settings["port"]) as bound, open_served(settings) as wallet:
         app = create_app(wallet, settings["issuer-token"], settings["metrics"],
                          settings["trusted-proxy"])
         _serve(app, bound, settings["threads"])
@@ -185,8 +271,15 @@ def _show_progress(done: int, total: int) -> None:
 # Commands #########################################################################################
 
 
+def _run_init(settings: Mapping[str, Any]) -> None:
+    with open_wallet(settings) as wallet:
+        print(f"{wallet.database.location} is a wallet in {wallet.currency} with"
+              f" {wallet.currency_digits} decimals")
+
+
 def _run_verify(settings: Mapping[str, Any]) -> None:
-    with _open_wallet(settings, read_only=True) as wallet:
+    with open_wallet(settings, read_only=True) as wallet:
+        _warn_of_clock(wallet)
         accounts, entries = verify(wallet, _show_progress)
         print(f"verified: {wallet.database.location} has {accounts:,} accounts and {entries:,}"
               " entries that agree")
@@ -237,7 +330,7 @@ def _verify_books(tx: _Execute, report: _Report) -> tuple[int, int]:
 def _run_accounts(settings: Mapping[str, Any]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     line = "{id:20} {balance:>17} {available:>17} {frozen:6} {created_at:27} {name}".format_map
-    with _open_wallet(settings, create=False, read_only=True) as wallet:
+    with open_wallet(settings, create=False, read_only=True) as wallet:
         if not settings["json"]:
             names = {name: name for name in Account.__annotations__}
             print(line(names | {name: f"{name} ({wallet.currency})" for name in AMOUNTS}))
@@ -260,7 +353,7 @@ def _format_amount(amount: int, digits: int) -> str:
 
 
 def _run_token(settings: Mapping[str, Any]) -> None:
-    with _open_wallet(settings, create=False) as wallet:
+    with open_wallet(settings, create=False) as wallet:
         print(wallet.replace_token(settings["account"]), flush=True)
     print(f"wallet: this is the token of {settings['account']} from now on, and the old one is"
           " dead", file=sys.stderr)
@@ -268,14 +361,14 @@ def _run_token(settings: Mapping[str, Any]) -> None:
 
 def _run_freeze(settings: Mapping[str, Any]) -> None:
     frozen = settings["command"] == "freeze"
-    with _open_wallet(settings, create=False) as wallet:
+    with open_wallet(settings, create=False) as wallet:
         wallet.freeze(settings["account"], frozen)
     print(settings["account"], "is frozen" if frozen else "is not frozen")
 
 
 def _run_backup(settings: Mapping[str, Any]) -> None:
     file = settings["file"]
-    with _open_wallet(settings, read_only=True) as wallet:
+    with open_wallet(settings, read_only=True) as wallet:
         if not isinstance(wallet.database, SQLiteDatabase):
             raise ConfigurationError(_advise_pg_dump(settings["dsn"], file))
         accounts, entries = back_up(wallet, file, _show_progress)
@@ -324,16 +417,31 @@ def back_up(wallet: Wallet, path: str,
                 source.backup(target, pages=BACKUP_PAGES,
                               progress=lambda _, left, total: report(total - left, total))
                 target.execute("PRAGMA journal_mode = DELETE")  # One file, without a log.
+            database.ping()  # It was still that file.
             with Wallet(f"sqlite:///{temporary}", read_only=True) as copy:
                 copy.database.location = database.location  # What is wrong there is wrong here.
                 verified = verify(copy, report)
             _sync(temporary)
-            os.link(temporary, path)  # Unlike a rename, this never replaces a file.
+            _give_name(temporary, path)
             _sync(os.path.dirname(path))
             return verified
     except (OSError, sqlite3.Error) as error:
         reason = getattr(error, "strerror", error)
         raise ConfigurationError(f"cannot back up to {path}: {reason}") from error
+
+
+def _give_name(temporary: str, path: str) -> None:
+    """Move a file to a name that no other has. Raises OSError, also where another has it."""
+    try:
+        os.link(temporary, path)  # Unlike a rename, this never replaces a file.
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        Path(path).touch(0o600, exist_ok=False)  # Nor does this, and then the name is ours.
+        with ExitStack() as failed:
+            failed.callback(os.unlink, path)
+            os.replace(temporary, path)
+            failed.pop_all()
 
 
 def _sync(path: str) -> None:
@@ -352,11 +460,11 @@ def _run_copy(settings: Mapping[str, Any]) -> None:
 
     if settings["target"] in ("sqlite://", "sqlite:///:memory:"):
         raise ConfigurationError("a copy in memory would be gone at once: name a file")
-    with (Wallet(settings["source"], create=False) as source,
-          Wallet(settings["target"]) as target):
+    with (Wallet(settings["source"], create=False, alone=True) as source,
+          Wallet(settings["target"], alone=True) as target):
         copy_wallet(source, target, report)
-        print(f"\nverified: {target.database.location} has every row of {source.database.location},"
-              " but for what is written there from now on", file=sys.stderr)
+        print(f"\nverified: {target.database.location} has every row of"
+              f" {source.database.location}", file=sys.stderr)
 
 
 # Each table's key, which its first columns are.
@@ -426,6 +534,8 @@ class _Command(NamedTuple):
 
 ACCOUNT_ID = {"account": {"metavar": "ACCOUNT", "help": "the id of the account"}}
 COMMANDS = (
+    _Command("init", "make the database, if it is not there, and exit", "init --currency EUR",
+             _run_init, {}),
     _Command("verify", "recompute every balance, sequence, hold, refund and transfer, and name the"
              " first wrong row", "verify", _run_verify, {}),
     _Command("backup", "copy a wallet on SQLite to a new file while it serves, and verify the copy",
@@ -486,7 +596,7 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
                 f"--{one.name}", dest=one.name, metavar="VALUE", default=argparse.SUPPRESS,
                 help=hidden or f"{one.meaning} [{one.variable}={one.default}]")
     given = vars(parser.parse_args(arguments))
-    return given | _load_settings(given)
+    return given | load_settings(given)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,6 +56,10 @@ COLLATION_VERSIONS = """
     SELECT quote_ident(datname), datcollversion, pg_database_collation_actual_version(oid)
     FROM pg_database WHERE datname = current_database()"""
 
+OTHER_SESSIONS = """
+    SELECT pid FROM pg_stat_activity WHERE datname = current_database()
+        AND application_name = current_setting('application_name') AND pid <> pg_backend_pid()"""
+
 
 class TimedConnection(Connection[_Row]):
     """A connection that waits until its `deadline` only: a server that hangs says nothing.
@@ -86,10 +90,12 @@ class PostgresDatabase(Database):
     A transaction that lost a race or its connection is run again from its beginning. So is one
     whose COMMIT was not answered: its key tells what became of it, and the locks that it may still
     hold make the next run wait until that is decided. The statements are right at every isolation
-    level. Raises ConfigurationError.
+    level. With `read_only` it may be a standby, and with `alone` no other wallet may be connected.
+    Raises ConfigurationError.
     """
 
-    def __init__(self, dsn: str, connections: int) -> None:
+    def __init__(self, dsn: str, connections: int, read_only: bool = False,
+                 alone: bool = False) -> None:
         given: dict[str, Any] = {"port": "malformed"}
         with suppress(Error, UnicodeError):  # Their messages may quote the password.
             given = conninfo_to_dict(dsn)
@@ -107,7 +113,10 @@ class PostgresDatabase(Database):
         try:
             with TimedConnection.connect(**options) as connection:
                 connection.deadline = time.monotonic() + wallet.DATABASE_TIMEOUT_S
-                self._check_server(partial(_execute_on, connection))
+                self._check_server(partial(_execute_on, connection), read_only)
+                if alone:
+                    self._wait_until_alone(partial(_execute_on, connection))
+                    options["application_name"] = "wallet alone"  # A copy has two of these.
         except (Error, UnicodeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
@@ -205,10 +214,22 @@ class PostgresDatabase(Database):
             time.sleep(random.uniform(0, pause_s))
             pause_s = min(2 * pause_s, RETRY_PAUSE_MAX_S)
 
-    def _check_server(self, tx: _Execute) -> None:
+    def _wait_until_alone(self, tx: _Execute) -> None:
+        """Refuse a database to which another session of our name is connected.
+
+        One whose client has just ended may take a moment to end too.
+        """
+        deadline = time.monotonic() + wallet.DATABASE_TIMEOUT_S - POSTGRES_DIAL_S
+        while tx(OTHER_SESSIONS):
+            if time.monotonic() > deadline:
+                raise ConfigurationError(f"{self.location} is in use: stop the wallet that is"
+                                         " connected to it first")
+            time.sleep(wallet.RETRY_PAUSE_MAX_S)
+
+    def _check_server(self, tx: _Execute, read_only: bool) -> None:
         """Refuse a server that can keep no wallet. Warn of one that may lose what it commits."""
         settings: dict[str, str] = dict(tx("SELECT name, setting FROM pg_settings"))
-        if settings.get("transaction_read_only") == "on":
+        if settings.get("transaction_read_only") == "on" and not read_only:
             raise ConfigurationError(f"{self.location} is read-only: name the primary server")
         if (encoding := settings.get("server_encoding", "UTF8")) != "UTF8":
             raise ConfigurationError(

@@ -32,7 +32,6 @@ from tests.support import (
     Load,
     check_books,
     command,
-    complaints,
     environment,
     hold_the_writer,
     limited,
@@ -233,9 +232,9 @@ def test_options_come_from_the_dsn_else_from_the_environment_else_from_here(
         raise ConfigurationError("seen")
 
     with monkeypatch.context() as patched:
-        patched.setattr(wallet_module, "Wallet", refuse)
+        patched.setattr(wallet_cli, "Wallet", refuse)
         assert wallet_cli.main(["--port", "0", "--threads", "4", "--dsn", postgres_dsn]) == 2
-    assert seen == [{"currency": None, "connections": 4}]
+    assert seen == [{"currency": None, "connections": 4, "create": True}]
     monkeypatch.setenv("WALLET_DSN", postgres_dsn)
     monkeypatch.setenv("WALLET_THREADS", "5")
     with create_app().wallet as wallet:
@@ -720,7 +719,7 @@ def test_frozen_server_is_503_in_time_livez_never_waits_and_all_is_well_soon_aft
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=30)
         assert "psycopg" not in log  # It would tell of each try to connect.
-        told = "\n".join(log_lines(complaints(log)))
+        told = "\n".join(log_lines(log))
         assert re.search(
             r"(?m)^ERROR wallet: postgresql://127\.0\.0\.1:\d+/postgres does not answer: ", told
         )
@@ -866,8 +865,8 @@ def test_missing_prometheus_client_is_one_line_with_the_command_that_installs_it
     )
     assert done.returncode == 2
     assert (
-        done.stderr == "wallet: metrics need prometheus_client: pip install prometheus-client,"
-        " and wallet_metrics.py beside wallet.py\n"
+        done.stderr == "wallet: prometheus_client is not installed: pip install prometheus-client,"
+        " and put wallet_metrics.py beside wallet.py\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -885,8 +884,8 @@ def test_missing_driver_is_one_line_with_the_command_that_installs_it(missing):
     assert done.returncode == 2
     assert (
         done.stderr
-        == f"wallet: a DSN of Postgres needs {missing}: pip install 'psycopg[binary]' psycopg-pool,"
-        " and wallet_postgres.py beside wallet.py\n"
+        == f"wallet: {missing} is not installed: pip install 'psycopg[binary]' psycopg-pool,"
+        " and put wallet_postgres.py beside wallet.py\n"
     )
 
 
@@ -1228,7 +1227,11 @@ def test_compose_file_runs_a_wallet_over_postgres_and_holds_no_secret(postgres_s
     postgres_server.query(f"CREATE DATABASE {wanted['POSTGRES_DB']} OWNER {user}")
     # What the network of compose does: the name of the service leads to the server.
     network = {"PGHOSTADDR": "127.0.0.1", "PGPORT": str(postgres_server.port)}
-    with served(**in_image | given | network) as server:
+    settings = in_image | given | network
+    refused = command("--port", "0", **settings)  # The tables are not there.
+    assert (refused.returncode, "let the command init make it" in refused.stderr) == (2, True)
+    assert command("init", **settings).returncode == 0
+    with served(**settings) as server:
         assert "with its data in postgresql://postgres/wallet, in USD:" in server.banner
         token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
         assert (

@@ -181,9 +181,9 @@ def test_slow_readers_of_statements_leave_even_a_wallet_of_one_thread_to_the_oth
 BREAKING = """
 import sys, wallet, wallet_cli
 breaks = iter({breaks})
-def break_off(transactions, chunks=wallet._csv_chunks):
+def break_off(wallet_, transactions, chunks=wallet._csv_chunks):
     last = next(breaks, 1)
-    for number, chunk in enumerate(chunks(transactions)):
+    for number, chunk in enumerate(chunks(wallet_, transactions)):
         if number == last:
             raise wallet.Unavailable("broken")
         yield chunk

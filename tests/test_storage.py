@@ -1193,34 +1193,6 @@ def test_damaged_file_is_refused_in_one_line_and_unavailable_while_it_runs(tmp_p
     assert re.fullmatch(r"wallet: cannot [^\n]+malformed[^\n]*\n", done.stderr)
 
 
-@pytest.mark.parametrize(
-    ("version", "warned"),
-    [
-        ((3, 40, 1), True),
-        ((3, 44, 5), True),
-        ((3, 44, 6), False),
-        ((3, 46, 1), True),
-        ((3, 50, 6), True),
-        ((3, 50, 7), False),
-        ((3, 51, 2), True),
-        ((3, 51, 3), False),
-        ((3, 53, 0), False),
-    ],
-)
-def test_sqlite_with_a_bug_for_two_processes_is_warned_of(
-    file_dsn, monkeypatch, caplog, version, warned
-):
-    monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
-    monkeypatch.setenv("WALLET_DSN", file_dsn)
-    create_app().wallet.close()
-    monkeypatch.setenv("WALLET_DSN", "sqlite://")  # There it cannot be.
-    create_app().wallet.close()
-    assert (
-        caplog.text.count("let no second process write to the file, or install SQLite 3.51.3")
-        == warned
-    )
-
-
 def test_missing_schema_is_refused(monkeypatch, tmp_path, file_dsn, capsys):
     Wallet(file_dsn).close()
     monkeypatch.setattr(wallet_module, "__file__", str(tmp_path / "wallet.py"))
