@@ -167,7 +167,7 @@ def test_wallet_that_cannot_be_read_now_is_not_said_to_be_missing(
     Wallet(dsn).close()
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.5)
     with contextlib.ExitStack() as stack:
-        freeze = lambda self, tx: stack.enter_context(postgres_server.frozen())  # noqa: E731
+        freeze = lambda self, *arguments: stack.enter_context(postgres_server.frozen())  # noqa: E731
         monkeypatch.setattr(wallet_postgres.PostgresDatabase, "_check_server", freeze)
         with pytest.raises(
             ConfigurationError,

@@ -242,8 +242,9 @@ def mounted(tmp_path):
 
 def kill_while_open(folder, dsn):
     """Leave a log beside the file, as a killed wallet does."""
-    program = f"import os, wallet; wallet.Wallet({dsn!r}).register('Bob'); os._exit(0)"
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment(), timeout=60)
+    program = f"import os, wallet; w = wallet.Wallet({dsn!r}); w.register('Bob'); os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=60)
+    assert done.returncode == -signal.SIGKILL
     assert {path.name for path in folder.iterdir()} == {
         "wallet.db",
         "wallet.db-wal",
@@ -553,11 +554,10 @@ def test_one_process_alone_is_warned_of_nothing_whatever_it_does(file_dsn, monke
             done = command(*arguments, "--dsn", file_dsn)
             assert (done.returncode, done.stderr) == (0, "")
             wallet.topup(ada.id, 5)
-        kill_while_reading = "import os, wallet; list(wallet.Wallet(os.sys.argv[1], read_only=True)"
-        program = f"{kill_while_reading}.accounts()); os._exit(0)"
-        subprocess.run(
-            [sys.executable, "-c", program, file_dsn], check=True, env=environment(), timeout=60
-        )
+        reading = f"w = wallet.Wallet({file_dsn!r}, read_only=True); list(w.accounts())"
+        program = f"import os, wallet; {reading}; os.kill(os.getpid(), 9)"
+        done = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=60)
+        assert done.returncode == -signal.SIGKILL
         wallet.topup(ada.id, 5)
         check_books(wallet)
     assert caplog.text == ""
