@@ -33,15 +33,16 @@ It makes five promises:
 
 The sections, in the order in which a reader needs them:
 
-    Limits and settings   every number with its reason, and the table of settings
-    Errors                everything that can go wrong, as one tree
-    Values                accounts, transactions, holds and tokens, and how input is parsed
-    Wallet                the money rules, and all SQL about money
-    Databases             where the money is kept, and how a write is committed
-    HTTP                  the routes, and the one place where answers are made
-    Serving               waitress, within limits
+    Limits      every number with its reason
+    Errors      everything that can go wrong, as one tree
+    Values      accounts, transactions, holds and tokens, and how input is parsed
+    Wallet      the money rules, and all SQL about money
+    Databases   where the money is kept, and how a write is committed
+    HTTP        the routes, and the one place where answers are made
+    Serving     waitress, within limits
 
-The command line is in wallet_cli.py. What `__all__` names is public, and nothing else is.
+The settings and the command line are in wallet_cli.py. What `__all__` names is public, and nothing
+else is.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ logger = logging.getLogger("wallet")
 access_logger = logging.getLogger("wallet.access")
 
 
-# Limits and settings ##############################################################################
+# Limits ###########################################################################################
 
 # Money and what is said about it.
 AMOUNT_MAX = 2**53 - 1  # Minor units: the largest integer that every JSON client reads exactly.
@@ -171,43 +172,6 @@ SECURITY_HEADERS = {  # On every answer: no browser keeps it, runs it, or shows 
                                " frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer",
 }
-
-
-class _Setting(NamedTuple):
-    """One setting: `--name` on the command line, or WALLET_NAME in the environment."""
-
-    name: str
-    default: str
-    meaning: str
-    allowed: range | tuple[str, ...] = ()
-
-    @property
-    def variable(self) -> str:
-        """The name of its environment variable."""
-        return "WALLET_" + self.name.upper().replace("-", "_")
-
-
-SETTINGS = (
-    _Setting("dsn", "sqlite:///wallet.db", "where the money is kept: sqlite:///FILE, sqlite:// in"
-             " memory, or postgresql://USER:PASSWORD@HOST/DATABASE"),
-    _Setting("must-exist", "0", "1 to start only where the command init has made the database",
-             range(2)),
-    _Setting("host", "127.0.0.1",
-             "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
-    _Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
-    _Setting("threads", "8", "how many connections to Postgres are kept, and how many requests"
-             " waitress works on at once", range(1, 65)),
-    _Setting("currency", "", "a code of ISO 4217 such as USD, or a unit of your own with its number"
-             " of decimals such as CRD/0, fixed when the database is made; USD if not given then"),
-    _Setting("issuer-token", "", "at least 32 characters: only who sends them makes accounts and"
-             " tops them up, else everyone does"),
-    _Setting("trusted-proxy", "", "the IP address of the proxy in front, which may tell the log"
-             " where a request comes from"),
-    _Setting("metrics", "0", "1 to answer /metrics, in Prometheus's text format, to everyone who"
-             " reaches the wallet", range(2)),
-    _Setting("log-level", "info", "how much to log; info is a line per request",
-             ("debug", "info", "warning", "error")),
-)
 
 
 # Errors ###########################################################################################
@@ -848,16 +812,16 @@ class Wallet:
     Unavailable when the database cannot do it now. `currency` is a code of ISO 4217, or a unit of
     your own with its number of decimals, such as CRD/0. It is fixed when the database is made, and
     USD if not given then. At most `connections` are kept to Postgres. With `read_only` nothing is
-    ever written, and with `alone` no other wallet may have the database open. Raises
-    ConfigurationError when it cannot be opened so, or when it is not there and `create` is False.
+    ever written. With `alone`, and without that, it is refused where another wallet has the
+    database open. Raises ConfigurationError when it cannot be opened so, or when it is not there
+    and `create` is False.
     """
 
     def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None, connections: int = 8,
                  create: bool = True, read_only: bool = False, alone: bool = False) -> None:
         unit = None if currency is None else _parse_currency(currency)
         create = create and not read_only
-        self.database = open_database(
-            dsn, connections, create, read_only=read_only, alone=alone)
+        self.database = open_database(dsn, connections, create, read_only=read_only, alone=alone)
         try:
             self.currency, self.currency_digits = self._prepare(
                 unit, create, range(0) if read_only else MIGRATIONS)
@@ -1479,6 +1443,10 @@ class Database(Protocol):
         """Return a statement of schema.sql or of a migration as this engine has it."""
         return statement
 
+    def lock(self, tx: _Execute) -> None:
+        """Let no other transaction write until this one ends. On SQLite none can."""
+        return
+
     def ping(self) -> None:
         """Read the one row that every wallet has. Raises Unavailable."""
         self.read(lambda tx: tx("SELECT currency FROM wallet"))
@@ -1510,7 +1478,7 @@ def _import_part(name: str) -> Any:
     try:
         return import_module(f"wallet.{name}" if is_package else f"wallet_{name}")
     except ImportError as error:
-        raise ConfigurationError(f"{error.name} is not installed: {PARTS[name]}put"
+        raise ConfigurationError(f"{error.name or error} is not installed: {PARTS[name]}put"
                                  f" wallet_{name}.py beside wallet.py") from error
 
 
@@ -1623,10 +1591,7 @@ class SQLiteDatabase(Database):
                 reader.execute("PRAGMA query_only = ON")
                 cache_kb = SQLITE_VERIFY_CACHE_KB if self._read_only else SQLITE_READER_CACHE_KB
                 reader.execute(f"PRAGMA cache_size = -{cache_kb}")
-            result = function(_execute_on(reader))
-            if self._immutable and not self._is_immutable():
-                raise self.failed(Unavailable(f"{self.path} was written to meanwhile."))
-            return result
+            return function(_execute_on(reader))
         except sqlite3.DatabaseError as error:
             raise self.failed(_unavailable(error)) from error
         finally:
@@ -1636,6 +1601,8 @@ class SQLiteDatabase(Database):
                     reader.close()
                 elif reader:
                     self._idle_readers.append(reader)
+            if self._immutable and not self._is_immutable():
+                raise self.failed(Unavailable(f"{self.path} was written to meanwhile: try again."))
 
     def adapt(self, statement: str) -> str:
         """Take collations out: SQLite compares bytes, unless told otherwise, and has no "C"."""
@@ -1745,26 +1712,30 @@ class SQLiteDatabase(Database):
             if version != self._data_version:
                 self._data_version = None
                 logger.warning(
-                    "another process writes to %s, and SQLite %s has a rare bug then: let one alone"
-                    " write, or install SQLite 3.51.3 (sqlite.org/wal.html#walresetbug)",
+                    "another process writes to %s, and SQLite %s has a rare bug then: let only one"
+                    " write, or install SQLite 3.51.3 or newer (sqlite.org/wal.html#walresetbug)",
                     self.path, sqlite3.sqlite_version)
 
     def _explain(self, reason: str) -> str:
         """Return why the file cannot be opened."""
         if self.path and not os.path.exists(self.path):
             return f"there is no such file{MISSING}"
-        if self._alone and "locked" in reason:
-            return "it is in use: stop the wallet that has it open first"
-        if self._read_only and "unable to open" in reason:
-            reason += ": SQLite writes beside it to read it. Let it, or copy it and its -wal"
+        if "locked" in reason:
+            return "another process has it open: stop that first, or wait until it is done"
+        if (self._read_only and re.search("unable to open|readonly", reason)
+                and os.access(str(self.path), os.R_OK)):
+            reason += (": to read it, SQLite must write beside it. Let it, or copy the file and its"
+                       " -wal to another folder")
         return reason
 
     def _is_immutable(self) -> bool:
         """Is the file unchanged, on a read-only mount, and without a log, which it needs there?"""
-        return (self.path is not None and self._file is not None and hasattr(os, "statvfs")
-                and bool(os.statvfs(self.path).f_flag & os.ST_RDONLY)
-                and os.stat(self.path).st_mtime_ns == self._file.st_mtime_ns
-                and not os.path.exists(f"{self.path}-wal"))
+        with suppress(OSError, AttributeError):  # Windows has no statvfs.
+            if self.path and self._file and os.statvfs(self.path).f_flag & os.ST_RDONLY:
+                return (os.stat(self.path).st_mtime_ns == self._file.st_mtime_ns
+                        and not os.path.exists(f"{self.path}-wal")
+                        and not os.path.exists(f"{self.path}-journal"))
+        return False
 
     def _open_writer(self, create: bool) -> sqlite3.Connection:
         if self.path is not None and create:
@@ -2020,7 +1991,8 @@ def _csv_chunks(wallet: Wallet, transactions: Iterator[Transaction]) -> Iterator
         yield _to_csv([columns])
         while found := list(islice(transactions, STATEMENT_ROWS)):
             count += len(found)
-            yield _to_csv(map((_to_json(one) | unit).__getitem__, columns) for one in found)
+            rows = (_to_json(one) | unit for one in found)
+            yield _to_csv([row[column] for column in columns] for row in rows)
         yield _to_csv([[f"transactions in this statement: {count}", *[""] * (len(columns) - 1)]])
     finally:
         _statements.release()

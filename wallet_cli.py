@@ -8,7 +8,6 @@ commands for who runs it. All about money is in wallet.py.
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from datetime import datetime, timezone
 from difflib import get_close_matches
 from functools import partial
@@ -33,7 +32,6 @@ from wallet import (
     FILES_SPARE,
     LONG_TIMEOUT_S,
     REQUEST_FIELDS,
-    SETTINGS,
     UNFIT,
     Account,
     App,
@@ -58,7 +56,6 @@ from wallet import (
     _read_sql,
     _Row,
     _Server,
-    _Setting,
     _to_json,
     access_logger,
     create_app,
@@ -68,7 +65,6 @@ from wallet import (
 PROGRAM = "wallet" if __package__ else "python wallet.py"  # As a package it is installed.
 CLOCK_AHEAD_MAX_S = 60  # More than clocks that are set by a network differ by.
 BACKUP_PAGES = 5000  # At a time, 20 MB. Ctrl-C is heard in between.
-NO_HARD_LINKS = errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS  # The first on exFAT.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
 VERIFY_ACCOUNTS = 100  # To a statement, which is one step of the progress bar.
 AMOUNTS = "balance", "available"  # Of an account.
@@ -88,35 +84,71 @@ curl -s {url}/api/transactions/charge -H "Authorization: Bearer $TOKEN" \
 # Settings #########################################################################################
 
 
+class _Setting(NamedTuple):
+    """One setting: `--name` on the command line, or WALLET_NAME in the environment."""
+
+    name: str
+    default: str
+    meaning: str
+    allowed: range | tuple[str, ...] = ()
+
+    @property
+    def variable(self) -> str:
+        """The name of its environment variable."""
+        return "WALLET_" + self.name.upper().replace("-", "_")
+
+    def parse(self, given: str | None) -> Any:
+        """Return what a text stands for, or without one the default. Raises ConfigurationError."""
+        text, named = self.default if given is None else given, f"--{self.name} or {self.variable}"
+        if given == "":  # Read as the default, a secret that is lost would open the wallet to all.
+            raise ConfigurationError(f"{named} is empty: give it a value, or leave it out")
+        if re.search(UNFIT, text):
+            raise ConfigurationError(
+                f"{named} has a control character, such as a carriage return")
+        if isinstance(self.allowed, range):
+            if re.fullmatch("[0-9]{1,9}", text) and int(text) in self.allowed:
+                return int(text)
+            rule = f"an integer from {self.allowed[0]} to {self.allowed[-1]}"
+        else:
+            if not self.allowed or text in self.allowed:
+                return text or None
+            rule = f"one of {', '.join(self.allowed)}"
+        raise ConfigurationError(f"{named} must be {rule}, not {text!r}")
+
+
+SETTINGS = (
+    _Setting("dsn", "sqlite:///wallet.db", "where the money is kept: sqlite:///FILE, sqlite:// in"
+             " memory, or postgresql://USER:PASSWORD@HOST/DATABASE"),
+    _Setting("must-exist", "0", "1 to start only where the command init has made the database",
+             range(2)),
+    _Setting("host", "127.0.0.1",
+             "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
+    _Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
+    _Setting("threads", "8", "how many connections to Postgres are kept, and how many requests"
+             " waitress works on at once", range(1, 65)),
+    _Setting("currency", "", "a code of ISO 4217 such as USD, or a unit of your own with its number"
+             " of decimals such as CRD/0, fixed when the database is made; USD if not given then"),
+    _Setting("issuer-token", "", "at least 32 characters: only who sends them makes accounts and"
+             " tops them up, else everyone does"),
+    _Setting("trusted-proxy", "", "the IP address of the proxy in front, which may tell the log"
+             " where a request comes from"),
+    _Setting("metrics", "0", "1 to answer /metrics, in Prometheus's text format, to everyone who"
+             " reaches the wallet", range(2)),
+    _Setting("log-level", "info", "how much to log; info is a line per request",
+             ("debug", "info", "warning", "error")),
+)
+
+
 def load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
     """Return every setting: given, else the environment's, else its default.
 
     Raises ConfigurationError.
     """
-    settings = {one.name: _parse_setting(one, given.get(one.name, os.environ.get(one.variable)))
+    settings = {one.name: one.parse(given.get(one.name, os.environ.get(one.variable)))
                 for one in SETTINGS}
     _check_issuer_token(settings["issuer-token"])
     _parse_proxy(settings["trusted-proxy"])
     return settings
-
-
-def _parse_setting(setting: _Setting, given: str | None) -> Any:
-    """Return what a text stands for, or without one the default. Raises ConfigurationError."""
-    text, allowed = setting.default if given is None else given, setting.allowed
-    named = f"--{setting.name} or {setting.variable}"
-    if given == "":  # Read as the default, a secret that is lost would open the wallet to all.
-        raise ConfigurationError(f"{named} is empty: give it a value, or leave it out")
-    if re.search(UNFIT, text):
-        raise ConfigurationError(f"{named} has a control character, such as a carriage return")
-    if isinstance(allowed, range):
-        if re.fullmatch("[0-9]{1,9}", text) and int(text) in allowed:
-            return int(text)
-        rule = f"an integer from {allowed[0]} to {allowed[-1]}"
-    else:
-        if not allowed or text in allowed:
-            return text or None
-        rule = f"one of {', '.join(allowed)}"
-    raise ConfigurationError(f"{named} must be {rule}, not {text!r}")
 
 
 def open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
@@ -129,8 +161,7 @@ def open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
 def open_served(settings: Mapping[str, Any]) -> Wallet:
     """Return the wallet that the settings name, to be served."""
     wallet = open_wallet(settings, create=not settings["must-exist"])
-    with suppress(Unavailable):  # To serve does not depend on it.
-        _warn_of_clock(wallet)
+    _warn_of_clock(wallet)
     return wallet
 
 
@@ -151,9 +182,11 @@ def _warn_of_unknown_variables() -> None:
 def _warn_of_clock(wallet: Wallet) -> None:
     """Warn if the books have times that are still to come: a clock was wrong, or is now."""
     now_us = _now_us()
-    ((count, latest_us),) = _read(
-        wallet, "SELECT count(*), max(updated_at) FROM accounts WHERE updated_at > ?",
-        now_us + CLOCK_AHEAD_MAX_S * 1_000_000)
+    sql = "SELECT count(*), max(updated_at) FROM accounts WHERE updated_at > ?"
+    count = 0
+    with suppress(Unavailable):  # Nothing depends on it.
+        ((count, latest_us),) = wallet.database.read(
+            lambda tx: tx(sql, now_us + CLOCK_AHEAD_MAX_S * 1_000_000))
     if count:
         now, latest = (_format_time(_as_time(time_us)) for time_us in (now_us, latest_us))
         logger.warning(
@@ -272,6 +305,7 @@ def _show_progress(done: int, total: int) -> None:
 
 
 def _run_init(settings: Mapping[str, Any]) -> None:
+    _refuse_memory(settings["dsn"])
     with open_wallet(settings) as wallet:
         print(f"{wallet.database.location} is a wallet in {wallet.currency} with"
               f" {wallet.currency_digits} decimals")
@@ -394,8 +428,9 @@ def back_up(wallet: Wallet, path: str,
             report: _Report = lambda done, total: None) -> tuple[int, int]:
     """Copy a wallet on SQLite to a new file, as of one moment. Return what `Wallet.verify` does.
 
-    Others may write meanwhile. The file appears whole, verified and synced, or not at all. Raises
-    WrongBooks, and ConfigurationError, also where there is a file of that name.
+    Others may write meanwhile. The file appears whole, verified and synced, or not at all, but that
+    without hard links a kill may leave it empty. Raises WrongBooks, and ConfigurationError, also
+    where there is a file of that name.
     """
     database, path = wallet.database, os.path.abspath(path)
     if not isinstance(database, SQLiteDatabase):
@@ -434,14 +469,15 @@ def _give_name(temporary: str, path: str) -> None:
     """Move a file to a name that no other has. Raises OSError, also where another has it."""
     try:
         os.link(temporary, path)  # Unlike a rename, this never replaces a file.
-    except OSError as error:
-        if error.errno not in NO_HARD_LINKS:
-            raise
-        Path(path).touch(0o600, exist_ok=False)  # Nor does this, and then the name is ours.
-        with ExitStack() as failed:
-            failed.callback(os.unlink, path)
+    except FileExistsError:
+        raise
+    except OSError:  # There are no hard links, as on exFAT, or the next line says what is wrong.
+        Path(path).touch(0o600, exist_ok=False)  # This replaces none either: the name is ours now.
+        try:
             os.replace(temporary, path)
-            failed.pop_all()
+        except BaseException:
+            os.unlink(path)
+            raise
 
 
 def _sync(path: str) -> None:
@@ -458,13 +494,19 @@ def _run_copy(settings: Mapping[str, Any]) -> None:
         rows = " and ".join(f"{count:,} {table}" for table, count in copied.items())
         print(f"\rcopied {rows}", end="", file=sys.stderr, flush=True)
 
-    if settings["target"] in ("sqlite://", "sqlite:///:memory:"):
-        raise ConfigurationError("a copy in memory would be gone at once: name a file")
+    _refuse_memory(settings["target"])
+    if settings["source"] == settings["target"]:
+        raise ConfigurationError("a wallet cannot be copied to itself: name another database")
     with (Wallet(settings["source"], create=False, alone=True) as source,
           Wallet(settings["target"], alone=True) as target):
         copy_wallet(source, target, report)
         print(f"\nverified: {target.database.location} has every row of"
               f" {source.database.location}", file=sys.stderr)
+
+
+def _refuse_memory(dsn: str) -> None:
+    if dsn in ("sqlite://", "sqlite:///:memory:"):
+        raise ConfigurationError("what is in memory would be gone at once: name a file")
 
 
 # Each table's key, which its first columns are.
@@ -476,11 +518,11 @@ def copy_wallet(source: Wallet, target: Wallet,
                 report: Callable[[dict[str, int]], None] = lambda copied: None) -> None:
     """Copy everything to an empty wallet in one transaction, and compare it all at the end.
 
-    `report` is told now and then how many rows of each table are copied. Raises
-    ConfigurationError, and changes nothing, where the target holds data, or where the source was
-    changed meanwhile or is wrong.
+    Meanwhile nobody can write to the source. `report` is told now and then how many rows of each
+    table are copied. Raises ConfigurationError, and changes nothing, where the target holds data,
+    or where the source is wrong.
     """
-    def copy(tx: _Execute) -> None:
+    def copy(read: _Execute, tx: _Execute) -> None:
         copied = dict.fromkeys(KEY_COLUMNS, 0)
         # All may be there already, if an earlier COMMIT was not answered.
         for table in KEY_COLUMNS if not tx(first) else ():
@@ -489,17 +531,20 @@ def copy_wallet(source: Wallet, target: Wallet,
                 copied[table] += len(rows)
                 report(copied)
         if any(_digest_table(tx, table) != _digest_table(read, table) for table in KEY_COLUMNS):
-            raise ConfigurationError("the wallet was changed while it was copied: stop it first")
+            raise ConfigurationError("the copy is not what was copied: stop both wallets first")
         _verify_books(tx, lambda done, total: None)
         if (target.currency, target.currency_digits) != unit:
             tx("UPDATE wallet SET currency = ?, currency_digits = ?", *unit)
 
-    first, read = "SELECT id FROM accounts LIMIT 1", partial(_read, source)
-    unit = source.currency, source.currency_digits
+    def hold_still(read: _Execute) -> None:
+        source.database.lock(read)
+        target.database.write(partial(copy, read), LONG_TIMEOUT_S)
+
+    first, unit = "SELECT id FROM accounts LIMIT 1", (source.currency, source.currency_digits)
     if _read(target, first):
         raise ConfigurationError(
             f"{target.database.location} already holds accounts: name an empty database")
-    target.database.write(copy, LONG_TIMEOUT_S)
+    source.database.write(hold_still, LONG_TIMEOUT_S)
     target.currency, target.currency_digits = unit
 
 

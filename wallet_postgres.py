@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from psycopg import Connection, Error, IntegrityError
+from psycopg import Connection, Error, IntegrityError, errors
 from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import ConnectionPool, PoolTimeout
 
@@ -25,6 +25,7 @@ from wallet import (
     Database,
     OutcomeUnknown,
     T,
+    Unavailable,
     WrongBooks,
     _check_usable,
     _Execute,
@@ -49,6 +50,7 @@ POSTGRES_DEFAULTS: dict[str, Any] = {  # libpq's options, where the DSN has none
 LOST_A_RACE = "40001", "40P01"  # serialization_failure, deadlock_detected: rolled back, always.
 READ_ONLY = "25006"  # read_only_sql_transaction
 CORRUPTED = "XX001", "XX002"  # data_corrupted, index_corrupted
+NO_AMCHECK = "42883", "42501"  # undefined_function, insufficient_privilege
 # unique_violation, duplicate_table, duplicate_object
 CHANGED_MEANWHILE = READ_ONLY, "23505", "42P07", "42710"
 
@@ -56,6 +58,7 @@ COLLATION_VERSIONS = """
     SELECT quote_ident(datname), datcollversion, pg_database_collation_actual_version(oid)
     FROM pg_database WHERE datname = current_database()"""
 
+LOCK = "LOCK TABLE accounts, transactions, holds IN SHARE MODE"  # All may still read.
 OTHER_SESSIONS = """
     SELECT pid FROM pg_stat_activity WHERE datname = current_database()
         AND application_name = current_setting('application_name') AND pid <> pg_backend_pid()"""
@@ -107,6 +110,7 @@ class PostgresDatabase(Database):
                 " with %40 for an @ in the password, and other special characters likewise")
         self.location = f"postgresql://{host}{port and f':{port}'}/{database}"
         self._process_id, self._away_until = os.getpid(), 0.0
+        self._begin = "BEGIN READ ONLY" if read_only else "BEGIN"
         # A prepared statement belongs to a session, and a pooler such as PgBouncer changes those.
         options: dict[str, Any] = POSTGRES_DEFAULTS | given | {
             "client_encoding": "UTF8", "prepare_threshold": None, "autocommit": True}
@@ -141,6 +145,14 @@ class PostgresDatabase(Database):
         return {"idle": idle, "in_use": pool["pool_size"] - idle,
                 "waiting": pool["requests_waiting"]}
 
+    def lock(self, tx: _Execute) -> None:
+        """Let no other transaction write until this one ends, where the engine can do that."""
+        tx("SAVEPOINT before_lock")
+        try:
+            tx(LOCK)
+        except (errors.FeatureNotSupported, errors.SyntaxError):  # As CockroachDB has it.
+            tx("ROLLBACK TO SAVEPOINT before_lock")
+
     def check(self) -> None:
         """See that each index has what its table has, with the extension amcheck."""
         sql = """
@@ -148,15 +160,16 @@ class PostgresDatabase(Database):
                 'wallet'::regclass, 'accounts'::regclass, 'transactions'::regclass,
                 'holds'::regclass)"""
         try:
-            with self._pool.connection(wallet.DATABASE_TIMEOUT_S) as connection:
-                connection.deadline = time.monotonic() + wallet.LONG_TIMEOUT_S
-                connection.execute(sql)
-        except Error as error:
-            reason = error.diag.message_primary or error
-            if error.sqlstate in CORRUPTED:
+            self.read(lambda tx: tx(sql), wallet.LONG_TIMEOUT_S)
+        except Unavailable as error:
+            state = getattr(error.__cause__, "sqlstate", None)
+            diagnosis = getattr(error.__cause__, "diag", None)
+            reason = str((diagnosis and diagnosis.message_primary) or error)
+            if state in CORRUPTED:
                 raise WrongBooks(f"{self.location} is damaged: {reason}") from error
-            logger.warning("the indexes of %s were not checked, which needs CREATE EXTENSION"
-                           " amcheck, and the right to use it: %s", self.location, reason)
+            if state in NO_AMCHECK:
+                reason += ". That needs CREATE EXTENSION amcheck, and the right to use it"
+            logger.warning("the indexes of %s were not checked: %s", self.location, reason)
 
     def close(self) -> None:
         """Close what is not in use. What is in use is closed when its call has ended."""
@@ -184,7 +197,7 @@ class PostgresDatabase(Database):
                     # the locks of a client that has vanished. This is set for this transaction
                     # alone, else a pooler would hand the settings on.
                     timeout_ms = max(1, int((deadline - time.monotonic()) * 800))
-                    tx(f"BEGIN; SET LOCAL statement_timeout = {timeout_ms};"
+                    tx(f"{self._begin}; SET LOCAL statement_timeout = {timeout_ms};"
                        f" SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}")
                     result = function(tx)
                     committing = True
@@ -222,9 +235,9 @@ class PostgresDatabase(Database):
         deadline = time.monotonic() + wallet.DATABASE_TIMEOUT_S - POSTGRES_DIAL_S
         while tx(OTHER_SESSIONS):
             if time.monotonic() > deadline:
-                raise ConfigurationError(f"{self.location} is in use: stop the wallet that is"
-                                         " connected to it first")
-            time.sleep(wallet.RETRY_PAUSE_MAX_S)
+                raise ConfigurationError(f"cannot open {self.location}: another process has it"
+                                         " open: stop that first, or wait until it is done")
+            time.sleep(RETRY_PAUSE_MAX_S)
 
     def _check_server(self, tx: _Execute, read_only: bool) -> None:
         """Refuse a server that can keep no wallet. Warn of one that may lose what it commits."""

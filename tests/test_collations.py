@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 from glob import glob
@@ -20,7 +19,7 @@ import pytest
 import wallet as wallet_module
 import wallet_cli
 import wallet_postgres
-from tests.support import MEMORY_FOLDER, check_books, contents, schema_of
+from tests.support import MEMORY_FOLDER, check_books, contents, free_port, schema_of
 from wallet import Wallet, WalletError, WrongBooks
 
 KEYS = ["a", "B", "A", "b", "_", "-a", "a-", "aB", "Ab", "1", "Z", "z", "A b", "a b", "!", "~"]
@@ -210,12 +209,9 @@ def debian_server(postgres_server):
     """A PostgreSQL of Debian, which has the extension amcheck, as the one of the tests has not."""
     (binaries, *_) = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     user = {"user": "pgserver"} if os.geteuid() == 0 else {}
-    with (
-        tempfile.TemporaryDirectory(prefix="wallet-", dir=MEMORY_FOLDER) as folder,
-        contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free,
-    ):
+    with tempfile.TemporaryDirectory(prefix="wallet-", dir=MEMORY_FOLDER) as folder:
         os.chmod(folder, 0o777)
-        port = free.getsockname()[1]
+        port = free_port()
 
         def run(*command):
             subprocess.run(
@@ -224,7 +220,6 @@ def debian_server(postgres_server):
 
         data = f"{folder}/data"
         run(binaries / "initdb", "--auth=trust", "--username=postgres", "--no-sync", data)
-        free.close()
         start = f"-h 127.0.0.1 -p {port} -k {data}"
         run(binaries / "pg_ctl", "-w", "-D", data, "-o", start, "-l", f"{data}/log", "start")
         yield SimpleNamespace(
@@ -247,11 +242,11 @@ def test_verify_looks_into_the_indexes_of_postgres_where_it_may(debian_server, c
         for _ in range(50):
             wallet.topup(wallet.register("Ada")[0].id, 1)
         wallet_cli.verify(wallet)
-        told = f"the indexes of {wallet.database.location} were not checked, which needs CREATE"
-        assert [message.startswith(told) for message in caplog.messages] == [True]
-        assert caplog.messages[0].endswith(
-            "function bt_index_check(regclass, boolean) does not exist"
-        )
+        assert caplog.messages == [
+            f"the indexes of {wallet.database.location} were not checked: function"
+            " bt_index_check(regclass, boolean) does not exist. That needs CREATE EXTENSION"
+            " amcheck, and the right to use it"
+        ]
         caplog.clear()
         ask(dsn, "CREATE EXTENSION amcheck")
         assert wallet_cli.verify(wallet) == (50, 50)

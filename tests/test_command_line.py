@@ -33,14 +33,14 @@ from tests.support import (
     torture,
     workers_of,
 )
-from wallet import SETTINGS, ConfigurationError, Wallet, create_app, running
+from wallet import ConfigurationError, Wallet, create_app, running
 
 # Settings and the command line ####################################################################
 
 
 def test_help_names_every_setting_with_its_variable_and_default():
     shown = " ".join(command("--help").stdout.split())
-    for setting in SETTINGS:
+    for setting in wallet_cli.SETTINGS:
         assert (
             f"--{setting.name} VALUE {setting.meaning} [{setting.variable}={setting.default}]"
             in shown
@@ -108,7 +108,7 @@ def test_bad_start_is_one_line_and_exit_code_2(refusal, arguments, settings, mes
     assert "secret" not in told
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+@pytest.mark.parametrize("setting", wallet_cli.SETTINGS, ids=lambda setting: setting.name)
 def test_setting_that_is_empty_or_has_a_control_character_is_refused_by_name(refusal, setting):
     for value, reason in [
         ("", "is empty"),
@@ -161,7 +161,7 @@ def test_every_setting_is_read_and_reaches_the_application_from_the_command_line
 
     by_command_line = read((HERE / "wallet_cli.py").read_text())
     assert read(inspect.getsource(wallet_module.create_app)) <= by_command_line
-    assert read((HERE / "wallet.py").read_text()) | by_command_line >= {one.name for one in SETTINGS}
+    assert read((HERE / "wallet.py").read_text()) | by_command_line >= {one.name for one in wallet_cli.SETTINGS}
 
 
 def test_command_line_comes_before_the_environment(monkeypatch):

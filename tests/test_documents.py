@@ -34,7 +34,7 @@ from tests.support import (
     served,
     torture,
 )
-from wallet import SETTINGS, ConfigurationError, Wallet, WalletError, running
+from wallet import ConfigurationError, Wallet, WalletError, running
 
 # The documents, held to the code ##################################################################
 
@@ -47,7 +47,7 @@ def test_readme_lists_every_setting():
             setting.default and f"`{setting.default}`",
             setting.meaning,
         ]
-        for setting in SETTINGS
+        for setting in wallet_cli.SETTINGS
     ]
 
 

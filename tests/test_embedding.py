@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +14,16 @@ import pytest
 from bottle import Bottle
 
 import wallet as wallet_module
-from tests.support import POST, README, Client, environment, raw_exchange, send, together
+from tests.support import (
+    POST,
+    README,
+    Client,
+    environment,
+    free_port,
+    raw_exchange,
+    send,
+    together,
+)
 from wallet import Wallet, create_app, running
 
 # Embedding ########################################################################################
@@ -111,8 +119,7 @@ def test_app_mounts_at_a_prefix_of_another(wallet):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gunicorn does not run on Windows")
 def test_app_runs_under_gunicorn(tmp_path, durable_dsn):
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [
             sys.executable,

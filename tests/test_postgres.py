@@ -42,6 +42,7 @@ from tests.support import (
     standby_missing,
     together,
     torture,
+    unnamed,
 )
 from wallet import (
     AMOUNT_MAX,
@@ -210,6 +211,8 @@ def test_session_is_left_as_it_was_so_that_a_pooler_may_hand_it_on(postgres_dsn)
 def test_options_come_from_the_dsn_else_from_the_environment_else_from_here(
     postgres_dsn, monkeypatch
 ):
+    postgres_dsn = unnamed(postgres_dsn)
+
     def name(dsn, **options):
         with Wallet(dsn, **options) as wallet:
             assert wallet.database._pool.max_size == options.get("connections", 8)

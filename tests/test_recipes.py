@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import HERE, PAGES, environment, send
+from tests.support import HERE, PAGES, environment, free_port, send
 from wallet import Wallet
 
 RECIPES = re.findall(r"(?ms)^ *```sh\n(.*?)^ *```", PAGES["operating.md"])
@@ -132,8 +131,7 @@ class Machine:
     """A folder that stands for a machine, with programs that stand for Docker and systemd."""
 
     def __init__(self, folder):
-        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.folder, self.url = folder, f"http://127.0.0.1:{self.port}"
         self.opt, self.var = folder / "opt", folder / "var"
         self.bin, self.volume = folder / "bin", folder / "volume"
@@ -219,11 +217,11 @@ def balances_in(folders):
 def test_every_recipe_is_run_here():
     begins = [recipe.split("\n")[0].strip() for recipe in RECIPES]
     assert begins == [
-        "docker build -t wallet .",
+        "docker build -t wallet . &&",
         "cd /opt/wallet && install -d -o wallet -g wallet -m 0700 /var/lib/wallet &&",
         "cd /opt/wallet && backup=/var/lib/wallet/backups/20261122T140000Z.db &&",
         "docker exec wallet rm -f /data/backup.db &&",
-        "docker stop -t 20 wallet &&",
+        "docker run --rm -i -v wallet:/data wallet sh -c 'umask 077; cat > /data/new.db' < backup.db &&",
         "pip install granian",
     ]
 
