@@ -162,6 +162,7 @@ SQLITE_CACHE_KB = 8_000  # For the writer: the pages that hundreds of busy accou
 SQLITE_READER_CACHE_KB = 500  # For each reader. The system keeps the file in memory anyway.
 SQLITE_VERIFY_CACHE_KB = 64_000  # For `verify`, which reads in another order than the file's.
 SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Minor version of 3.x: first patch with the fix.
+SQLITE_WARNING_PAUSE_S = 3600  # Until it is said again.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 3
 MIGRATIONS = range(1, SCHEMA_VERSION)  # From each of these, migrations/N.sql leads to the next.
@@ -821,6 +822,7 @@ class Wallet:
                  create: bool = True, read_only: bool = False, alone: bool = False) -> None:
         unit = None if currency is None else _parse_currency(currency)
         create = create and not read_only
+        self.created = False  # Were the tables made just now?
         self.database = open_database(dsn, connections, create, read_only=read_only, alone=alone)
         try:
             self.currency, self.currency_digits = self._prepare(
@@ -1342,6 +1344,7 @@ class Wallet:
             if not create:
                 raise ConfigurationError(f"there is no wallet in {self.database.location}{MISSING}")
             self._make_tables(*unit or ("USD", 2))
+            self.created = True
             rows = self._read("SELECT schema_version FROM wallet")
         ((version, *_),) = rows
         while version in migrations:
@@ -1466,7 +1469,7 @@ class Database(Protocol):
         """Let the write that runs finish, and let go of everything."""
 
 
-MISSING = ": name another DSN, or let the command init make it"
+MISSING = ": is its disk mounted? Name another DSN, or let the command init make a new one"
 # What is loaded only where it is needed, and how that is installed.
 PARTS = {"postgres": "pip install 'psycopg[binary]' psycopg-pool, and ",
          "metrics": "pip install prometheus-client, and ", "cli": ""}
@@ -1527,6 +1530,7 @@ class SQLiteDatabase(Database):
         self.location = self.path or "memory, gone when it stops"
         self._read_only, self._alone = read_only, alone or path is None
         self._data_version: int | None = None  # None where nobody looks.
+        self._warned_until = 0.0
         self._process_id = os.getpid()
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)  # Told when nobody leads.
@@ -1706,26 +1710,29 @@ class SQLiteDatabase(Database):
         return write.error is None
 
     def _look_for_others(self) -> None:
-        """Warn, once, of another process that writes, if this SQLite has a rare bug then."""
+        """Warn of another process that writes, now and then, if this SQLite has a bug for two."""
         if self._data_version is not None:
             ((version,),) = self._writer.execute("PRAGMA data_version").fetchall()
-            if version != self._data_version:
-                self._data_version = None
+            if version != self._data_version and time.monotonic() > self._warned_until:
+                self._warned_until = time.monotonic() + SQLITE_WARNING_PAUSE_S
                 logger.warning(
-                    "another process writes to %s, and SQLite %s has a rare bug then: let only one"
-                    " write, or install SQLite 3.51.3 or newer (sqlite.org/wal.html#walresetbug)",
+                    "another process has written to %s, as the commands token and freeze do, and"
+                    " SQLite %s has a rare bug then: let none write for long, or install SQLite"
+                    " 3.51.3 or newer (sqlite.org/wal.html#walresetbug)",
                     self.path, sqlite3.sqlite_version)
+            self._data_version = version
 
     def _explain(self, reason: str) -> str:
         """Return why the file cannot be opened."""
         if self.path and not os.path.exists(self.path):
             return f"there is no such file{MISSING}"
+        if not os.access(str(self.path), os.R_OK if self._read_only else os.R_OK | os.W_OK):
+            return "this user may not read it, or not write to it"
         if "locked" in reason:
             return "another process has it open: stop that first, or wait until it is done"
-        if (self._read_only and re.search("unable to open|readonly", reason)
-                and os.access(str(self.path), os.R_OK)):
-            reason += (": to read it, SQLite must write beside it. Let it, or copy the file and its"
-                       " -wal to another folder")
+        if self._read_only and re.search("unable to open|readonly", reason):
+            reason += (": to read it, SQLite must write beside it. Let this user write there, or"
+                       " copy the file and its -wal to another folder")
         return reason
 
     def _is_immutable(self) -> bool:

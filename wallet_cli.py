@@ -32,6 +32,7 @@ from wallet import (
     FILES_SPARE,
     LONG_TIMEOUT_S,
     REQUEST_FIELDS,
+    SCHEMA_VERSION,
     UNFIT,
     Account,
     App,
@@ -307,8 +308,8 @@ def _show_progress(done: int, total: int) -> None:
 def _run_init(settings: Mapping[str, Any]) -> None:
     _refuse_memory(settings["dsn"])
     with open_wallet(settings) as wallet:
-        print(f"{wallet.database.location} is a wallet in {wallet.currency} with"
-              f" {wallet.currency_digits} decimals")
+        print(f"{wallet.database.location} {'is now' if wallet.created else 'was already'} a wallet"
+              f" in {wallet.currency} with {wallet.currency_digits} decimals")
 
 
 def _run_verify(settings: Mapping[str, Any]) -> None:
@@ -418,8 +419,10 @@ def _advise_pg_dump(dsn: str, path: str) -> str:
     database = shlex.quote(make_conninfo(
         **{name: str(given[name]) for name in given if "password" not in name}))
     file = shlex.quote(os.path.abspath(path))
+    # By name: to restore an extension, such as amcheck, takes a superuser.
+    tables = " ".join(f"--table={name}" for name in ("wallet", *KEY_COLUMNS))
     return ("Postgres is backed up while it serves by\n"
-            f"pg_dump --format=custom --file={file} --dbname={database}\n"
+            f"(umask 077; pg_dump --format=custom {tables} --file={file} --dbname={database})\n"
             "and restored with all wallets stopped, to a database that is empty, by\n"
             f"pg_restore --exit-on-error --single-transaction --dbname={database} {file}")
 
@@ -501,7 +504,7 @@ def _run_copy(settings: Mapping[str, Any]) -> None:
           Wallet(settings["target"], alone=True) as target):
         copy_wallet(source, target, report)
         print(f"\nverified: {target.database.location} has every row of"
-              f" {source.database.location}", file=sys.stderr)
+              f" {source.database.location}, in {source.currency}", file=sys.stderr)
 
 
 def _refuse_memory(dsn: str) -> None:
@@ -520,7 +523,7 @@ def copy_wallet(source: Wallet, target: Wallet,
 
     Meanwhile nobody can write to the source. `report` is told now and then how many rows of each
     table are copied. Raises ConfigurationError, and changes nothing, where the target holds data,
-    or where the source is wrong.
+    or where the source is wrong. A target of which it fails is no wallet until it is opened anew.
     """
     def copy(read: _Execute, tx: _Execute) -> None:
         copied = dict.fromkeys(KEY_COLUMNS, 0)
@@ -533,8 +536,9 @@ def copy_wallet(source: Wallet, target: Wallet,
         if any(_digest_table(tx, table) != _digest_table(read, table) for table in KEY_COLUMNS):
             raise ConfigurationError("the copy is not what was copied: stop both wallets first")
         _verify_books(tx, lambda done, total: None)
-        if (target.currency, target.currency_digits) != unit:
-            tx("UPDATE wallet SET currency = ?, currency_digits = ?", *unit)
+        if tx("SELECT currency, currency_digits FROM wallet") != [unit]:
+            tx("DELETE FROM wallet")
+            tx("INSERT INTO wallet VALUES (1, ?, ?, ?)", SCHEMA_VERSION, *unit)
 
     def hold_still(read: _Execute) -> None:
         source.database.lock(read)
@@ -544,6 +548,8 @@ def copy_wallet(source: Wallet, target: Wallet,
     if _read(target, first):
         raise ConfigurationError(
             f"{target.database.location} already holds accounts: name an empty database")
+    # Until it is all there, it is no wallet, which --must-exist would take it for.
+    target.database.write(lambda tx: tx("DELETE FROM wallet"))
     source.database.write(hold_still, LONG_TIMEOUT_S)
     target.currency, target.currency_digits = unit
 

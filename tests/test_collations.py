@@ -19,7 +19,15 @@ import pytest
 import wallet as wallet_module
 import wallet_cli
 import wallet_postgres
-from tests.support import MEMORY_FOLDER, check_books, contents, free_port, schema_of
+from tests.support import (
+    MEMORY_FOLDER,
+    PAGES,
+    check_books,
+    command,
+    contents,
+    free_port,
+    schema_of,
+)
 from wallet import Wallet, WalletError, WrongBooks
 
 KEYS = ["a", "B", "A", "b", "_", "-a", "a-", "aB", "Ab", "1", "Z", "z", "A b", "a b", "!", "~"]
@@ -223,6 +231,7 @@ def debian_server(postgres_server):
         start = f"-h 127.0.0.1 -p {port} -k {data}"
         run(binaries / "pg_ctl", "-w", "-D", data, "-o", start, "-l", f"{data}/log", "start")
         yield SimpleNamespace(
+            binaries=binaries,
             dsn=f"postgresql://postgres@127.0.0.1:{port}/postgres",
             data=Path(data),
             control=lambda *arguments: run(
@@ -232,10 +241,42 @@ def debian_server(postgres_server):
         run(binaries / "pg_ctl", "-w", "-D", data, "-m", "immediate", "stop")
 
 
-@pytest.mark.skipif(
+needs_amcheck = pytest.mark.skipif(
     not glob("/usr/share/postgresql/*/extension/amcheck.control"),
     reason="needs a PostgreSQL with amcheck: apt install postgresql",
 )
+
+
+@needs_amcheck
+def test_wallet_of_a_role_that_is_no_superuser_is_verified_backed_up_and_restored(
+    debian_server, tmp_path, capsys
+):
+    ask(debian_server.dsn, "CREATE ROLE wallet LOGIN")
+    for name in ("shop", "restored"):
+        ask(debian_server.dsn, f"CREATE DATABASE {name} OWNER wallet")
+    server = debian_server.dsn.removesuffix("/postgres")
+    shop, restored = (
+        f"{server.replace('postgres@', 'wallet@')}/{name}" for name in ("shop", "restored")
+    )
+    told = re.search(r"(?s)`(CREATE EXTENSION\s+amcheck; GRANT [^`]*)`", PAGES["operating.md"])[1]
+    with Wallet(shop) as wallet:
+        ada, token = wallet.register("Ada")
+        wallet.topup(ada.id, 5)
+    for statement in told.split("; "):
+        ask(f"{server}/shop", statement)
+    done = command("verify", "--dsn", shop)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert wallet_cli.main(["backup", str(tmp_path / "dump"), "--dsn", shop]) == 2
+    _, dump, _, restore = capsys.readouterr().err.splitlines()
+    path = f"PATH={debian_server.binaries}:$PATH; "
+    for step in (dump, restore.replace("dbname=shop", "dbname=restored")):
+        subprocess.run(["bash", "-c", path + step], check=True, timeout=60)
+    with Wallet(restored, create=False) as wallet:
+        assert wallet.authenticate(token).balance == 5
+        assert contents(restored) == contents(shop)
+
+
+@needs_amcheck
 def test_verify_looks_into_the_indexes_of_postgres_where_it_may(debian_server, caplog):
     dsn = debian_server.dsn
     with Wallet(dsn) as wallet:

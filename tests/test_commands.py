@@ -124,7 +124,7 @@ def test_copy_moves_all_to_another_database_and_tokens_keep_working(
         == f"copied {accounts:,} accounts and {transactions:,} transactions and {holds:,} holds"
     )
     assert "copied 41 accounts and 500 transactions and 0 holds" in progress
-    assert re.fullmatch(r"verified: \S+ has every row of \S+", verified)
+    assert re.fullmatch(r"verified: \S+ has every row of \S+, in JPY", verified)
     assert contents(target) == contents(full_dsn)
     with Wallet(target) as wallet:
         check_books(wallet)
@@ -156,7 +156,8 @@ def test_copy_of_no_wallet_is_refused_and_makes_none(tmp_path, postgres_dsn, fil
     done = command("copy", "--from", f"sqlite:///{tmp_path}/typo.db", "--to", file_dsn)
     assert done.returncode == 2
     assert re.fullmatch(
-        r"wallet: cannot open [^\n]*typo\.db: there is no such file: name [^\n]*\n", done.stderr
+        r"wallet: cannot open [^\n]*typo\.db: there is no such file: is its disk [^\n]*\n",
+        done.stderr,
     )
     assert list(tmp_path.iterdir()) == []
     done = command("copy", "--from", postgres_dsn, "--to", file_dsn)
@@ -200,6 +201,27 @@ sys.exit(wallet_cli.main())
 """
 
 
+@pytest.mark.parametrize("durable_dsn", ["file"], indirect=True)
+@pytest.mark.parametrize("kind", ["file", "postgres"])
+def test_target_of_a_copy_that_was_killed_is_no_wallet(full_dsn, kind, new_schema, tmp_path):
+    """Else --must-exist would take it for one, in which nobody has anything."""
+    target = new_schema() if kind == "postgres" else f"sqlite:///{tmp_path}/target.db"
+    assert command("init", "--dsn", target).returncode == 0
+    killed = INTERRUPTED.replace("SIGINT", "SIGKILL")
+    done = subprocess.run(
+        [sys.executable, "-c", killed, "copy", "--from", full_dsn, "--to", target],
+        env=environment(),
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL
+    refused = command("--port", "0", "--dsn", target, "--must-exist", "1")
+    assert (refused.returncode, "there is no wallet in" in refused.stderr) == (2, True)
+    assert command("copy", "--from", full_dsn, "--to", target).returncode == 0
+    assert contents(target) == contents(full_dsn)
+    with served("--dsn", target, "--must-exist", "1") as server:
+        assert send(server.url, "GET", "/readyz")[0] == 200
+
+
 @pytest.mark.slow_on("postgres")
 def test_interrupted_copy_says_so_and_leaves_the_target_empty(full_dsn, postgres_dsn):
     done = subprocess.run(
@@ -225,7 +247,11 @@ def test_copy_whose_commit_was_cut_off_but_happened_is_no_failure(
         source.topup(ada.id, 5)
         with standby_missing(postgres_server) as waiting:
             future = thread.submit(wallet_cli.copy_wallet, source, target)
-            postgres_server.query("SELECT pg_terminate_backend(%s)", *waiting())
+            (first,) = (second,) = waiting()
+            postgres_server.query("SELECT pg_terminate_backend(%s)", first)
+            while second == first:  # The first commit is that of the target which is no wallet yet.
+                (second,) = waiting()
+            postgres_server.query("SELECT pg_terminate_backend(%s)", second)
             assert future.result(timeout=30) is None
         assert target.authenticate(token).balance == 5
         check_books(target)
@@ -967,8 +993,8 @@ def test_backup_of_what_is_in_memory_is_refused(capsys):
         wallet_cli.back_up(wallet, "backup.db")
     assert wallet_cli.main(["backup", "backup.db", "--dsn", "sqlite://"]) == 2
     assert capsys.readouterr().err == (
-        "wallet: there is no wallet in memory, gone when it stops: name another DSN, or let the"
-        " command init make it\n"
+        "wallet: there is no wallet in memory, gone when it stops: is its disk mounted? Name another"
+        " DSN, or let the command init make a new one\n"
     )
     assert not Path("backup.db").exists()
 
@@ -993,7 +1019,7 @@ def test_backup_over_postgres_names_the_commands_that_do_it_and_they_do(
                 [
                     "bash",
                     "-c",
-                    f"PATH={postgres_server.server.bin_path}:$PATH; {run} --schema={schema}",
+                    f"PATH={postgres_server.server.bin_path}:$PATH; {run}",
                 ],
                 check=True,
                 timeout=60,
@@ -1001,6 +1027,7 @@ def test_backup_over_postgres_names_the_commands_that_do_it_and_they_do(
         else:
             postgres_server.query(f"DROP SCHEMA {schema} CASCADE")
             postgres_server.query(f"CREATE SCHEMA {schema}")
+            assert file.stat().st_mode & 0o777 == 0o600
     assert contents(dsn) == before
     assert wallet_cli.main(["verify", "--dsn", dsn]) == 0
 
@@ -1126,8 +1153,8 @@ def test_every_command_helps_with_an_example_that_works_and_makes_no_database(
         return
     assert wallet_cli.main(arguments) == 2
     assert re.fullmatch(
-        r"wallet: cannot open /\S*/wallet\.db: there is no such file: name another DSN, or let the"
-        r" command init make it\n",
+        r"wallet: cannot open /\S*/wallet\.db: there is no such file: is its disk mounted\?"
+        r" Name another DSN, or let the command init make a new one\n",
         capsys.readouterr().err,
     )
     assert list(tmp_path.iterdir()) == []

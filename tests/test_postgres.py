@@ -1232,7 +1232,7 @@ def test_compose_file_runs_a_wallet_over_postgres_and_holds_no_secret(postgres_s
     network = {"PGHOSTADDR": "127.0.0.1", "PGPORT": str(postgres_server.port)}
     settings = in_image | given | network
     refused = command("--port", "0", **settings)  # The tables are not there.
-    assert (refused.returncode, "let the command init make it" in refused.stderr) == (2, True)
+    assert (refused.returncode, "let the command init make" in refused.stderr) == (2, True)
     assert command("init", **settings).returncode == 0
     with served(**settings) as server:
         assert "with its data in postgresql://postgres/wallet, in USD:" in server.banner

@@ -217,7 +217,8 @@ def balances_in(folders):
 def test_every_recipe_is_run_here():
     begins = [recipe.split("\n")[0].strip() for recipe in RECIPES]
     assert begins == [
-        "docker build -t wallet . &&",
+        "docker build -t wallet . && docker run --rm -v wallet:/data wallet python wallet.py init",
+        "docker build -t wallet . && docker stop -t 20 wallet && docker rm wallet",
         "cd /opt/wallet && install -d -o wallet -g wallet -m 0700 /var/lib/wallet &&",
         "cd /opt/wallet && backup=/var/lib/wallet/backups/20261122T140000Z.db &&",
         "docker exec wallet rm -f /data/backup.db &&",
@@ -227,11 +228,14 @@ def test_every_recipe_is_run_here():
 
 
 def test_recipes_for_systemd_start_back_up_and_restore_twice_in_a_row(machine):
-    start, restore = RECIPES[1:3]
+    init, restore, start = RECIPES[2], RECIPES[3], "systemctl enable --now wallet"
+    assert f"Then `{start}` starts" in PAGES["operating.md"].replace("\n", " ")
+    assert "is now a wallet in USD" in machine.run(init)
     machine.run(start)
     token = machine.ask("POST", "/api/register", {"name": "Ada"})["token"]
     assert machine.topup(5, token) == 5
-    assert "is a wallet in USD with 2 decimals" in machine.run(start)
+    assert "was already a wallet in USD with 2 decimals" in machine.run(init)
+    machine.run(start)
     assert machine.balance(token) == 5
     (machine.var / "backups" / "kept").mkdir(parents=True)
     service = dict(re.findall("(?m)^ *(ExecStart(?:Pre|Post)?)=(.*)$", UNITS[1]))
@@ -254,7 +258,9 @@ def test_recipes_for_systemd_start_back_up_and_restore_twice_in_a_row(machine):
 
 
 def test_recipes_for_containers_start_back_up_and_restore_twice_in_a_row(machine):
-    start, back_up, restore = RECIPES[0], RECIPES[3], RECIPES[4]
+    init, start, back_up, restore = RECIPES[0], RECIPES[1], RECIPES[4], RECIPES[5]
+    for told in ("is now a wallet in USD", "was already a wallet in USD"):
+        assert told in machine.run(init)
     assert "No such container" in machine.run(start)
     token = machine.ask("POST", "/api/register", {"name": "Ada"})["token"]
     assert machine.topup(5, token) == 5
@@ -276,7 +282,7 @@ def test_recipes_for_containers_start_back_up_and_restore_twice_in_a_row(machine
 def test_recipe_for_granian_serves_twice_in_a_row(machine):
     machine.var.mkdir()
     machine.write(machine.bin / "pip", "#!/bin/sh\n")
-    recipe = machine.localize(RECIPES[5]).replace("--port 4000", f"--port {machine.port}")
+    recipe = machine.localize(RECIPES[6]).replace("--port 4000", f"--port {machine.port}")
     path = f"{machine.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     for _ in range(2):
         server = subprocess.Popen(
@@ -296,12 +302,13 @@ def test_recipe_for_granian_serves_twice_in_a_row(machine):
 
 
 def test_recipe_for_compose_keeps_its_password(machine):
-    told = re.findall("(?m)^#     (.*)$", (HERE / "compose.yaml").read_text())[:3]
+    told = re.findall("(?m)^#     (.*)$", (HERE / "compose.yaml").read_text())
     page = re.findall(r"(?ms)^```sh\n(.*?)^```", PAGES["scaling.md"])[0]
-    assert told == page.replace(" && docker", "\ndocker").splitlines()
-    said = ["compose run --rm wallet python wallet.py init", "compose up"]
+    assert told[:3] == [*page.splitlines(), "docker compose up"]
+    said = ["compose run --rm wallet python wallet.py init"]
     assert machine.run(page).splitlines() == said
     password = (machine.folder / ".env").read_text()
+    assert (machine.folder / ".env").stat().st_mode & 0o777 == 0o600
     assert re.fullmatch(r"POSTGRES_PASSWORD=[0-9a-f]{48}\n", password)
     assert machine.run(page).splitlines() == said
     assert (machine.folder / ".env").read_text() == password
