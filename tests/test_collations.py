@@ -292,6 +292,17 @@ def test_verify_looks_into_the_indexes_of_postgres_where_it_may(debian_server, c
         ask(dsn, "CREATE EXTENSION amcheck")
         assert wallet_cli.verify(wallet) == (50, 50)
         assert caplog.messages == []
+        with (
+            psycopg.connect(dsn) as other,
+            Wallet(f"{dsn}?options=-clock_timeout%3D50", read_only=True) as hindered,
+        ):
+            other.execute("LOCK TABLE accounts IN ACCESS EXCLUSIVE MODE")
+            hindered.database.check()
+        assert caplog.messages == [
+            f"the indexes of {wallet.database.location} were not checked: canceling statement due"
+            " to lock timeout"
+        ]
+        caplog.clear()
         (file,) = ask(dsn, "SELECT pg_relation_filepath('accounts_pkey')")[0]
         first = min(account.id for account in wallet.accounts()).encode()
     debian_server.control("-m", "fast", "stop")

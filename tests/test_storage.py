@@ -1271,7 +1271,7 @@ def test_new_file_that_another_process_is_opening_is_waited_for(file_dsn, monkey
         other.execute("PRAGMA journal_mode = DELETE")
         other.execute("BEGIN IMMEDIATE")
         monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.1)
-        with pytest.raises(ConfigurationError, match="database is locked"):
+        with pytest.raises(ConfigurationError, match="another process has it open"):
             Wallet(file_dsn)
 
 
