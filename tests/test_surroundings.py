@@ -197,7 +197,9 @@ def test_wallet_in_memory_never_exists_before_it_starts(capsys):
 def test_settings_of_the_environment_need_the_command_line_and_say_so(tmp_path):
     for name in ("wallet.py", "schema.sql"):
         shutil.copy(HERE / name, tmp_path)
-    program = "import wallet; wallet.create_app(wallet.Wallet()); wallet.create_app()"
+    program = (
+        "import wallet\nwith wallet.Wallet() as one: wallet.create_app(one); wallet.create_app()"
+    )
     done = subprocess.run(
         [sys.executable, "-B", "-c", program],
         capture_output=True,
