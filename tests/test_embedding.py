@@ -17,6 +17,7 @@ import wallet as wallet_module
 from tests.support import (
     POST,
     README,
+    UNMEASURED,
     Client,
     environment,
     free_port,
@@ -68,7 +69,7 @@ assert world() == before, (before, world())
         check=True,
         cwd=tmp_path,
         timeout=60,
-        env={**environment(), "COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""},
+        env=environment(**UNMEASURED),
     )
 
 

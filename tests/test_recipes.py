@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import HERE, PAGES, environment, free_port, send
+from tests.support import HERE, PAGES, UNMEASURED, environment, free_port, send
 from wallet import Wallet
 
 RECIPES = re.findall(r"(?ms)^ *```sh\n(.*?)^ *```", PAGES["operating.md"])
@@ -175,7 +175,7 @@ class Machine:
         done = subprocess.run(
             ["bash", "-c", self.localize(recipe)],
             cwd=self.folder,
-            env=environment(PATH=path, PYTHONPATH=""),
+            env={**environment(PATH=path, PYTHONPATH=""), **UNMEASURED},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -287,7 +287,7 @@ def test_recipe_for_granian_serves_twice_in_a_row(machine):
     for _ in range(2):
         server = subprocess.Popen(
             ["bash", "-c", f"{recipe.rstrip()} & trap 'kill $!; wait' TERM; wait"],
-            cwd=machine.opt, env=environment(PATH=path), stderr=subprocess.DEVNULL,
+            cwd=machine.opt, env=environment(PATH=path, **UNMEASURED), stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 30

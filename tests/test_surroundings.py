@@ -25,6 +25,7 @@ import wallet_cli
 from tests.support import (
     HERE,
     MODULE,
+    UNMEASURED,
     check_books,
     command,
     contents,
@@ -205,7 +206,7 @@ def test_settings_of_the_environment_need_the_command_line_and_say_so(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**environment(), "PYTHONPATH": ""},
+        env=environment(PYTHONPATH="", **UNMEASURED),
         timeout=60,
     )
     assert done.stderr.splitlines()[-1] == (
