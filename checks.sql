@@ -40,7 +40,7 @@ ORDER BY account_id, sequence;
 
 -- An account is what its last entry and its active holds say.
 WITH kept AS (
-    SELECT id, balance, held, last_sequence,
+    SELECT id, balance, held, last_sequence, updated_at,
            coalesce((SELECT max(sequence) FROM transactions WHERE account_id = id), 0) AS entries,
            coalesce((SELECT balance FROM transactions WHERE account_id = id ORDER BY sequence DESC LIMIT 1), 0) AS total,
            coalesce((SELECT sum(amount) FROM holds WHERE account_id = id AND status = 'active'), 0) AS active
@@ -52,6 +52,7 @@ WITH kept AS (
                WHEN balance <> total THEN 'the balance is ' || balance || ', and should be ' || total
                WHEN held <> active THEN 'held is ' || held || ', and should be ' || active
                WHEN held > balance THEN 'more is held than there is'
+               WHEN updated_at NOT BETWEEN 0 AND 253402300799999999 THEN 'its clock is out of its bounds'
                END AS wrong
     FROM kept
 )

@@ -1538,7 +1538,7 @@ class SQLiteDatabase(Database):
         self._batch: list[_Write] = []
         self._leader: _Write | None = None  # Whose thread commits at the moment.
         self._closed = False
-        self._file: os.stat_result | None = None
+        self._file: tuple[int, ...] = ()  # What is known of it from when it was opened.
         self._idle_readers: list[sqlite3.Connection] = []
         self._reading = 0  # How many readers are in use.
         try:
@@ -1617,7 +1617,7 @@ class SQLiteDatabase(Database):
         super().ping()
         if self.path and self._file:
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(self.path), self._file):
+                if _identify(self.path)[:2] == self._file[:2]:
                     return
             raise self.failed(Unavailable(f"{self.location} was removed or replaced. Stop this"
                                           " wallet before you do that."))
@@ -1689,6 +1689,8 @@ class SQLiteDatabase(Database):
             execute("COMMIT")
             return None
         except sqlite3.DatabaseError as error:
+            if self._data_version:
+                self._data_version = 0  # SQLite may have dropped its cache, as others' writes do.
             # A full disk shows before the log's last frame is written: that is a clear no.
             if committing and "disk is full" not in str(error):
                 return OutcomeUnknown(f"{OutcomeUnknown.advice} ({error})")
@@ -1713,11 +1715,12 @@ class SQLiteDatabase(Database):
         """Warn of another process that writes, now and then, if this SQLite has a bug for two."""
         if self._data_version is not None:
             ((version,),) = self._writer.execute("PRAGMA data_version").fetchall()
-            if version != self._data_version and time.monotonic() > self._warned_until:
+            is_other = self._data_version not in (0, version)  # 0 is unknown.
+            if is_other and time.monotonic() > self._warned_until:
                 self._warned_until = time.monotonic() + SQLITE_WARNING_PAUSE_S
                 logger.warning(
-                    "another process has written to %s, as the commands token and freeze do, and"
-                    " SQLite %s has a rare bug then: let none write for long, or install SQLite"
+                    "something else has written to %s, such as another process, if only a command,"
+                    " and SQLite %s has a rare bug then: let none write for long, or install SQLite"
                     " 3.51.3 or newer (sqlite.org/wal.html#walresetbug)",
                     self.path, sqlite3.sqlite_version)
             self._data_version = version
@@ -1736,12 +1739,17 @@ class SQLiteDatabase(Database):
         return reason
 
     def _is_immutable(self) -> bool:
-        """Is the file unchanged, on a read-only mount, and without a log, which it needs there?"""
+        """Is the file unchanged, on a read-only mount, and without a log, which it needs there?
+
+        Only then does SQLite read it without one. Of a file that is mounted alone, nobody sees the
+        log.
+        """
         with suppress(OSError, AttributeError):  # Windows has no statvfs.
-            if self.path and self._file and os.statvfs(self.path).f_flag & os.ST_RDONLY:
-                return (os.stat(self.path).st_mtime_ns == self._file.st_mtime_ns
-                        and not os.path.exists(f"{self.path}-wal")
-                        and not os.path.exists(f"{self.path}-journal"))
+            folder, name = os.path.split(os.path.realpath(str(self.path)))
+            return (bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+                    and _identify(f"{folder}/{name}") == self._file
+                    and os.stat(folder).st_dev == self._file[0]
+                    and not {f"{name}-wal", f"{name}-journal"} & {*os.listdir(folder)})
         return False
 
     def _open_writer(self, create: bool) -> sqlite3.Connection:
@@ -1752,7 +1760,7 @@ class SQLiteDatabase(Database):
             with suppress(FileExistsError):
                 Path(self.path).touch(0o600, exist_ok=False)
         with suppress(FileNotFoundError):  # SQLite finds that too.
-            self._file = os.stat(self.path) if self.path else None
+            self._file = _identify(self.path) if self.path else ()
         self._immutable = self._read_only and self._is_immutable()
         connection = self.connect()
         try:
@@ -1762,6 +1770,8 @@ class SQLiteDatabase(Database):
             if owner != SQLITE_APPLICATION_ID and (owner or tables):
                 raise ConfigurationError(
                     f"{self.path} is the database of another program: name another file")
+            if not tables and not create:
+                raise ConfigurationError(f"there is no wallet in {self.location}{MISSING}")
             if self._read_only:
                 return connection
             self._use_wal(connection)
@@ -1818,6 +1828,12 @@ class _Write:
 
     def __post_init__(self) -> None:
         self.turn.acquire()
+
+
+def _identify(path: str) -> tuple[int, ...]:
+    """Return what tells a file from another one, and from what it was before."""
+    found = os.stat(path)
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _check_usable(process_id: int, closed: bool) -> None:

@@ -54,6 +54,7 @@ from wallet import (
     _insert_rows,
     _now_us,
     _parse_proxy,
+    _parse_time,
     _read_sql,
     _Row,
     _Server,
@@ -183,11 +184,12 @@ def _warn_of_unknown_variables() -> None:
 def _warn_of_clock(wallet: Wallet) -> None:
     """Warn if the books have times that are still to come: a clock was wrong, or is now."""
     now_us = _now_us()
-    sql = "SELECT count(*), max(updated_at) FROM accounts WHERE updated_at > ?"
+    # What no clock can say is damage, which is for verify.
+    sql = "SELECT count(*), max(updated_at) FROM accounts WHERE updated_at BETWEEN ? AND ?"
+    soon_us, last_us = now_us + CLOCK_AHEAD_MAX_S * 1_000_000, _parse_time("9999-12-31T23:59:59Z")
     count = 0
     with suppress(Unavailable):  # Nothing depends on it.
-        ((count, latest_us),) = wallet.database.read(
-            lambda tx: tx(sql, now_us + CLOCK_AHEAD_MAX_S * 1_000_000))
+        ((count, latest_us),) = wallet.database.read(lambda tx: tx(sql, soon_us, last_us))
     if count:
         now, latest = (_format_time(_as_time(time_us)) for time_us in (now_us, latest_us))
         logger.warning(
@@ -526,6 +528,7 @@ def copy_wallet(source: Wallet, target: Wallet,
     or where the source is wrong. A target of which it fails is no wallet until it is opened anew.
     """
     def copy(read: _Execute, tx: _Execute) -> None:
+        target.database.lock(tx)
         copied = dict.fromkeys(KEY_COLUMNS, 0)
         # All may be there already, if an earlier COMMIT was not answered.
         for table in KEY_COLUMNS if not tx(first) else ():

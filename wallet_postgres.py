@@ -54,14 +54,14 @@ NO_AMCHECK = "42883", "42501"  # undefined_function, insufficient_privilege
 # unique_violation, duplicate_table, duplicate_object
 CHANGED_MEANWHILE = READ_ONLY, "23505", "42P07", "42710"
 
+ALONE = "wallet alone"  # The application_name of a copy's sessions, which ignore each other.
 COLLATION_VERSIONS = """
     SELECT quote_ident(datname), datcollversion, pg_database_collation_actual_version(oid)
     FROM pg_database WHERE datname = current_database()"""
 
-LOCK = "LOCK TABLE accounts, transactions, holds IN SHARE MODE"  # All may still read.
+LOCK = "LOCK TABLE wallet, accounts, transactions, holds IN SHARE ROW EXCLUSIVE MODE"  # Not reads.
 OTHER_SESSIONS = """
-    SELECT pid FROM pg_stat_activity WHERE datname = current_database()
-        AND application_name = current_setting('application_name') AND pid <> pg_backend_pid()"""
+    SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = ?"""
 
 
 class TimedConnection(Connection[_Row]):
@@ -120,7 +120,7 @@ class PostgresDatabase(Database):
                 self._check_server(partial(_execute_on, connection), read_only)
                 if alone:
                     self._wait_until_alone(partial(_execute_on, connection))
-                    options["application_name"] = "wallet alone"  # A copy has two of these.
+                    options["application_name"] = ALONE
         except (Error, UnicodeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
@@ -232,8 +232,10 @@ class PostgresDatabase(Database):
 
         One whose client has just ended may take a moment to end too.
         """
+        ((name,),) = tx("SHOW application_name")
+        tx(f"SET application_name = '{ALONE}'")
         deadline = time.monotonic() + wallet.DATABASE_TIMEOUT_S - POSTGRES_DIAL_S
-        while tx(OTHER_SESSIONS):
+        while tx(OTHER_SESSIONS, name):
             if time.monotonic() > deadline:
                 raise ConfigurationError(f"cannot open {self.location}: another process has it"
                                          " open: stop that first, or wait until it is done")

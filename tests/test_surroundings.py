@@ -15,6 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from urllib.parse import urlsplit
 
 import psycopg
@@ -38,9 +39,17 @@ from tests.support import (
     send,
     served,
     strace,
+    together,
     unnamed,
 )
-from wallet import AccountNotFound, ConfigurationError, Unavailable, Wallet, create_app
+from wallet import (
+    AccountNotFound,
+    ConfigurationError,
+    Unavailable,
+    Wallet,
+    WrongBooks,
+    create_app,
+)
 
 # A clock that was ahead ###########################################################################
 
@@ -88,6 +97,20 @@ def test_books_that_are_ahead_of_the_clock_are_told_at_the_start_and_by_verify(
         timeout=60,
     )
     assert started.stderr.count("by this machine's clock") == 1, started.stderr
+
+
+@pytest.mark.parametrize("time_us", [2**63 - 1, 2**62, 253402300800000000, -1])
+def test_time_that_no_clock_can_say_is_for_verify_and_keeps_nobody_from_starting(
+    durable_dsn, caplog, time_us
+):
+    with Wallet(durable_dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.database.write(lambda tx: tx("UPDATE accounts SET updated_at = ?", time_us))
+    with wallet_cli.open_served(wallet_cli.load_settings({"dsn": durable_dsn})) as wallet:
+        assert wallet.account(ada.id) == ada
+        assert caplog.text == ""
+        with pytest.raises(WrongBooks, match=rf"accounts \({ada.id}\): its clock is out of its"):
+            wallet_cli.verify(wallet)
 
 
 @pytest.mark.parametrize(("ahead_s", "warned"), [(50, False), (70, True)])
@@ -190,6 +213,15 @@ def test_command_init_makes_the_database_once_whatever_must_exist(durable_dsn, m
         assert wallet.currency == "KWD"
 
 
+def test_file_that_is_empty_is_no_wallet_and_stays_as_it_is(tmp_path, capsys):
+    file = tmp_path / "wallet.db"
+    file.touch()
+    arguments = "--dsn", f"sqlite:///{file}", "--port", "0", "--must-exist", "1"
+    assert wallet_cli.main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"wallet: there is no wallet in {file}: is its disk")
+    assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("wallet.db", 0)]
+
+
 def test_wallet_in_memory_never_exists_before_it_starts(capsys):
     assert wallet_cli.main(["--dsn", "sqlite://", "--port", "0", "--must-exist", "1"]) == 2
     assert capsys.readouterr().err.startswith("wallet: there is no wallet in memory")
@@ -217,7 +249,7 @@ def test_settings_of_the_environment_need_the_command_line_and_say_so(tmp_path):
 # Mounts that only read ############################################################################
 
 
-def on_read_only_mount(folder, view, *arguments):
+def on_read_only_mount(folder, view, *arguments, program=(sys.executable, *MODULE)):
     """Run the command line where `view` shows the folder, but nothing can be written."""
     if not shutil.which("unshare"):
         pytest.skip("needs unshare, of Linux")
@@ -236,7 +268,7 @@ def on_read_only_mount(folder, view, *arguments):
     tried = run("true")
     if tried.returncode:
         pytest.skip(f"unshare may not mount here: {tried.stderr.strip()}")
-    return run(sys.executable, *MODULE, *arguments)
+    return run(*program, *arguments)
 
 
 @pytest.fixture
@@ -249,6 +281,33 @@ def mounted(tmp_path):
         ada, _ = wallet.register("Ada")
         wallet.topup(ada.id, 5)
     return tmp_path / "data", tmp_path / "view", dsn
+
+
+def test_log_that_lies_elsewhere_is_never_left_out(mounted, tmp_path):
+    """Without its log, SQLite would say that all is well in books of yesterday."""
+    folder, view, dsn = mounted
+    (folder / "current.db").symlink_to("wallet.db")
+    with Wallet(dsn) as wallet:
+        wallet.register("Bob")  # It is in the log, which is named after the file itself.
+        shown = f"sqlite:///{view}/current.db"
+        done = on_read_only_mount(folder, view, "verify", "--dsn", shown)
+        assert (done.returncode, "has 2 accounts" in done.stdout) == (0, True), done.stderr
+        # The file mounted alone, as into a container, where its log is not.
+        alone = tmp_path / "alone"
+        alone.mkdir()
+        mount_it = (
+            f"mount -t tmpfs none {alone} && touch {alone}/wallet.db && mount --bind"
+            f" {folder}/wallet.db {alone}/wallet.db && mount -o remount,ro {alone} && exec"
+            f" {sys.executable} -m wallet verify --dsn sqlite:///{alone}/wallet.db"
+        )
+        done = on_read_only_mount(folder, view, program=("sh", "-c", mount_it))
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    # What a backup is, with the journal of a program that was killed while it wrote to it.
+    with contextlib.closing(sqlite3.connect(folder / "wallet.db")) as plain:
+        plain.execute("PRAGMA journal_mode = DELETE")
+    (folder / "wallet.db-journal").write_bytes(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + b"\0" * 600)
+    done = on_read_only_mount(folder, view, "verify", "--dsn", f"sqlite:///{view}/wallet.db")
+    assert (done.returncode, done.stdout) == (2, ""), done.stdout
 
 
 def kill_while_open(folder, dsn):
@@ -320,7 +379,7 @@ def test_file_that_is_written_to_while_a_mount_shows_it_is_not_read_as_if_it_res
     """Without its log SQLite takes no lock, so that it would mix what was with what is."""
     _, _, dsn = mounted
     read_only = os.ST_RDONLY
-    monkeypatch.setattr(os, "ST_RDONLY", os.statvfs("/").f_flag)  # As if this were such a mount.
+    monkeypatch.setattr(os, "ST_RDONLY", os.statvfs(dsn[10:]).f_flag)  # As if this were such a mount.
     with Wallet(dsn, read_only=True) as shown:
         assert shown.database._immutable
         (account,) = shown.accounts()
@@ -335,7 +394,7 @@ def test_file_that_is_written_to_while_a_mount_shows_it_is_not_read_as_if_it_res
     with Wallet(dsn, read_only=True) as shown:
 
         def tear(tx):  # What is read of two states at once may look like anything.
-            os.utime(dsn.removeprefix("sqlite:///"))
+            os.utime(dsn.removeprefix("sqlite:///"), ns=(1, 1))
             raise sqlite3.DatabaseError("database disk image is malformed")
 
         with pytest.raises(Unavailable, match="was written to meanwhile"):
@@ -483,6 +542,17 @@ def test_no_wallet_can_be_opened_while_it_is_copied(file_dsn, monkeypatch):
     Wallet(file_dsn).close()
 
 
+def test_two_copies_at_once_are_not_in_each_others_way(postgres_dsn, new_schema, tmp_path):
+    with Wallet(postgres_dsn) as wallet:
+        wallet.register("Ada")
+    targets = [new_schema(), f"sqlite:///{tmp_path}/copy.db"]
+    copies = together(
+        *(partial(command, "copy", "--from", postgres_dsn, "--to", target) for target in targets)
+    )
+    assert [done.returncode for done in copies] == [0, 0], copies
+    assert contents(targets[0]) == contents(targets[1]) == contents(postgres_dsn)
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_copy_between_two_schemas_is_not_in_its_own_way(new_schema, own):
     source, target = (unnamed(new_schema("&application_name=shop" * own)) for _ in range(2))
@@ -615,6 +685,12 @@ def test_one_process_alone_is_warned_of_nothing_whatever_it_does(file_dsn, monke
             with files_cannot_grow(), pytest.raises(Unavailable):
                 wallet.topup(ada.id, 5)
             wallet.topup(ada.id, 5)
+            # With more in hand than its cache holds, SQLite forgets it all.
+            wallet.database._writer.execute("PRAGMA cache_size = 10")
+            many = [{"type": "topup", "amount": 5}] * 1000
+            with files_cannot_grow(), pytest.raises(Unavailable):
+                wallet.batch(many, account_id=ada.id)
+            wallet.batch(many, account_id=ada.id)
         wallet.database.write(lambda tx: tx("UPDATE accounts SET name = 'Bob'"))
         wallet.database._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         wallet.topup(ada.id, 5)
@@ -644,7 +720,7 @@ def test_workers_that_share_a_file_are_warned_of(tmp_path):
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 30
-        while "another process has written to" not in log.read_text():
+        while "something else has written to" not in log.read_text():
             assert time.monotonic() < deadline
             with contextlib.suppress(OSError):
                 send(f"http://127.0.0.1:{port}", "POST", "/api/register", {"name": "Ada"})
