@@ -162,7 +162,7 @@ SQLITE_CACHE_KB = 8_000  # For the writer: the pages that hundreds of busy accou
 SQLITE_READER_CACHE_KB = 500  # For each reader. The system keeps the file in memory anyway.
 SQLITE_VERIFY_CACHE_KB = 64_000  # For `verify`, which reads in another order than the file's.
 SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Minor version of 3.x: first patch with the fix.
-SQLITE_WARNING_PAUSE_S = 3600  # Until it is said again.
+SQLITE_WARNING_PAUSE_S = 3600  # Between two warnings that something else writes to the file.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 3
 MIGRATIONS = range(1, SCHEMA_VERSION)  # From each of these, migrations/N.sql leads to the next.
@@ -813,7 +813,7 @@ class Wallet:
     Unavailable when the database cannot do it now. `currency` is a code of ISO 4217, or a unit of
     your own with its number of decimals, such as CRD/0. It is fixed when the database is made, and
     USD if not given then. At most `connections` are kept to Postgres. With `read_only` nothing is
-    ever written. With `alone`, and without that, it is refused where another wallet has the
+    ever written. With `alone`, unless it is `read_only`, it is refused where another wallet has the
     database open. Raises ConfigurationError when it cannot be opened so, or when it is not there
     and `create` is False.
     """
@@ -1528,8 +1528,8 @@ class SQLiteDatabase(Database):
                 f"SQLite 3.35 or newer is needed; this Python has {sqlite3.sqlite_version}")
         self.path = os.path.abspath(path) if path else None  # Wherever the process moves.
         self.location = self.path or "memory, gone when it stops"
-        self._read_only, self._alone = read_only, alone or path is None
-        self._data_version: int | None = None  # None where nobody looks.
+        self._read_only, self._alone = read_only, path is None or (alone and not read_only)
+        self._data_version: int | None = None  # None: not watched. 0: not known.
         self._warned_until = 0.0
         self._process_id = os.getpid()
         self._lock = threading.Lock()
@@ -1538,7 +1538,7 @@ class SQLiteDatabase(Database):
         self._batch: list[_Write] = []
         self._leader: _Write | None = None  # Whose thread commits at the moment.
         self._closed = False
-        self._file: tuple[int, ...] = ()  # What is known of it from when it was opened.
+        self._file: tuple[int, ...] = ()  # What _identify said when it was opened.
         self._idle_readers: list[sqlite3.Connection] = []
         self._reading = 0  # How many readers are in use.
         try:
@@ -1606,7 +1606,7 @@ class SQLiteDatabase(Database):
                 elif reader:
                     self._idle_readers.append(reader)
             if self._immutable and not self._is_immutable():
-                raise self.failed(Unavailable(f"{self.path} was written to meanwhile: try again."))
+                raise self.failed(Unavailable(f"{self.path} was written to: open it again."))
 
     def adapt(self, statement: str) -> str:
         """Take collations out: SQLite compares bytes, unless told otherwise, and has no "C"."""
@@ -1689,7 +1689,7 @@ class SQLiteDatabase(Database):
             execute("COMMIT")
             return None
         except sqlite3.DatabaseError as error:
-            if self._data_version:
+            if self._data_version and "locked" not in str(error):
                 self._data_version = 0  # SQLite may have dropped its cache, as others' writes do.
             # A full disk shows before the log's last frame is written: that is a clear no.
             if committing and "disk is full" not in str(error):
@@ -1715,13 +1715,13 @@ class SQLiteDatabase(Database):
         """Warn of another process that writes, now and then, if this SQLite has a bug for two."""
         if self._data_version is not None:
             ((version,),) = self._writer.execute("PRAGMA data_version").fetchall()
-            is_other = self._data_version not in (0, version)  # 0 is unknown.
+            is_other = self._data_version not in (0, version)
             if is_other and time.monotonic() > self._warned_until:
                 self._warned_until = time.monotonic() + SQLITE_WARNING_PAUSE_S
                 logger.warning(
-                    "something else has written to %s, such as another process, if only a command,"
-                    " and SQLite %s has a rare bug then: let none write for long, or install SQLite"
-                    " 3.51.3 or newer (sqlite.org/wal.html#walresetbug)",
+                    "%s was written to from outside this wallet, and SQLite %s has a rare bug that"
+                    " can damage a file with two writers: let only one write for long, or install"
+                    " SQLite 3.51.3 or newer (sqlite.org/wal.html#walresetbug)",
                     self.path, sqlite3.sqlite_version)
             self._data_version = version
 
@@ -1730,19 +1730,18 @@ class SQLiteDatabase(Database):
         if self.path and not os.path.exists(self.path):
             return f"there is no such file{MISSING}"
         if not os.access(str(self.path), os.R_OK if self._read_only else os.R_OK | os.W_OK):
-            return "this user may not read it, or not write to it"
+            return "this user may not read it, or may not write to it, or its disk is read-only"
         if "locked" in reason:
             return "another process has it open: stop that first, or wait until it is done"
-        if self._read_only and re.search("unable to open|readonly", reason):
-            reason += (": to read it, SQLite must write beside it. Let this user write there, or"
-                       " copy the file and its -wal to another folder")
+        if re.search("unable to open|readonly", reason):
+            reason += ": this user must be allowed to write to its folder too"
+            reason += ", or copy it and its -wal to another one" if self._read_only else ""
         return reason
 
     def _is_immutable(self) -> bool:
         """Is the file unchanged, on a read-only mount, and without a log, which it needs there?
 
-        Only then does SQLite read it without one. Of a file that is mounted alone, nobody sees the
-        log.
+        Only then does SQLite read it without one. A file mounted alone has its log on another disk.
         """
         with suppress(OSError, AttributeError):  # Windows has no statvfs.
             folder, name = os.path.split(os.path.realpath(str(self.path)))
@@ -1783,7 +1782,8 @@ class SQLiteDatabase(Database):
             # that can be read, and be answered to whoever sends its key again.
             connection.execute(f"PRAGMA application_id = {SQLITE_APPLICATION_ID}")
             _, minor, patch = sqlite3.sqlite_version_info
-            if self.path and minor <= 51 and patch < SQLITE_WAL_RESET_FIXES.get(minor, math.inf):
+            fixed = SQLITE_WAL_RESET_FIXES.get(minor, 0 if minor > 51 else math.inf)
+            if self.path and patch < fixed:
                 ((self._data_version,),) = connection.execute("PRAGMA data_version").fetchall()
         except BaseException:
             connection.close()
@@ -1831,7 +1831,7 @@ class _Write:
 
 
 def _identify(path: str) -> tuple[int, ...]:
-    """Return what tells a file from another one, and from what it was before."""
+    """Return a file's device and inode, and size and times, which change when it is written to."""
     found = os.stat(path)
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 

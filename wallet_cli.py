@@ -193,9 +193,9 @@ def _warn_of_clock(wallet: Wallet) -> None:
     if count:
         now, latest = (_format_time(_as_time(time_us)) for time_us in (now_us, latest_us))
         logger.warning(
-            "it is %s by this machine's clock, and %d accounts in %s have times after that, up to"
-            ' %s: see "A clock that was ahead" in docs/operating.md',
-            now, count, wallet.database.location, latest)
+            "it is %s by this machine's clock, and %s has accounts with later times: %d of them, up"
+            ' to %s. See "A clock that was ahead" in docs/operating.md',
+            now, wallet.database.location, count, latest)
 
 
 # Serving ##########################################################################################
@@ -425,7 +425,8 @@ def _advise_pg_dump(dsn: str, path: str) -> str:
     tables = " ".join(f"--table={name}" for name in ("wallet", *KEY_COLUMNS))
     return ("Postgres is backed up while it serves by\n"
             f"(umask 077; pg_dump --format=custom {tables} --file={file} --dbname={database})\n"
-            "and restored with all wallets stopped, to a database that is empty, by\n"
+            "and restored with all wallets stopped, to a database that is empty, but for the\n"
+            "wallet's schema if that is not public, by\n"
             f"pg_restore --exit-on-error --single-transaction --dbname={database} {file}")
 
 
@@ -497,7 +498,7 @@ def _sync(path: str) -> None:
 def _run_copy(settings: Mapping[str, Any]) -> None:
     def report(copied: dict[str, int]) -> None:
         rows = " and ".join(f"{count:,} {table}" for table, count in copied.items())
-        print(f"\rcopied {rows}", end="", file=sys.stderr, flush=True)
+        print(f"copied {rows}", end="\r", file=sys.stderr, flush=True)
 
     _refuse_memory(settings["target"])
     if settings["source"] == settings["target"]:
@@ -524,8 +525,9 @@ def copy_wallet(source: Wallet, target: Wallet,
     """Copy everything to an empty wallet in one transaction, and compare it all at the end.
 
     Meanwhile nobody can write to the source. `report` is told now and then how many rows of each
-    table are copied. Raises ConfigurationError, and changes nothing, where the target holds data,
-    or where the source is wrong. A target of which it fails is no wallet until it is opened anew.
+    table are copied. Raises ConfigurationError where the target holds data, which changes nothing,
+    and WrongBooks where the source is wrong. After a copy that broke off, the target has no wallet,
+    and its currency is forgotten.
     """
     def copy(read: _Execute, tx: _Execute) -> None:
         target.database.lock(tx)
@@ -545,14 +547,15 @@ def copy_wallet(source: Wallet, target: Wallet,
 
     def hold_still(read: _Execute) -> None:
         source.database.lock(read)
+        # Until it is all there, it is no wallet, which --must-exist would take it for.
+        target.database.write(
+            lambda tx: tx("DELETE FROM wallet WHERE NOT EXISTS (SELECT 1 FROM accounts)"))
         target.database.write(partial(copy, read), LONG_TIMEOUT_S)
 
     first, unit = "SELECT id FROM accounts LIMIT 1", (source.currency, source.currency_digits)
     if _read(target, first):
         raise ConfigurationError(
             f"{target.database.location} already holds accounts: name an empty database")
-    # Until it is all there, it is no wallet, which --must-exist would take it for.
-    target.database.write(lambda tx: tx("DELETE FROM wallet"))
     source.database.write(hold_still, LONG_TIMEOUT_S)
     target.currency, target.currency_digits = unit
 

@@ -59,7 +59,7 @@ COLLATION_VERSIONS = """
     SELECT quote_ident(datname), datcollversion, pg_database_collation_actual_version(oid)
     FROM pg_database WHERE datname = current_database()"""
 
-LOCK = "LOCK TABLE wallet, accounts, transactions, holds IN SHARE ROW EXCLUSIVE MODE"  # Not reads.
+LOCK = "LOCK TABLE wallet, accounts, transactions, holds IN SHARE ROW EXCLUSIVE MODE"
 OTHER_SESSIONS = """
     SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = ?"""
 
@@ -118,7 +118,7 @@ class PostgresDatabase(Database):
             with TimedConnection.connect(**options) as connection:
                 connection.deadline = time.monotonic() + wallet.DATABASE_TIMEOUT_S
                 self._check_server(partial(_execute_on, connection), read_only)
-                if alone:
+                if alone and not read_only:
                     self._wait_until_alone(partial(_execute_on, connection))
                     options["application_name"] = ALONE
         except (Error, UnicodeError) as error:
@@ -150,7 +150,7 @@ class PostgresDatabase(Database):
         tx("SAVEPOINT before_lock")
         try:
             tx(LOCK)
-        except (errors.FeatureNotSupported, errors.SyntaxError):  # As CockroachDB has it.
+        except (errors.FeatureNotSupported, errors.SyntaxError):  # CockroachDB has no such lock.
             tx("ROLLBACK TO SAVEPOINT before_lock")
 
     def check(self) -> None:

@@ -267,7 +267,7 @@ def test_wallet_of_a_role_that_is_no_superuser_is_verified_backed_up_and_restore
     done = command("verify", "--dsn", shop)
     assert (done.returncode, done.stderr) == (0, "")
     assert wallet_cli.main(["backup", str(tmp_path / "dump"), "--dsn", shop]) == 2
-    _, dump, _, restore = capsys.readouterr().err.splitlines()
+    _, dump, *_, restore = capsys.readouterr().err.splitlines()
     path = f"PATH={debian_server.binaries}:$PATH; "
     for step in (dump, restore.replace("dbname=shop", "dbname=restored")):
         subprocess.run(["bash", "-c", path + step], check=True, timeout=60)

@@ -222,6 +222,16 @@ def test_target_of_a_copy_that_was_killed_is_no_wallet(full_dsn, kind, new_schem
         assert send(server.url, "GET", "/readyz")[0] == 200
 
 
+@pytest.mark.parametrize("durable_dsn", ["postgres"], indirect=True)
+def test_copy_to_the_same_database_by_another_name_leaves_it_a_wallet(durable_dsn):
+    assert command("init", "--currency", "EUR", "--dsn", durable_dsn).returncode == 0
+    before = contents(durable_dsn)
+    other_name = durable_dsn.replace("postgresql://", "postgres://")
+    done = command("copy", "--from", durable_dsn, "--to", other_name)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert contents(durable_dsn) == before
+
+
 @pytest.mark.slow_on("postgres")
 def test_interrupted_copy_says_so_and_leaves_the_target_empty(full_dsn, postgres_dsn):
     done = subprocess.run(
@@ -1010,7 +1020,7 @@ def test_backup_over_postgres_names_the_commands_that_do_it_and_they_do(
     assert wallet_cli.main(["backup", str(file), "--dsn", with_password]) == 2
     out, err = capsys.readouterr()
     assert (out, "pass word" in err, password in err) == ("", False, False)
-    first, dump, _, restore = err.splitlines()
+    first, dump, *_, restore = err.splitlines()
     assert first == "wallet: Postgres is backed up while it serves by"
     schema = dsn.partition("%3D")[2]
     for run in (dump, None, restore):
