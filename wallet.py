@@ -162,7 +162,7 @@ SQLITE_CACHE_KB = 8_000  # For the writer: the pages that hundreds of busy accou
 SQLITE_READER_CACHE_KB = 500  # For each reader. The system keeps the file in memory anyway.
 SQLITE_VERIFY_CACHE_KB = 64_000  # For `verify`, which reads in another order than the file's.
 SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Minor version of 3.x: first patch with the fix.
-SQLITE_WARNING_PAUSE_S = 3600  # Between two warnings that something else writes to the file.
+SQLITE_WARNING_PAUSE_S = 3600  # Between two warnings that others write.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
 SCHEMA_VERSION = 3
 MIGRATIONS = range(1, SCHEMA_VERSION)  # From each of these, migrations/N.sql leads to the next.
@@ -1690,7 +1690,7 @@ class SQLiteDatabase(Database):
             return None
         except sqlite3.DatabaseError as error:
             if self._data_version and "locked" not in str(error):
-                self._data_version = 0  # SQLite may have dropped its cache, as others' writes do.
+                self._data_version = 0  # It may change with the error too.
             # A full disk shows before the log's last frame is written: that is a clear no.
             if committing and "disk is full" not in str(error):
                 return OutcomeUnknown(f"{OutcomeUnknown.advice} ({error})")
@@ -1712,7 +1712,7 @@ class SQLiteDatabase(Database):
         return write.error is None
 
     def _look_for_others(self) -> None:
-        """Warn of another process that writes, now and then, if this SQLite has a bug for two."""
+        """Warn, now and then, of others that write, if this SQLite has a bug then."""
         if self._data_version is not None:
             ((version,),) = self._writer.execute("PRAGMA data_version").fetchall()
             is_other = self._data_version not in (0, version)
@@ -1831,7 +1831,7 @@ class _Write:
 
 
 def _identify(path: str) -> tuple[int, ...]:
-    """Return a file's device and inode, and size and times, which change when it is written to."""
+    """Return a file's device and inode, and what changes when it is written to."""
     found = os.stat(path)
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
@@ -2484,9 +2484,7 @@ class _Server(TcpWSGIServer):
     next_channel_cleanup = math.inf  # `turn` does it, by a clock that nobody can set.
 
     def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
-        host, port = bound.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self.sockets = dict[int, Any]()
+        self.url, self.sockets = _url_of(bound), dict[int, Any]()
         self.probes: deque[_Channel] = deque()
         settings = Adjustments(
             ident="", backlog=CONNECTIONS_MAX, connection_limit=_connections_max(), threads=threads,
@@ -2568,6 +2566,11 @@ def _bind(host: str, port: int) -> socket.socket:
                 f"cannot listen on {host} port {port}: {error.strerror}") from error
         failed.pop_all()
         return bound
+
+
+def _url_of(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @contextmanager
