@@ -54,11 +54,11 @@ NO_AMCHECK = "42883", "42501"  # undefined_function, insufficient_privilege
 # unique_violation, duplicate_table, duplicate_object
 CHANGED_MEANWHILE = READ_ONLY, "23505", "42P07", "42710"
 
-ALONE = "wallet alone"  # The application_name of a copy's sessions, which ignore each other.
 COLLATION_VERSIONS = """
     SELECT quote_ident(datname), datcollversion, pg_database_collation_actual_version(oid)
     FROM pg_database WHERE datname = current_database()"""
 
+ALONE = "wallet alone"  # The application_name of a copy's sessions, which ignore each other.
 LOCK = "LOCK TABLE wallet, accounts, transactions, holds IN SHARE ROW EXCLUSIVE MODE"
 OTHER_SESSIONS = """
     SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = ?"""
