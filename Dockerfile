@@ -7,7 +7,7 @@ RUN useradd --system --uid 10001 --no-create-home wallet \
 WORKDIR /app
 COPY requirements.txt .
 RUN pip install --no-cache-dir --no-compile -r requirements.txt
-COPY wallet.py wallet_cli.py wallet_metrics.py wallet_postgres.py ./
+COPY wallet.py wallet_cli.py wallet_metrics.py wallet_postgres.py wallet_server.py ./
 COPY schema.sql checks.sql openapi.yaml wallet.html ./
 COPY migrations/ migrations/
 

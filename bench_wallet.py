@@ -59,6 +59,7 @@ from waitress import create_server
 
 import wallet
 import wallet_cli
+import wallet_server
 from wallet import Wallet
 
 HERE = Path(__file__).resolve().parent
@@ -664,17 +665,17 @@ def make_bare_app() -> Bottle:
 def serve_bare_by_waitress() -> None:
     """Serve the bare routes with waitress as it comes, with as many threads as the wallet has."""
     wallet_cli._pin_process()
-    threads = wallet._load_settings()["threads"]
-    with wallet._bind("127.0.0.1", 0) as bound:
+    threads = wallet_cli.load_settings()["threads"]
+    with wallet_server.bind("127.0.0.1", 0) as bound:
         server = create_server(
             make_bare_app(),
             sockets=[bound],
             threads=threads,
-            connection_limit=wallet.CONNECTIONS_MAX,
+            connection_limit=wallet_server.CONNECTIONS_MAX,
             asyncore_use_poll=True,
         )
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-        print(f"bare routes listen on {wallet._url_of(bound)}", flush=True)
+        print(f"bare routes listen on {wallet_server.url_of(bound)}", flush=True)
         server.run()
 
 
@@ -682,7 +683,7 @@ def serve_by_granian(factory: str) -> None:
     """Serve what a factory makes with Granian as it comes, on one processor."""
     from granian import Granian
 
-    with wallet._bind("127.0.0.1", 0) as bound:
+    with wallet_server.bind("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
     wallet_cli._pin_process()
     print(f"{factory} listens on http://127.0.0.1:{port}", flush=True)

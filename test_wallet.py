@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 import wallet as wallet_module
 import wallet_cli
 import wallet_postgres
+import wallet_server
 from tests.support import (
     ANY_BODY,
     ANY_TEXT,
@@ -3144,7 +3145,7 @@ def test_log_has_a_line_a_request_and_never_a_token(wallet, caplog):
     ]
     assert token[20:52] not in caplog.text
     caplog.clear()
-    wallet_module._Channel.logger.error(
+    wallet_server._Channel.logger.error(
         f"Client disconnected while serving /{token}\n2026 INFO fake"
     )
     assert caplog.messages == ["Client disconnected while serving /***?2026 INFO fake"]

@@ -39,16 +39,14 @@ The sections, in the order in which a reader needs them:
     Wallet      the money rules, and all SQL about money
     Databases   where the money is kept, and how a write is committed
     HTTP        the routes, and the one place where answers are made
-    Serving     waitress, within limits
 
-The settings and the command line are in wallet_cli.py. What `__all__` names is public, and nothing
-else is.
+The server is in wallet_server.py, and the settings and the command line are in wallet_cli.py. What
+`__all__` names is public, and nothing else is.
 """
 
 from __future__ import annotations
 
 import base64
-import copy
 import csv
 import hashlib
 import io
@@ -59,7 +57,6 @@ import os
 import random
 import re
 import secrets
-import socket
 import sqlite3
 import string
 import sys
@@ -67,7 +64,6 @@ import threading
 import time
 import zlib
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -81,16 +77,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
-# Bottle and waitress have no types. These lines say so to mypy in a project that has this file.
+# Bottle has no types. These lines say so to mypy in a project that has this file.
 # mypy: disable-error-code="import-untyped,import-not-found"
 # mypy: allow-subclassing-any, allow-untyped-decorators
 from bottle import Bottle, HTTPError
-from waitress import wasyncore
-from waitress.adjustments import Adjustments
-from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.server import TcpWSGIServer
-from waitress.task import WSGITask
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -131,25 +121,11 @@ ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
 UNFIT = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
 FIELD_ERRORS_MAX = 20  # More than a request has fields. Keeps the answer to a hostile body short.
 
-# Requests and connections.
+# Requests.
+HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
 BODY_BYTES_MAX = 64 * 1024  # More than any valid body, unless most of it is escaped.
 BATCH_BODY_BYTES_MAX = 1024 * 1024  # A kilobyte for each movement of a batch.
-HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
 JSON_DEPTH_MAX = 10  # Nested arrays and objects. A batch has four; a parser recurses as deep.
-CONNECTIONS_MAX = 2000  # At once. Each costs a file descriptor and a few kilobytes.
-FILES_SPARE = 100  # Descriptors for the database and all else.
-REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last.
-ANSWER_TIMEOUT_S = 30  # For a client to read an answer, or UNREAD_BYTES_MAX more of a long one.
-UNREAD_BYTES_MAX = 256 * 1024
-SOCKET_OPTIONS = [
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    # The kernel would keep megabytes for a slow reader, and what it has read would show late.
-    (socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES_MAX // 2)]
-IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
-WATCH_INTERVAL_S = 1  # Between two looks for clients that are late.
-STOP_TIMEOUT_S = 10  # To finish when the server is told to stop. Supervisors often kill after 30 s.
-STOP_IDLE_S = 0.5  # A connection that was used so recently may be sending its next request.
-QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take.
 
 # Databases.
 DATABASE_TIMEOUT_S = 5  # For SQLite's lock, which another process may hold, and for all that a call
@@ -1472,7 +1448,8 @@ class Database(Protocol):
 MISSING = ": is its disk mounted? Name another DSN, or let the command init make a new one"
 # What is loaded only where it is needed, and how that is installed.
 PARTS = {"postgres": "pip install 'psycopg[binary]' psycopg-pool, and ",
-         "metrics": "pip install prometheus-client, and ", "cli": ""}
+         "metrics": "pip install prometheus-client, and ",
+         "server": "pip install waitress, and ", "cli": ""}
 
 
 def _import_part(name: str) -> Any:
@@ -2371,219 +2348,13 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
     return App(wallet, issuer_token, metrics, trusted_proxy)
 
 
-# Serving ##########################################################################################
-
-# What two servers in a row might read in two ways: that is how a request is smuggled past a proxy
-# (RFC 9112, sections 5.2 and 6.1). And what waitress's own patterns would take seconds over.
-MALFORMED = {
-    rb"\A(?![!-~]+ [^\x00-\x20\x7f]+ HTTP/1\.[01](?:\r\n|\Z))": "the request line is malformed",
-    rb"\n[ \t]|[ \t]{64}": "a header is folded, or has too much white space",
-    rb"\n(?:content-length|transfer-encoding)[ \t]*:(?![ \t]*[^\s,]+[ \t\r]*(?:\n|\Z))":
-        "the length of the body must be told once",
-    rb"(?s)(?:\n(?:content-length|transfer-encoding)[ \t]*:.*){2}":
-        "the length of the body must be told once",
-    rb"(?s)(?:\nidempotency-key[ \t]*:.*){2}": "Idempotency-Key came more than once",
-}
-
-
-class _Parser(HTTPRequestParser):
-    """waitress's parser, which refuses what is MALFORMED too."""
-
-    command = path = "-"  # A request that is refused before these are known is logged all the same.
-    request_uri = query = url_scheme = ""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        for pattern, reason in MALFORMED.items():
-            if re.search(pattern, header_plus, re.IGNORECASE):
-                raise ParsingError(reason)
-        try:
-            super().parse_header(header_plus)
-        except ValueError:  # urlsplit and int raise it.
-            raise ParsingError("the target or the length is malformed") from None
-        if "TRANSFER_ENCODING" in self.headers:  # waitress takes it out with HTTP/1.1.
-            raise ParsingError("Transfer-Encoding goes with HTTP/1.1 only")
-        if self.path == BATCH_PATH:
-            self.adj: Adjustments = copy.copy(self.adj)
-            self.adj.max_request_body_size = BATCH_BODY_BYTES_MAX + 1
-
-
-class _Task(WSGITask):
-    """Lets the application answer even what the parser refused. That ends the connection."""
-
-    wrote_header = False
-
-    def start(self) -> None:
-        super().start()
-        self.channel.answered += 1
-        is_last = self.channel.server.stopping and len(self.channel.requests) == 1
-        # Of a body in chunks, waitress ignores trailers: a proxy may see its end elsewhere.
-        if is_last or self.request.error or self.request.chunked:
-            self.set_close_on_finish()
-            self.request.headers.pop("CONNECTION", None)  # Else HTTP/1.0 is promised the contrary.
-
-    def write(self, data: bytes) -> None:
-        """Send the headers and a whole body in one piece."""
-        if not data or self.wrote_header or self.content_length != len(data):
-            super().write(data)
-            return
-        head = self.build_response_header()
-        self.wrote_header, self.content_bytes_written = True, len(data)
-        self.channel.write_soon(head + data)
-
-    def get_environment(self) -> dict[str, Any]:
-        environ: dict[str, Any] = super().get_environment()
-        if error := self.request.error:
-            reason = error.body.partition(' "')[0]  # The line itself follows; it may hold a token.
-            refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
-            malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
-            environ[REFUSAL] = refusals.get(error.code, malformed)
-        elif time.monotonic() - self.channel.queued_at > QUEUE_TIMEOUT_S:
-            environ[REFUSAL] = Unavailable("Too many requests wait, and nothing was changed.")
-        elif self.request.path == STATEMENT_PATH and self.channel.server.is_spooling():
-            environ[REFUSAL] = Unavailable(TOO_MANY_STATEMENTS)
-        return environ
-
-
-class _Channel(HTTPChannel):
-    """A connection. `step` is what its client has to do next, since `step_at`."""
-
-    parser_class, task_class, error_task_class = _Parser, _Task, _Task
-    logger = _SafeLogger(logging.getLogger("waitress"), {})
-    will_close = lingering = False
-    answered, queued_at, step, step_at = 0, 0.0, (-1, 0), 0.0
-
-    def send_continue(self) -> None:
-        if not self.request.completed:  # It may be refused, or have no body.
-            super().send_continue()
-
-    def received(self, data: bytes) -> bool:
-        return self.lingering or bool(super().received(data))
-
-    def handle_close(self) -> None:
-        """Close, once the client has: one that still sends would lose our last answer."""
-        if self.lingering or self.total_outbufs_len or not (self.connected and self.will_close):
-            super().handle_close()
-            return
-        self.lingering, self.will_close = True, False
-        with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
-
-    def is_late(self, now: float, idle_s: float) -> bool:
-        """Has the client taken too long to read on, to complete a request, or to begin one?"""
-        unread = self.total_outbufs_len
-        step = (self.answered, unread // UNREAD_BYTES_MAX + 1 if unread else -bool(self.request))
-        if self.step != step or (self.requests and not unread):
-            self.step, self.step_at = step, now
-        idle_s = min(idle_s, REQUEST_TIMEOUT_S) if self.lingering else idle_s
-        limit_s = ANSWER_TIMEOUT_S if unread else REQUEST_TIMEOUT_S if self.request else idle_s
-        return now - self.step_at > limit_s
-
-
-class _Server(TcpWSGIServer):
-    channel_class, stopping, looked_at = _Channel, False, 0.0
-    next_channel_cleanup = math.inf  # `turn` does it, by a clock that nobody can set.
-
-    def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
-        self.url, self.sockets = _url_of(bound), dict[int, Any]()
-        self.probes: deque[_Channel] = deque()
-        settings = Adjustments(
-            ident="", backlog=CONNECTIONS_MAX, connection_limit=_connections_max(), threads=threads,
-            max_request_header_size=HEADER_BYTES_MAX + 1, max_request_body_size=BODY_BYTES_MAX + 1,
-            outbuf_high_watermark=sys.maxsize,  # What is not read yet is spooled, not waited for.
-            log_socket_errors=False, clear_untrusted_proxy_headers=False)
-        settings.socket_options = SOCKET_OPTIONS
-        super().__init__(app, map=self.sockets, _sock=bound, bind_socket=False, adj=settings,
-                         sockinfo=(bound.family, bound.type, bound.proto, bound.getsockname()))
-        self.task_dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)
-
-    def add_task(self, task: _Channel) -> None:
-        """Queue a request, but let the loop answer /livez, even while all threads are busy."""
-        task.queued_at = time.monotonic()
-        (self.probes.append if task.requests[0].path == "/livez" else super().add_task)(task)
-
-    def is_spooling(self) -> bool:
-        """Are there as many long answers that clients have not read as there may be?"""
-        unread: list[int] = [one.total_outbufs_len for one in list(self.active_channels.values())]
-        return sum(length > UNREAD_BYTES_MAX for length in unread) >= STATEMENTS_MAX
-
-    def turn(self, timeout_s: float, idle_s: float) -> None:
-        """Handle what happens next. Now and then, let go of clients that are late."""
-        wasyncore.loop(timeout_s, use_poll=True, map=self.sockets, count=1)
-        while self.probes:
-            self.probes.popleft().service()
-        if (now := time.monotonic()) - self.looked_at >= timeout_s:
-            self.looked_at = now
-            for channel in list(self.active_channels.values()):
-                if channel.is_late(now, idle_s):
-                    if channel.request or channel.total_outbufs_len:
-                        logger.info("closed a connection that was too slow")
-                    channel.lingering = True
-                    channel.handle_close()
-
-    def run(self) -> None:
-        """Serve until `stop`; then answer what was received, for STOP_TIMEOUT_S at most."""
-        while not self.stopping:
-            self.turn(WATCH_INTERVAL_S, IDLE_TIMEOUT_S)
-        for _ in range(CONNECTIONS_MAX):  # Take what the kernel has accepted for us.
-            self.handle_accept()
-        wasyncore.dispatcher.close(self)
-        logger.info("stopping: %d connections are open", len(self.active_channels))
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        while self.active_channels and time.monotonic() < deadline:
-            self.turn(0.05, STOP_IDLE_S)
-        self.task_dispatcher.shutdown(timeout=1)
-        wasyncore.close_all(self.sockets)
-        logger.info("stopped")
-
-    def stop(self) -> None:
-        """Make `run` return. Any thread may call it, and a signal handler."""
-        self.stopping = True
-        self.pull_trigger()
-
-
-def _connections_max() -> int:
-    """Return how many connections this process has descriptors for."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit.
-        return CONNECTIONS_MAX
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # Below 0 there is none.
-    return CONNECTIONS_MAX if soft < 0 else max(1, min(CONNECTIONS_MAX, soft - FILES_SPARE))
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """Return a socket with this address that does not listen yet. Raises ConfigurationError."""
-    with ExitStack() as failed:
-        try:
-            bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-            failed.callback(bound.close)
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if ":" in host:
-                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            bound.bind((host, port))
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot listen on {host} port {port}: {error.strerror}") from error
-        failed.pop_all()
-        return bound
-
-
-def _url_of(bound: socket.socket) -> str:
-    host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 @contextmanager
 def running(wallet: Wallet | None = None, issuer_token: str | None = None) -> Iterator[str]:
     """Serve a wallet, a new one in memory if none is given, on a free port. Yield its URL."""
     with ExitStack() as opened:
         wallet = wallet or opened.enter_context(Wallet())
-        server = _Server(create_app(wallet, issuer_token), _bind("127.0.0.1", 0), threads=4)
-        thread = threading.Thread(target=server.run, name="wallet", daemon=True)
-        thread.start()
-        opened.callback(thread.join)
-        opened.callback(server.stop)
-        yield server.url
+        app = create_app(wallet, issuer_token)
+        yield opened.enter_context(_import_part("server").serving(app))
 
 
 if __name__ == "__main__":  # As a script this module has no other name, and it is loaded once.

@@ -28,8 +28,6 @@ from socket import socket
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 from wallet import (
-    CONNECTIONS_MAX,
-    FILES_SPARE,
     LONG_TIMEOUT_S,
     REQUEST_FIELDS,
     SCHEMA_VERSION,
@@ -44,7 +42,6 @@ from wallet import (
     WrongBooks,
     __version__,
     _as_time,
-    _bind,
     _check_files,
     _check_issuer_token,
     _Execute,
@@ -57,7 +54,6 @@ from wallet import (
     _parse_time,
     _read_sql,
     _Row,
-    _Server,
     _to_json,
     access_logger,
     create_app,
@@ -203,9 +199,10 @@ def _warn_of_clock(wallet: Wallet) -> None:
 
 def _run_server(settings: Mapping[str, Any]) -> None:
     """Serve until it is told to stop."""
+    part = _import_part("server")  # What is missing is said before anything is made.
     if settings["metrics"]:
-        _import_part("metrics")  # What is missing is said before anything is made.
-    with _bind(settings["host"], settings["port"]) as bound, open_served(settings) as wallet:
+        _import_part("metrics")
+    with part.bind(settings["host"], settings["port"]) as bound, open_served(settings) as wallet:
         app = create_app(wallet, settings["issuer-token"], settings["metrics"],
                          settings["trusted-proxy"])
         _serve(app, bound, settings["threads"])
@@ -213,20 +210,26 @@ def _run_server(settings: Mapping[str, Any]) -> None:
 
 def _serve(app: App, bound: socket, threads: int) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
+    part = _import_part("server")
     _pin_process()
-    _raise_file_limit()
-    server = _Server(app, bound, threads)
-
-    def stop(*_: object) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-        server.stop()
-
-    signals = signal.SIGTERM, signal.SIGINT
-    for number in signals:
-        signal.signal(number, stop)
+    part.raise_file_limit()
+    server = part.Server(app, bound, threads)
+    _stop_by_signals(server.stop)
     print(_make_banner(app, server.url), flush=True)
     server.run()
+
+
+def _stop_by_signals(stop: Callable[[], None]) -> None:
+    """Call `stop` for SIGTERM and Ctrl-C. A second signal ends the process at once."""
+    signals = signal.SIGTERM, signal.SIGINT
+
+    def handle(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+        stop()
+
+    for number in signals:
+        signal.signal(number, handle)
 
 
 def _pin_process() -> None:
@@ -234,18 +237,6 @@ def _pin_process() -> None:
     with suppress(AttributeError, OSError):  # Only Linux has it, and a sandbox may forbid it.
         processors = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
-
-
-def _raise_file_limit() -> None:
-    """Let this process open as many files as it may have connections, if that is allowed."""
-    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit.
-        import resource
-
-        wanted = CONNECTIONS_MAX + FILES_SPARE
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < wanted:  # Below 0 there is no limit.
-            wanted = wanted if hard < 0 else min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _make_banner(app: App, address: str) -> str:

@@ -43,6 +43,7 @@ from webtest import TestApp
 import wallet as wallet_module
 import wallet_cli
 import wallet_postgres
+import wallet_server
 from wallet import AMOUNT_MAX, Wallet, WalletError, create_app, running
 
 HERE = Path(__file__).parent.parent
@@ -610,7 +611,7 @@ def limited(**limits):
     often.
     """
     limits = {"WATCH_INTERVAL_S": 0.1, "STOP_IDLE_S": 0.05, **limits}
-    return "-c", f"import sys, wallet, wallet_cli; vars(wallet).update({limits}); sys.exit(wallet_cli.main())"
+    return "-c", f"import sys, wallet, wallet_cli, wallet_server; vars(wallet).update({limits}); vars(wallet_server).update({limits}); sys.exit(wallet_cli.main())"
 
 
 @pytest.fixture
@@ -620,7 +621,8 @@ def serving(monkeypatch):
     @contextmanager
     def serve(wallet=None, **limits):
         for name, value in {"WATCH_INTERVAL_S": 0.1, **limits}.items():
-            monkeypatch.setattr(wallet_module, name, value)
+            module = wallet_server if hasattr(wallet_server, name) else wallet_module
+            monkeypatch.setattr(module, name, value)
         with running(wallet) as url:
             yield url
 
@@ -1571,8 +1573,8 @@ def find_secrets(places, secrets):
 
 
 BUGGY = """
-import sys, wallet, wallet_cli
-wallet.DATABASE_TIMEOUT_S, wallet.IDLE_TIMEOUT_S = 1, 1
+import sys, wallet, wallet_cli, wallet_server
+wallet.DATABASE_TIMEOUT_S, wallet_server.IDLE_TIMEOUT_S = 1, 1
 def balance_at(self, *arguments): raise RuntimeError("a bug", arguments)
 wallet.Wallet.balance_at = balance_at
 """

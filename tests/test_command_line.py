@@ -20,6 +20,7 @@ import pytest
 
 import wallet as wallet_module
 import wallet_cli
+import wallet_server
 from tests.support import (
     CONTRACT,
     HERE,
@@ -340,7 +341,7 @@ def test_stop_answers_the_connections_that_only_the_kernel_has_taken(tmp_path):
 
 
 def test_stop_does_not_wait_for_ever(monkeypatch):
-    monkeypatch.setattr(wallet_module, "STOP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(wallet_server, "STOP_TIMEOUT_S", 0.1)
     with contextlib.ExitStack() as stack:
         with running() as url:
             half = stack.enter_context(connect(url))

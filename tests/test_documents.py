@@ -248,7 +248,7 @@ def test_versions_are_pinned_once_and_the_commands_are_the_same_everywhere():
 
 @pytest.mark.slow
 def test_uv_runs_the_wallet_with_what_it_says_it_needs(tmp_path):
-    for name in ("wallet.py", "wallet_cli.py", "schema.sql"):
+    for name in ("wallet.py", "wallet_cli.py", "wallet_server.py", "schema.sql"):
         shutil.copy(HERE / name, tmp_path)
     with served(
         python=(find_uv_bin(), "run"),
@@ -303,6 +303,7 @@ def test_image_has_every_file_that_the_service_reads():
         "wallet_cli.py",
         "wallet_metrics.py",
         "wallet_postgres.py",
+        "wallet_server.py",
         "migrations/",
         "schema.sql",
         "checks.sql",

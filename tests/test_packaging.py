@@ -154,13 +154,14 @@ def test_wheel_is_one_package_with_every_file_that_the_code_reads(wheel):
         assert archive.read("wallet/__init__.py") == (HERE / "wallet.py").read_bytes()
         for name in DATA_FILES:
             assert archive.read(f"wallet/{name}") == (HERE / name).read_bytes()
-        for name in ("cli.py", "metrics.py", "postgres.py"):
+        for name in ("cli.py", "metrics.py", "postgres.py", "server.py"):
             assert archive.read(f"wallet/{name}") == (HERE / f"wallet_{name}").read_bytes()
     sources = "".join((HERE / name).read_text() for name in ("wallet.py", "wallet_cli.py"))
     read = set(re.findall(r"""["']([\w-]+\.(?:sql|yaml|html))["']""", sources))
     steps = {f"migrations/{version}.sql" for version in wallet_module.MIGRATIONS}
     assert read | steps == DATA_FILES
-    files = {"__init__.py", "__main__.py", "cli.py", "metrics.py", "postgres.py", "py.typed"} | DATA_FILES
+    code = {"__init__.py", "__main__.py", "cli.py", "metrics.py", "postgres.py", "server.py"}
+    files = code | {"py.typed"} | DATA_FILES
     assert {name for name in names if name.startswith("wallet/")} == {
         f"wallet/{name}" for name in files}
     # Beside the package there is only the plugin, for the reason that it gives.

@@ -1123,7 +1123,7 @@ def foreign_parts(source):
     return {part for part in found if not part.isupper()} - SQL_PARTS
 
 
-MODULES = "wallet.py", "wallet_cli.py", "wallet_metrics.py", "wallet_postgres.py"
+MODULES = "wallet.py", "wallet_cli.py", "wallet_metrics.py", "wallet_postgres.py", "wallet_server.py"
 FUTURE = "from __future__ import annotations\n"
 
 

@@ -29,6 +29,7 @@ import pytest
 from waitress.parser import HTTPRequestParser
 
 import wallet as wallet_module
+import wallet_server
 from tests.support import (
     DAY_S,
     HERE,
@@ -65,7 +66,7 @@ def test_who_is_slow_or_idle_is_told_by_a_clock_that_nobody_sets(monkeypatch, ca
     """
     offset_s, real = 0, time.time
     monkeypatch.setattr(time, "time", lambda: real() + offset_s)
-    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 1)
+    monkeypatch.setattr(wallet_server, "REQUEST_TIMEOUT_S", 1)
     if careless:
         monkeypatch.setattr(time, "monotonic", lambda: time.time())
 
@@ -141,15 +142,15 @@ def test_readers_of_statements_never_take_all_threads(long_history, serving, cap
 
 
 FEW_FILES = """
-import resource, sys, wallet, wallet_cli
+import resource, sys, wallet, wallet_server
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-print(wallet._connections_max())
-wallet_cli._raise_file_limit()
-print(wallet._connections_max(), hard)
+print(wallet_server.connections_max())
+wallet_server.raise_file_limit()
+print(wallet_server.connections_max(), hard)
 sys.modules["resource"] = None
-wallet_cli._raise_file_limit()
-print(wallet._connections_max())
+wallet_server.raise_file_limit()
+print(wallet_server.connections_max())
 """
 
 
@@ -158,7 +159,7 @@ def test_connections_are_as_many_as_there_are_descriptors_for_and_the_limit_is_r
         [sys.executable, "-c", FEW_FILES], capture_output=True, text=True, env=environment()
     )
     few, raised, hard, unlimited = map(int, done.stdout.split())
-    spare, most = wallet_module.FILES_SPARE, wallet_module.CONNECTIONS_MAX
+    spare, most = wallet_server.FILES_SPARE, wallet_server.CONNECTIONS_MAX
     assert few == 256 - spare
     assert raised == (min(most, hard - spare) if hard >= 0 else most)
     assert unlimited == most
@@ -256,7 +257,7 @@ def test_reader_that_takes_a_little_now_and_then_is_let_go_too(long_history, ser
         get_statement(url, long_history.token, 2**15) as connection,
     ):
         received = 0
-        while received < 3 * wallet_module.UNREAD_BYTES_MAX:  # At first it reads as it should.
+        while received < 3 * wallet_server.UNREAD_BYTES_MAX:  # At first it reads as it should.
             received += len(connection.recv(65536))
         assert "too slow" not in caplog.text
         deadline = time.monotonic() + 60
@@ -393,7 +394,7 @@ def test_control_a_server_that_takes_the_length_before_the_chunks_makes_two_of_o
         )
         HTTPRequestParser.parse_header(parser, header)
 
-    monkeypatch.setattr(wallet_module._Parser, "parse_header", careless)
+    monkeypatch.setattr(wallet_server._Parser, "parse_header", careless)
     ambiguous = [
         request
         for request, statuses in raw_requests()
@@ -888,12 +889,12 @@ def test_client_that_reads_slowly_but_reads_is_served(serving, monkeypatch):
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)  # Stands for a slow line.
         return bound
 
-    plain_bind = wallet_module._bind
-    monkeypatch.setattr(wallet_module, "_bind", bind)
+    plain_bind = wallet_server.bind
+    monkeypatch.setattr(wallet_server, "bind", bind)
     request, body = b"GET /openapi.yaml HTTP/1.1\r\n\r\n", (HERE / "openapi.yaml").read_bytes()
     with serving(ANSWER_TIMEOUT_S=1) as url, connect(url, receive_buffer_bytes=4096) as connection:
         sent, received, until = 0, 0, time.monotonic() + 2.5
-        while time.monotonic() < until or received <= wallet_module.UNREAD_BYTES_MAX:
+        while time.monotonic() < until or received <= wallet_server.UNREAD_BYTES_MAX:
             while sent - received // len(body) < 3:
                 connection.sendall(request)
                 sent += 1
@@ -916,8 +917,8 @@ def test_client_that_still_sends_hears_why_it_is_refused(module_url, monkeypatch
         + b"1\r\nx\r\n" * 9
     )
     assert raw_exchange(module_url, POST + chunks + b"0\r\n\r\n").startswith(b"HTTP/1.1 413")
-    monkeypatch.setattr(wallet_module, "REQUEST_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(wallet_module, "WATCH_INTERVAL_S", 0.1)
+    monkeypatch.setattr(wallet_server, "REQUEST_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(wallet_server, "WATCH_INTERVAL_S", 0.1)
     with connect(module_url) as connection:
         connection.sendall(POST + b"Content-Length: 5000000\r\n\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 413")
@@ -926,7 +927,7 @@ def test_client_that_still_sends_hears_why_it_is_refused(module_url, monkeypatch
 
 def test_stop_does_not_wait_for_a_refused_client_that_goes_nowhere(monkeypatch):
     for name in ("REQUEST_TIMEOUT_S", "STOP_TIMEOUT_S"):
-        monkeypatch.setattr(wallet_module, name, 60)
+        monkeypatch.setattr(wallet_server, name, 60)
     with (
         contextlib.ExitStack() as server,
         ThreadPoolExecutor(1) as thread,
@@ -988,7 +989,7 @@ def test_client_that_sends_half_a_body_and_then_nothing_is_let_go(serving, befor
 
 def test_control_a_server_that_looks_at_nobody_keeps_a_slow_sender(serving, monkeypatch):
     """The negative control of the tests about slow clients."""
-    monkeypatch.setattr(wallet_module._Channel, "is_late", lambda *_: False)
+    monkeypatch.setattr(wallet_server._Channel, "is_late", lambda *_: False)
     with serving(REQUEST_TIMEOUT_S=0.3, IDLE_TIMEOUT_S=0.3) as url, connect(url) as slow:
         slow.sendall(POST + b"Content-Length: 9999\r\n\r\n")
         slow.settimeout(1.5)
@@ -1158,11 +1159,11 @@ def test_request_that_has_waited_too_long_for_a_thread_is_refused(file_wallet, m
         wait_for_queue(file_wallet, 4)
         late = threads.submit(*arguments)
         assert send(url, "GET", "/livez")[0] == 200
-        monkeypatch.setattr(wallet_module, "QUEUE_TIMEOUT_S", 0)
+        monkeypatch.setattr(wallet_server, "QUEUE_TIMEOUT_S", 0)
         release()
         assert {answer.result()[0] for answer in working} == {201}
         assert (late.result()[0], late.result()[2]["code"]) == (503, "unavailable")
-        monkeypatch.setattr(wallet_module, "QUEUE_TIMEOUT_S", 5)
+        monkeypatch.setattr(wallet_server, "QUEUE_TIMEOUT_S", 5)
         assert send(*arguments[1:])[0] == 201
     assert file_wallet.authenticate(token).balance == 25
 

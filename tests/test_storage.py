@@ -642,7 +642,7 @@ def test_control_a_wallet_that_takes_every_commit_for_done_loses_some_on_a_full_
 # it.
 FAULTY = (
     """
-import contextlib, io, json, logging, mmap, os, sys, wallet, wallet_cli
+import contextlib, io, json, logging, mmap, os, sys, wallet, wallet_cli, wallet_server
 from pathlib import Path
 from wsgiref.util import setup_testing_defaults
 """
