@@ -1222,7 +1222,7 @@ def test_batch_of_1000_fits_and_bodies_of_a_mebibyte_are_for_batches_only(wallet
             ("batch", 2**20, b"422"),
         ):
             request = (
-                f"POST /api/transactions/{path} HTTP/1.1\r\nAuthorization: Bearer {token}\r\n"
+                f"POST /api/transactions/{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
                 "Connection: close\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {length}\r\n\r\n"
             ).encode()
@@ -3034,7 +3034,7 @@ def test_two_authorization_headers_are_refused_even_if_both_are_right(wallet):
     for count, status in ((1, b"200"), (2, b"401")):
         with running(wallet) as url:
             request = (
-                b"GET /api/account HTTP/1.1\r\nConnection: close\r\n" + header * count + b"\r\n"
+                b"GET /api/account HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + header * count + b"\r\n"
             )
             assert raw_exchange(url, request)[9:12] == status
 

@@ -47,6 +47,7 @@ The server is in wallet_server.py, and the settings and the command line are in 
 from __future__ import annotations
 
 import base64
+import codecs
 import csv
 import hashlib
 import io
@@ -75,7 +76,7 @@ from ipaddress import ip_address
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # Bottle has no types. These lines say so to mypy in a project that has this file.
 # mypy: disable-error-code="import-untyped,import-not-found"
@@ -169,8 +170,9 @@ class WalletError(Exception):
         cls.code = re.sub("(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
     def __init__(self, detail: str = "", *, headers: Mapping[str, str] | None = None,
-                 **members: Any) -> None:
+                 reason: str = "", **members: Any) -> None:
         super().__init__(detail or self.advice or self.title)
+        self.reason = reason or self.code  # For the metrics: it may say more than the code.
         self.headers = self.headers if headers is None else headers
         self.members: dict[str, Any] = {}
         self.add(**members)
@@ -1397,12 +1399,15 @@ class _Execute(Protocol):
 
 
 class Database(Protocol):
-    """What an engine supplies. It knows nothing about money. `location` says where it is.
+    """What an engine supplies. It knows nothing about money.
+
+    `engine` says what it is, with its version, and `location` where.
 
     `observe` is told what became of the writes of each commit, None or an error, and of other
     calls that failed.
     """
 
+    engine: str
     location: str
     observe: Callable[[Sequence[Exception | None]], None] = staticmethod(lambda outcomes: None)
 
@@ -1504,6 +1509,7 @@ class SQLiteDatabase(Database):
             raise ConfigurationError(
                 f"SQLite 3.35 or newer is needed; this Python has {sqlite3.sqlite_version}")
         self.path = os.path.abspath(path) if path else None  # Wherever the process moves.
+        self.engine = f"SQLite {sqlite3.sqlite_version}"
         self.location = self.path or "memory, gone when it stops"
         self._read_only, self._alone = read_only, path is None or (alone and not read_only)
         self._data_version: int | None = None  # None: not watched. 0: not known.
@@ -1847,6 +1853,7 @@ class _Response(NamedTuple):
     status: int
     body: dict[str, Any] | Account | Transaction | Hold | bytes | Iterator[bytes]
     headers: Mapping[str, str] = {}
+    reason: str = ""  # For which it was refused.
 
 
 def _fields(rules: _Rules) -> Callable[..., dict[str, Any]]:
@@ -1982,7 +1989,7 @@ def _csv_chunks(wallet: Wallet, transactions: Iterator[Transaction]) -> Iterator
     Its last line counts them: without that, it was broken off.
     """
     if not _statements.acquire(blocking=False):
-        raise Unavailable(TOO_MANY_STATEMENTS)
+        raise too_many_statements()
     try:
         yield b""
         columns = ("id", "created_at", "type", "amount", "balance", "description", "reference",
@@ -2022,7 +2029,7 @@ def _error_response(error: WalletError) -> _Response:
     body = {"title": error.title, "status": error.status, "detail": str(error), "code": error.code,
             **error.members}
     headers = {"Content-Type": "application/problem+json", **error.headers}
-    return _Response(error.status, body, headers)
+    return _Response(error.status, body, headers, error.reason)
 
 
 def _read_file(name: str) -> bytes:
@@ -2072,6 +2079,10 @@ def _parse_body(environ: WSGIEnvironment, takes: Mapping[str, Any]) -> dict[str,
     is_missing = length in ("", "0") and "HTTP_TRANSFER_ENCODING" not in environ
     if is_missing and takes.get("body_optional"):
         return {}
+    coding = environ.get("HTTP_CONTENT_ENCODING", "identity").strip().lower()
+    if coding != "identity":
+        raise UnsupportedMediaType("The body must not be compressed: send it without"
+                                   " Content-Encoding.", headers={"Accept-Encoding": "identity"})
     media_type = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise UnsupportedMediaType()
@@ -2083,6 +2094,8 @@ def _parse_body(environ: WSGIEnvironment, takes: Mapping[str, Any]) -> dict[str,
         body = environ["wsgi.input"].read(max(0, wanted))
         if len(body) > bytes_max:
             raise BodyTooLarge()
+        if body.startswith(codecs.BOM_UTF8):  # Which JSON must not have (RFC 8259, section 8.1).
+            raise MalformedRequest("The body begins with a byte order mark: send it without.")
         text = body.decode()
         brackets = text.count("[") + text.count("{")
         if brackets > JSON_DEPTH_MAX and _json_depth(text) > JSON_DEPTH_MAX:
@@ -2120,10 +2133,15 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
                          parse_int=lambda digits: int(digits[:20]))
 
 
-# In the environ: the error with which the server asks to refuse the request, and what App notes
-# there for the log and the metrics.
-REFUSAL, ROUTE, CALLER = "wallet.refusal", "wallet.route", "wallet.caller"
-TOO_MANY_STATEMENTS = "Enough statements are being sent already, so try again."
+# In the environ: the error with which the server asks to refuse the request, and when that was
+# complete; and what App notes there for the log and the metrics.
+REFUSAL, RECEIVED = "wallet.refusal", "wallet.received"
+ROUTE, CALLER = "wallet.route", "wallet.caller"
+QUIET = "/livez", "/readyz", "/metrics"  # Routes that are asked all day.
+
+def too_many_statements() -> Unavailable:
+    return Unavailable("Enough statements are being sent already, so try again.",
+                       reason="statements")
 
 
 class App:
@@ -2136,18 +2154,20 @@ class App:
         self.wallet, self.routes = wallet, _routes
         self.has_issuer = issuer_token is not None
         self._issuer_token_hash = _hash_token(issuer_token) if issuer_token else ""
+        if issuer_token:  # As it is sent, and as a path and a traceback have it.
+            forms = issuer_token, unquote(issuer_token), repr(issuer_token)[1:-1]
+            _hidden.extend({*forms}.difference(_hidden))
         self._trusted_proxy = _parse_proxy(trusted_proxy)
-        self._metrics = _import_part("metrics").Metrics(wallet.database) if metrics else None
-        if self._metrics:
+        self.metrics = _import_part("metrics").Metrics(wallet.database) if metrics else None
+        if self.metrics:
             self.routes = Bottle()
             self.routes.merge(_routes)
-            self.routes.get("/metrics", public=True)(self._metrics.get)
+            self.routes.get("/metrics", public=True)(self.metrics.get)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        started, method = time.perf_counter(), environ["REQUEST_METHOD"]
-        path = environ.setdefault("PATH_INFO", "")
-        sent_id = environ.get("HTTP_X_REQUEST_ID", "")
-        request_id = _make_request_id(sent_id, self._issuer_token_hash)
+        started = environ.get(RECEIVED) or time.monotonic()
+        method, path = environ["REQUEST_METHOD"], environ.setdefault("PATH_INFO", "")
+        request_id = _make_request_id(environ.get("HTTP_X_REQUEST_ID", ""))
         try:
             answer = self._dispatch(environ)
         except WalletError as error:
@@ -2158,27 +2178,41 @@ class App:
             logger.exception("request %s failed", request_id)
             answer = _error_response(InternalError())
         status, headers, body = _render(answer, request_id)
-        duration_s, caller = time.perf_counter() - started, environ.get(CALLER)
+        duration_s, caller = time.monotonic() - started, environ.get(CALLER)
         if not isinstance(caller, Account) and answer.status in (401, 500, 503):
             caller = None  # It is only what the token says, and maybe nobody has looked it up.
-        _log_access(method, path, answer.status, round(duration_s * 1000, 1), request_id,
+        is_poll = environ.get(ROUTE) in QUIET or (method != "POST" and "HTTP_X_POLLING" in environ)
+        _log_access(logging.DEBUG if is_poll and answer.status < 400 else logging.INFO,
+                    method, path, answer.status, round(duration_s * 1000, 1), request_id,
                     getattr(caller, "id", caller), self._client(environ))
-        if self._metrics:
-            self._metrics.count(environ.get(ROUTE), method, answer, duration_s)
+        if self.metrics:
+            self.metrics.count(environ.get(ROUTE), method, answer, duration_s)
         start_response(status, headers)
         return [] if method == "HEAD" else body
 
+    def count_refusal(self, reason: str) -> None:
+        """Count what was refused before it was a request."""
+        if self.metrics:
+            self.metrics.count_refusal(None, reason)
+
     def _client(self, environ: WSGIEnvironment) -> str:
         """Return the client's address: the peer's, or what the trusted proxy says it is."""
-        peer: str = environ.get("REMOTE_ADDR", "")
+        client: str = environ.get("REMOTE_ADDR", "")
+        if not self._trusted_proxy and ":" not in client:
+            return client
         with suppress(ValueError):
-            if self._trusted_proxy and _parse_address(peer) == self._trusted_proxy:
-                return _parse_address(environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2])
-        return peer
+            client = _parse_address(client)
+            if client == self._trusted_proxy:
+                forwarded = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
+                # Some proxies add the port, and then an address of IPv6 is in brackets.
+                with_port = re.fullmatch(r"\[(.+)\](?::[0-9]+)?|([0-9.]+):[0-9]+", forwarded)
+                client = _parse_address(with_port[1] or with_port[2] if with_port else forwarded)
+        return client
 
     def _dispatch(self, environ: WSGIEnvironment) -> _Response:
         if REFUSAL in environ:
             raise environ[REFUSAL]
+        _check_host(environ)
         try:
             if "\n" in environ["PATH_INFO"]:  # Which a pattern's end would match.
                 raise HTTPError(404)
@@ -2243,6 +2277,15 @@ class App:
         return _parse_token(token) if takes.get("key") else self.wallet.authenticate(token)
 
 
+def _check_host(environ: WSGIEnvironment) -> None:
+    """Raise MalformedRequest unless there is one Host, as HTTP/1.1 needs (RFC 9112, 3.2)."""
+    host = environ.get("HTTP_HOST", "")
+    if not host and environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
+        raise MalformedRequest("HTTP/1.1 needs the header Host.")
+    if host and not re.fullmatch(r"[\w.~!$&'()*+;=%:[\]-]+", host, re.ASCII):  # Two have a comma.
+        raise MalformedRequest("The header Host must be one name or address, and may have a port.")
+
+
 def _refuse_topups(transactions: object) -> None:
     """Raise Forbidden, with its index, for a topup in a batch that is not the issuer's."""
     for index, one in enumerate(transactions if isinstance(transactions, list) else ()):
@@ -2250,10 +2293,10 @@ def _refuse_topups(transactions: object) -> None:
             raise Forbidden("This wallet has an issuer, and a topup needs its token.", index=index)
 
 
-def _make_request_id(sent: str, issuer_token_hash: str = "") -> str:
-    """Return the client's request id if it is fit for a header and a log, and is no token."""
+def _make_request_id(sent: str) -> str:
+    """Return the client's request id if it is fit for a header and a log, and has no token."""
     is_fit = re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent
-    if is_fit and _hash_token(sent) != issuer_token_hash:
+    if is_fit and not any(token in sent for token in _hidden):
         return sent
     return f"{random.getrandbits(64):016x}"
 
@@ -2281,18 +2324,18 @@ REQUEST_FIELDS = (
     "method", "path", "status", "duration_ms", "request_id", "account_id", "client")
 
 
-def _log_access(method: str, path: str, *others: object) -> None:
+def _log_access(level: int, method: str, path: str, *others: object) -> None:
     """Log REQUEST_FIELDS: never a query or body, nor a token that somebody put into the path."""
-    if access_logger.isEnabledFor(logging.INFO):
+    if access_logger.isEnabledFor(level):
         known = (_loggable(method)[:20], _loggable(path)[:200], *others)
         shown = ("-" if value in (None, "") else value for value in known)
-        access_logger.info("%s %s %s %s ms %s %s %s", *shown,
-                           extra=dict(zip(REQUEST_FIELDS, known, strict=True)))
+        access_logger.log(level, "%s %s %s %s ms %s %s %s", *shown,
+                          extra=dict(zip(REQUEST_FIELDS, known, strict=True)))
 
 
 def _loggable(text: str) -> str:
     """Return text without tokens, and without what could look like another line."""
-    return _hide_tokens(re.sub("[^ -~]", "?", text))
+    return re.sub("[^ -~]", "?", _hide_tokens(text))
 
 
 class _SafeLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # 3.10 takes no argument.
@@ -2302,17 +2345,23 @@ class _SafeLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # 3.10 take
         return _loggable(str(msg)), kwargs
 
 
+_hidden: list[str] = []  # The issuers' tokens of this process: they may hold anything.
+
+
 def _hide_tokens(text: str) -> str:
     """Return text without what is or could be most of a token."""
+    for token in _hidden:
+        text = text.replace(token, "***")
     return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", text)
 
 
 def _check_issuer_token(token: str | None) -> None:
     """Raise ConfigurationError, without showing it, for a token that is too short or unsendable."""
-    if token is not None and not re.fullmatch(f"[!-~]{{{ISSUER_TOKEN_CHARACTERS_MIN},}}", token):
+    inner = f"[ -~]{{{ISSUER_TOKEN_CHARACTERS_MIN - 2},}}"
+    if token is not None and not re.fullmatch(f"[!-~]{inner}[!-~]", token):
         raise ConfigurationError(
             f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
-            " printable ASCII without spaces, as from: openssl rand -hex 32")
+            " printable ASCII with no space at its ends, as from: openssl rand -hex 32")
 
 
 def _parse_proxy(text: str | None) -> str | None:

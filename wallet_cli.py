@@ -11,18 +11,21 @@ import argparse
 import json
 import logging
 import os
+import queue
 import re
 import shlex
 import signal
 import sqlite3
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from datetime import datetime, timezone
 from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
+from logging.handlers import QueueHandler
 from pathlib import Path
 from socket import socket
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -64,6 +67,8 @@ PROGRAM = "wallet" if __package__ else "python wallet.py"  # As a package it is 
 CLOCK_AHEAD_MAX_S = 60  # More than clocks that are set by a network differ by.
 BACKUP_PAGES = 5000  # At a time, 20 MB. Ctrl-C is heard in between.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
+LOG_LINES_MAX = 10_000  # That wait to be written: some seconds of a busy wallet, and 4 MB.
+LOG_FLUSH_S = 1  # For them to be written at the end.
 VERIFY_ACCOUNTS = 100  # To a statement, which is one step of the progress bar.
 AMOUNTS = "balance", "available"  # Of an account.
 _Report = Callable[[int, int], None]  # It is told how much is done of how much.
@@ -120,7 +125,8 @@ SETTINGS = (
     _Setting("must-exist", "0", "1 to start only where the command init has made the database",
              range(2)),
     _Setting("host", "127.0.0.1",
-             "the address to listen on; 0.0.0.0 means all of this machine's addresses"),
+             "the address to listen on; 0.0.0.0 means all of this machine's, and :: those of IPv6"
+             " too"),
     _Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
     _Setting("threads", "8", "how many connections to Postgres are kept, and how many requests"
              " waitress works on at once", range(1, 65)),
@@ -212,10 +218,19 @@ def _serve(app: App, bound: socket, threads: int) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
     part = _import_part("server")
     _pin_process()
-    part.raise_file_limit()
+    part.raise_file_limit(threads)
     server = part.Server(app, bound, threads)
+    if app.metrics:
+        app.metrics.watch(partial(part.usage, server))
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, _LogHandler):
+                handler.count_dropped = app.metrics.log_lines_dropped.inc
     _stop_by_signals(server.stop)
-    print(_make_banner(app, server.url), flush=True)
+    database = app.wallet.database
+    logger.info("started: wallet %s on %s, with %s at %s", __version__, server.url,
+                database.engine, database.location)
+    if _is_terminal(sys.stdout):
+        print(_make_banner(app, server.url), flush=True)
     server.run()
 
 
@@ -274,9 +289,62 @@ class _JSONFormatter(_LineFormatter):
         return json.dumps(document)
 
 
-def _configure_logging(level: str) -> None:
+class _LogHandler(QueueHandler):
+    """Keeps no request waiting for whoever reads the log. A line that finds no room is dropped.
+
+    A thread of its own writes. It is a daemon, so that nobody has to read for the wallet to stop.
+    """
+
+    lines: queue.Queue[str]
+
+    def __init__(self, stream: TextIO) -> None:
+        self.lines, self.dropped = queue.Queue(LOG_LINES_MAX), 0
+        super().__init__(self.lines)
+        self.count_dropped: Callable[[], None] = lambda: None
+        self._file = stream.fileno()
+        threading.Thread(target=self._write, name="wallet-log", daemon=True).start()
+
+    def prepare(self, record: logging.LogRecord) -> Any:
+        """Return the whole line: what it is about may change."""
+        return self.format(record)
+
+    def enqueue(self, record: Any) -> None:
+        """Put a line in the queue, unless that is full."""
+        try:
+            self.lines.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+            self.count_dropped()
+
+    def flush(self) -> None:
+        """Wait until all is written, for LOG_FLUSH_S at most."""
+        with self.lines.all_tasks_done:
+            self.lines.all_tasks_done.wait_for(
+                lambda: not self.lines.unfinished_tasks, timeout=LOG_FLUSH_S)
+
+    def _write(self) -> None:
+        told = 0
+        while True:
+            self._write_line(self.lines.get())
+            if told < (dropped := self.dropped) and self.lines.qsize() < LOG_LINES_MAX // 2:
+                known = {"name": logger.name, "levelno": logging.WARNING, "levelname": "WARNING",
+                         "msg": f"{dropped - told} lines were dropped here: nobody read the log"}
+                self._write_line(self.format(logging.makeLogRecord(known)))
+                told = dropped
+            self.lines.task_done()
+
+    def _write_line(self, line: str) -> None:
+        left = f"{line}\n".encode()
+        with suppress(OSError):  # Nobody reads it, or the disk is full.
+            while left:  # Not by sys.stderr, whose lock this thread may hold when Python ends.
+                left = left[os.write(self._file, left):]
+
+
+def _configure_logging(level: str, is_served: bool) -> None:
     """Log to stderr: lines for people on a terminal, elsewhere JSON."""
-    handler = logging.StreamHandler()
+    if sys.stderr is None or logging.getLogger().handlers:  # Closed, or set up by the program.
+        return
+    handler = _LogHandler(sys.stderr) if is_served else logging.StreamHandler()
     line = _LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
     handler.setFormatter(line if _is_terminal(sys.stderr) else _JSONFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
@@ -652,7 +720,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings: dict[str, Any] = {}
     try:
         settings = _parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        _configure_logging(settings["log-level"])
+        _configure_logging(settings["log-level"], not settings["command"])
         _check_files("checks.sql")
         runs = {command.name: command.run for command in COMMANDS}
         if settings["command"]:

@@ -244,6 +244,7 @@ class PostgresDatabase(Database):
     def _check_server(self, tx: _Execute, read_only: bool) -> None:
         """Refuse a server that can keep no wallet. Warn of one that may lose what it commits."""
         settings: dict[str, str] = dict(tx("SELECT name, setting FROM pg_settings"))
+        self.engine = f"Postgres {settings.get('server_version', 'unknown').partition(' ')[0]}"
         if settings.get("transaction_read_only") == "on" and not read_only:
             raise ConfigurationError(f"{self.location} is read-only: name the primary server")
         if (encoding := settings.get("server_encoding", "UTF8")) != "UTF8":

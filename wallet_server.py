@@ -27,16 +27,17 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 from waitress.task import WSGITask
+from waitress.utilities import BadRequest
 
 from wallet import (
     BATCH_BODY_BYTES_MAX,
     BATCH_PATH,
     BODY_BYTES_MAX,
     HEADER_BYTES_MAX,
+    RECEIVED,
     REFUSAL,
     STATEMENT_PATH,
     STATEMENTS_MAX,
-    TOO_MANY_STATEMENTS,
     App,
     BodyTooLarge,
     ConfigurationError,
@@ -46,10 +47,13 @@ from wallet import (
     Unavailable,
     _SafeLogger,
     logger,
+    too_many_statements,
 )
 
 CONNECTIONS_MAX = 2000  # At once. Each costs a file descriptor and a few kilobytes.
-FILES_SPARE = 100  # Descriptors for the database and all else.
+CONNECTIONS_MIN = 16  # However few files there may be. The server itself counts as two.
+FILES_SPARE = 64  # Descriptors for all else.
+FILES_THREAD = 3  # For each thread: the database and its log, or a long answer.
 REQUEST_TIMEOUT_S = 10  # From a request's first byte to its last.
 ANSWER_TIMEOUT_S = 30  # For a client to read an answer, or UNREAD_BYTES_MAX more of a long one.
 UNREAD_BYTES_MAX = 256 * 1024
@@ -58,12 +62,15 @@ SOCKET_OPTIONS = [
     # The kernel would keep megabytes for a slow reader, and what it has read would show late.
     (socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES_MAX // 2)]
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
+CROWDED_IDLE_S = 1  # The same, while there is no room for another connection.
 WATCH_INTERVAL_S = 1  # Between two looks for clients that are late.
 STOP_TIMEOUT_S = 10  # To finish when the server is told to stop. Supervisors often kill after 30 s.
 STOP_IDLE_S = 0.5  # A connection that was used so recently may be sending its next request.
 QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take.
 
 
+TLS = b"\x16"  # With which a handshake begins (RFC 8446, section 5.1), and no request does.
+NO_TLS = "this port does not speak TLS: use http, or a proxy that has a certificate"
 # What two servers in a row might read in two ways: that is how a request is smuggled past a proxy
 # (RFC 9112, sections 5.2 and 6.1). And what waitress's own patterns would take seconds over.
 MALFORMED = {
@@ -82,6 +89,14 @@ class _Parser(HTTPRequestParser):
 
     command = path = "-"  # A request that is refused before these are known is logged all the same.
     request_uri = query = url_scheme = ""
+    received_at = 0.0  # Its last byte.
+
+    def received(self, data: bytes) -> int:
+        self.received_at = time.monotonic()
+        if data[:1] == TLS and not (self.header_plus or self.headers_finished):
+            self.error, self.completed = BadRequest(NO_TLS), True
+            return len(data)
+        return int(super().received(data))
 
     def parse_header(self, header_plus: bytes) -> None:
         for pattern, reason in MALFORMED.items():
@@ -116,6 +131,7 @@ class _Task(WSGITask):
         """Send the headers and a whole body in one piece."""
         if not data or self.wrote_header or self.content_length != len(data):
             super().write(data)
+            self.chunked_response &= self.request.command != "HEAD"  # Which has no last chunk.
             return
         head = self.build_response_header()
         self.wrote_header, self.content_bytes_written = True, len(data)
@@ -123,15 +139,17 @@ class _Task(WSGITask):
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
+        environ |= {RECEIVED: self.request.received_at, "PATH_INFO": self.request.path}
         if error := self.request.error:
             reason = error.body.partition(' "')[0]  # The line itself follows; it may hold a token.
             refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
             malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
             environ[REFUSAL] = refusals.get(error.code, malformed)
-        elif time.monotonic() - self.channel.queued_at > QUEUE_TIMEOUT_S:
-            environ[REFUSAL] = Unavailable("Too many requests wait, and nothing was changed.")
-        elif self.request.path == STATEMENT_PATH and self.channel.server.is_spooling():
-            environ[REFUSAL] = Unavailable(TOO_MANY_STATEMENTS)
+        elif time.monotonic() - self.request.received_at > QUEUE_TIMEOUT_S:
+            environ[REFUSAL] = Unavailable("Too many requests wait, and nothing was changed.",
+                                           reason="queue")
+        elif self.request.path == STATEMENT_PATH and is_spooling(self.channel.server):
+            environ[REFUSAL] = too_many_statements()
         return environ
 
 
@@ -141,7 +159,7 @@ class _Channel(HTTPChannel):
     parser_class, task_class, error_task_class = _Parser, _Task, _Task
     logger = _SafeLogger(logging.getLogger("waitress"), {})
     will_close = lingering = False
-    answered, queued_at, step, step_at = 0, 0.0, (-1, 0), 0.0
+    answered, step, step_at = 0, (-1, 0), 0.0
 
     def send_continue(self) -> None:
         if not self.request.completed:  # It may be refused, or have no body.
@@ -178,7 +196,8 @@ class Server(TcpWSGIServer):
         self.url, self.sockets = url_of(bound), dict[int, Any]()
         self.probes: deque[_Channel] = deque()
         settings = Adjustments(
-            ident="", backlog=CONNECTIONS_MAX, connection_limit=connections_max(), threads=threads,
+            ident="", backlog=CONNECTIONS_MAX, threads=threads,
+            connection_limit=connections_max(threads),
             max_request_header_size=HEADER_BYTES_MAX + 1, max_request_body_size=BODY_BYTES_MAX + 1,
             outbuf_high_watermark=sys.maxsize,  # What is not read yet is spooled, not waited for.
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
@@ -189,13 +208,7 @@ class Server(TcpWSGIServer):
 
     def add_task(self, task: _Channel) -> None:
         """Queue a request, but let the loop answer /livez, even while all threads are busy."""
-        task.queued_at = time.monotonic()
         (self.probes.append if task.requests[0].path == "/livez" else super().add_task)(task)
-
-    def is_spooling(self) -> bool:
-        """Are there as many long answers that clients have not read as there may be?"""
-        unread: list[int] = [one.total_outbufs_len for one in list(self.active_channels.values())]
-        return sum(length > UNREAD_BYTES_MAX for length in unread) >= STATEMENTS_MAX
 
     def turn(self, timeout_s: float, idle_s: float) -> None:
         """Handle what happens next. Now and then, let go of clients that are late."""
@@ -204,17 +217,13 @@ class Server(TcpWSGIServer):
             self.probes.popleft().service()
         if (now := time.monotonic()) - self.looked_at >= timeout_s:
             self.looked_at = now
-            for channel in list(self.active_channels.values()):
-                if channel.is_late(now, idle_s):
-                    if channel.request or channel.total_outbufs_len:
-                        logger.info("closed a connection that was too slow")
-                    channel.lingering = True
-                    channel.handle_close()
+            _close_late(self, now, idle_s)
 
     def run(self) -> None:
         """Serve until `stop`; then answer what was received, for STOP_TIMEOUT_S at most."""
         while not self.stopping:
-            self.turn(WATCH_INTERVAL_S, IDLE_TIMEOUT_S)
+            self.turn(WATCH_INTERVAL_S,
+                      CROWDED_IDLE_S if self.in_connection_overflow else IDLE_TIMEOUT_S)
         for _ in range(CONNECTIONS_MAX):  # Take what the kernel has accepted for us.
             self.handle_accept()
         wasyncore.dispatcher.close(self)
@@ -232,22 +241,46 @@ class Server(TcpWSGIServer):
         self.pull_trigger()
 
 
-def connections_max() -> int:
+def _close_late(server: Server, now: float, idle_s: float) -> None:
+    for channel in list(server.active_channels.values()):
+        if channel.is_late(now, idle_s):
+            if channel.request or channel.total_outbufs_len:
+                logger.info("closed a connection that was too slow")
+                server.application.count_refusal("slow")
+            channel.lingering = True
+            channel.handle_close()
+
+
+def is_spooling(server: Server) -> bool:
+    """Are there as many long answers that clients have not read as there may be?"""
+    unread: list[int] = [one.total_outbufs_len for one in list(server.active_channels.values())]
+    return sum(length > UNREAD_BYTES_MAX for length in unread) >= STATEMENTS_MAX
+
+
+def usage(server: Server) -> dict[str, int]:
+    """Return how many requests wait and run, and how many connections are open."""
+    pool = server.task_dispatcher
+    return {"waiting": len(pool.queue), "running": pool.active_count,
+            "connections": len(server.active_channels)}
+
+
+def connections_max(threads: int) -> int:
     """Return how many connections this process has descriptors for."""
     try:
         import resource
     except ImportError:  # Windows has no such limit.
         return CONNECTIONS_MAX
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # Below 0 there is none.
-    return CONNECTIONS_MAX if soft < 0 else max(1, min(CONNECTIONS_MAX, soft - FILES_SPARE))
+    spare = FILES_SPARE + FILES_THREAD * threads
+    return CONNECTIONS_MAX if soft < 0 else max(CONNECTIONS_MIN, min(CONNECTIONS_MAX, soft - spare))
 
 
-def raise_file_limit() -> None:
+def raise_file_limit(threads: int) -> None:
     """Let this process open as many files as it may have connections, if that is allowed."""
     with suppress(ImportError, OSError, ValueError):  # Windows has no such limit.
         import resource
 
-        wanted = CONNECTIONS_MAX + FILES_SPARE
+        wanted = CONNECTIONS_MAX + FILES_SPARE + FILES_THREAD * threads
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if 0 <= soft < wanted:  # Below 0 there is no limit.
             wanted = wanted if hard < 0 else min(wanted, hard)
@@ -262,7 +295,8 @@ def bind(host: str, port: int) -> socket.socket:
             failed.callback(bound.close)
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if ":" in host:
-                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                # So :: is all addresses, of IPv4 too, as other servers have it.
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             bound.bind((host, port))
         except OSError as error:
             raise ConfigurationError(

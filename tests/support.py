@@ -575,27 +575,33 @@ def served(
 
     Yield it, with its URL and banner.
     """
+    # The banner is printed on a terminal only.
+    master, terminal = os.openpty()
     process = subprocess.Popen(
         [*under, *python, *program, "--port", "0", *arguments],
-        stdout=subprocess.PIPE,
+        stdout=terminal,
         stderr=stderr,
         text=True,
         cwd=cwd,
         env=environment(**settings),
     )
-    try:
-        lines = (
-            1 if settings.get("WALLET_ISSUER_TOKEN") else len(wallet_cli.TRY.splitlines()) + 1
-        )
-        process.banner = "".join(process.stdout.readline() for _ in range(lines))
-        assert "listens on" in process.banner, process.stderr.read()
-        pattern = r"(http://\S+)/api/register" if lines > 1 else r"on (http://\S+),"
-        process.url = re.search(pattern, process.banner)[1]
-        yield process
-    finally:
-        if process.poll() is None:
-            kill_service(process)
-        process.communicate(timeout=30)
+    os.close(terminal)
+    with os.fdopen(master, errors="replace") as screen:
+        try:
+            lines = (
+                1 if settings.get("WALLET_ISSUER_TOKEN") else len(wallet_cli.TRY.splitlines()) + 1
+            )
+            process.banner = ""
+            with contextlib.suppress(OSError):  # The wallet has ended.
+                process.banner = "".join(screen.readline() for _ in range(lines))
+            assert "listens on" in process.banner, process.stderr.read()
+            pattern = r"(http://\S+)/api/register" if lines > 1 else r"on (http://\S+),"
+            process.url = re.search(pattern, process.banner)[1]
+            yield process
+        finally:
+            if process.poll() is None:
+                kill_service(process)
+            process.communicate(timeout=30)
 
 
 def log_lines(log):
@@ -1332,13 +1338,13 @@ def raw_requests():
         yield framed(field, BODY, (400,))
     for field in (
         b"Content_Length: 0",
-        b"Host: y",
         b"Connection: Content-Length",
         b"Expect: 100-continue",
         b"Connection: Upgrade\r\nUpgrade: websocket",
         b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk",
     ):
         yield framed(LENGTH + b"\r\n" + field, BODY, both)
+    yield framed(LENGTH + b"\r\nHost: y", BODY, (400, 201))
     yield framed(
         b"X: y", BODY, (400, 400)
     )  # Without a length there is no body, and what follows is no request.
@@ -1407,6 +1413,8 @@ def raw_requests():
         yield asked(b"POST " + target + b" HTTP/1.1", both)
     for target in (
         b"//x/api/transactions/topup",
+        b"//api/transactions/topup",
+        b"http://x//api/transactions/topup",
         b"*",
         b"/api/transactions/topup%0d%0a",
         b"/api/transactions/topup;",
@@ -1490,14 +1498,14 @@ def raw_requests():
     yield whole(b"hello\r\n\r\n")
     yield whole(b"GET /livez HTTP/1.1\r\nHost\r\n\r\n")
     yield whole(b"GET /livez HTTP/1.1\nHost: x\r\n\r\n", (400,))
-    yield whole(f"GET /livez HTTP/1.1\r\nA: Bearer {WRONG_TOKEN}\nX: y\r\n\r\n".encode(), (400,))
+    yield whole(f"GET /livez HTTP/1.1\r\nHost: x\r\nA: Bearer {WRONG_TOKEN}\nX: y\r\n\r\n".encode(), (400,))
     # These two take careless patterns minutes and seconds.
-    yield whole(b"GET a://" + b"1" * 16_000 + b" x HTTP/1.1\r\n\r\n")
-    yield whole(b"GET /livez HTTP/1.1\r\nX:" + b" " * 16_000 + b"x\r\n\r\n", (400,))
+    yield whole(b"GET a://" + b"1" * 16_000 + b" x HTTP/1.1\r\nHost: x\r\n\r\n")
+    yield whole(b"GET /livez HTTP/1.1\r\nHost: x\r\nX:" + b" " * 16_000 + b"x\r\n\r\n", (400,))
     yield whole(
         POST + b"Idempotency-Key: a\r\nIdempotency-Key: a\r\nContent-Length: 2\r\n\r\n{}", (400,)
     )
-    yield whole(b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", (431,))
+    yield whole(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", (431,))
     for length in (65537, 99999999999):
         yield whole(POST + b"Content-Length: %d\r\n\r\n" % length, (413,))
         yield whole(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % length, (413,))

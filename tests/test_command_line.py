@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import threading
 import urllib.request
@@ -202,7 +203,10 @@ def test_it_serves_says_where_and_its_curls_can_be_pasted(tmp_path):
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=30)
     account = f"acc_{re.search('wlt_(.{16})', done.stderr)[1]} 127.0.0.1"
-    lines = log_lines(log)
+    started, *lines = log_lines(log)
+    engine = f"SQLite {sqlite3.sqlite_version} at {tmp_path}/wallet.db"
+    version = f"wallet {wallet_module.__version__} on {server.url}"
+    assert started == f"INFO wallet: started: {version}, with {engine}"
     assert [re.sub(r"\d+\.\d ms [0-9a-f]{16}|\d+ connections", "_", line) for line in lines] == [
         "INFO wallet.access: POST /api/register 201 _ - 127.0.0.1",
         f"INFO wallet.access: POST /api/transactions/topup 201 _ {account}",
@@ -221,7 +225,7 @@ def test_stop_finishes_what_runs_closes_the_database_and_exits_0(tmp_path, numbe
         assert send(server.url, "GET", "/livez", connection=idle)[0] == 200
         slow = socket.create_connection((parts.hostname, parts.port), timeout=30)
         head = (
-            f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n"
+            f"POST /api/transactions/topup HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
             "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
         )
         slow.sendall(head.encode() + b'{"amount"')
@@ -331,7 +335,7 @@ def test_stop_answers_the_connections_that_only_the_kernel_has_taken(tmp_path):
         os.kill(process, signal.SIGSTOP)
         waiting = [connect(server.url) for _ in range(5)]
         for connection in waiting:
-            connection.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         server.send_signal(signal.SIGTERM)
         os.kill(process, signal.SIGCONT)
         for connection in waiting:
@@ -345,7 +349,7 @@ def test_stop_does_not_wait_for_ever(monkeypatch):
     with contextlib.ExitStack() as stack:
         with running() as url:
             half = stack.enter_context(connect(url))
-            half.sendall(b"POST /api/register HTTP/1.1\r\n")
+            half.sendall(b"POST /api/register HTTP/1.1\r\nHost: x\r\n")
             assert send(url, "GET", "/livez")[0] == 200
         assert half.recv(1) == b""
 
@@ -365,7 +369,7 @@ def test_second_signal_ends_it_at_once(tmp_path, second):
     with served(cwd=tmp_path) as server:
         parts = urlsplit(server.url)
         with socket.create_connection((parts.hostname, parts.port), timeout=30) as half:
-            half.sendall(b"POST /api/register HTTP/1.1\r\n")
+            half.sendall(b"POST /api/register HTTP/1.1\r\nHost: x\r\n")
             assert send(server.url, "GET", "/livez")[0] == 200
             server.send_signal(signal.SIGTERM)
             while not is_refused(server.url):

@@ -46,6 +46,9 @@ from wallet import ConfigurationError, InsufficientFunds, Unavailable, Wallet, c
 # Metrics, logs and the client's address ###########################################################
 
 
+BUSY = "waiting", "running", "connections"  # What a server tells of.
+
+
 def parse_metrics(text):
     """Return the families of a scrape by name, as Prometheus's own parser reads them, and each
     sample's value.
@@ -197,10 +200,26 @@ def test_metrics_are_exact_and_tell_of_nobody(durable_dsn):
         assert select_samples(samples, name) == {
             (name, type): both[number] for type, both in moved.items()
         }
-    assert select_samples(samples, "wallet_charges_refused_total") == {
-        ("wallet_charges_refused_total", code): 1
-        for code in ("insufficient_funds", "validation_failed", "hold_not_active")
+    assert select_samples(samples, "wallet_refusals_total") == {
+        ("wallet_refusals_total", *sorted(labels.split())): 1
+        for labels in (
+            "/api/transactions/charge insufficient_funds",
+            "/api/transactions/charge validation_failed",
+            "/api/transactions/charge unavailable",
+            "/api/transactions/batch insufficient_funds",
+            "/api/transactions/{id} not_found",
+            "/api/holds/{id}/capture hold_not_active",
+            "other not_found",
+            "other method_not_allowed",
+            "other body_too_large",
+        )
     }
+    busy = [samples[name,] for name in wallet_metrics.SERVER_GAUGES]
+    assert busy == [0, 1, 1]  # It is this request.
+    assert samples["wallet_log_lines_dropped_total",] == 0
+    ((_, version, engine),) = (key for key in samples if key[0] == "wallet_build_info")
+    assert version == wallet_module.__version__
+    assert re.fullmatch("SQLite" if "sqlite" in durable_dsn else "Postgres", engine.split()[0])
     assert select_samples(samples, "wallet_commit_writes_count", "wallet_commit_writes_sum") == {
         ("wallet_commit_writes_count",): 12,
         ("wallet_commit_writes_sum",): 12,
@@ -223,6 +242,7 @@ def test_readme_lists_every_metric():
     with Wallet() as wallet:
         api = Client(create_app(wallet, metrics=True), wallet.register("Ada")[1])
         api.send("POST", "/api/transactions/charge", {"amount": 1}, status=402)
+        api.app.app.metrics.watch(lambda: dict.fromkeys(BUSY, 0))  # As where the wallet serves itself.
         families, _ = scrape(api.app.app)
     known = [
         [
@@ -426,7 +446,7 @@ def test_log_names_the_account_once_its_token_was_found_right(caplog):
             (wrong, "POST", charge, {"amount": 1}, 503, False),  # Before anyone has looked at it.
             (wrong, "POST", charge, {"amount": 2}, 500, False),
             (token, "GET", "/nowhere", None, 404, False),
-            (None, "GET", "/livez", None, 200, False),
+            (None, "GET", "/openapi.yaml", None, 200, False),
             (ISSUER_TOKEN, "POST", topup, {"account": ada.id, "amount": 5}, 201, False),
         ):
             caplog.clear()
@@ -470,9 +490,15 @@ def test_log_names_the_account_once_its_token_was_found_right(caplog):
                 "unknown",
                 "198.51.100.1,",
                 "_hidden",
-                "198.51.100.1:80",
+                "198.51.100.1:",
+                "198.51.100.1:80:80",
+                "198.51.100.1:80 forged",
                 "198.51.100.300",
-                "[2001:db8::1]",
+                "198.51.100.300:80",
+                "[2001:db8::1",
+                "[2001:db8::1]80",
+                "[2001:db8::g]:80",
+                "2001:db8::1]:80",
                 "1",
                 "0x7f000001",
                 "localhost",
@@ -482,6 +508,12 @@ def test_log_names_the_account_once_its_token_was_found_right(caplog):
             )
         ],
         ("10.0.0.1", "10.0.0.1", "::1%\xa0 forged\n", "::1"),
+        ("10.0.0.1", "10.0.0.1", "203.0.113.7:4711", "203.0.113.7"),  # With the port.
+        ("10.0.0.1", "10.0.0.1", "evil, 203.0.113.7:4711", "203.0.113.7"),
+        ("10.0.0.1", "10.0.0.1", "[2001:db8::1]:4711", "2001:db8::1"),
+        ("10.0.0.1", "10.0.0.1", "[2001:db8::1]", "2001:db8::1"),
+        ("10.0.0.1", "10.0.0.1", "[::ffff:203.0.113.7]:4711", "203.0.113.7"),
+        (None, "::ffff:203.0.113.9", "198.51.100.1", "203.0.113.9"),  # To `--host ::`.
         ("10.0.0.1", "::ffff:10.0.0.1", "2001:DB8:0::1", "2001:db8::1"),
         ("::1", "0:0:0:0:0:0:0:1", "evil, 2001:db8::1", "2001:db8::1"),
         ("fe80::1", "fe80::1%eth0", "::ffff:198.51.100.1", "198.51.100.1"),
@@ -499,7 +531,7 @@ def test_log_has_the_address_that_the_trusted_proxy_tells_and_no_other(
             call(
                 create_app(wallet, trusted_proxy=trusted),
                 "GET",
-                "/livez",
+                "/openapi.yaml",
                 {"REMOTE_ADDR": peer, **headers},
             )
             == 200
@@ -593,7 +625,8 @@ def test_log_on_a_terminal_is_for_people_and_its_tracebacks_have_no_token():
                     log += chunk
     finally:
         os.close(master)
-    lines = log.decode().replace("\r\n", "\n").splitlines()
+    started, *lines = log.decode().replace("\r\n", "\n").splitlines()
+    assert "INFO wallet: started: wallet " in started
     time_of_day = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}"
     access = rf"{time_of_day} INFO wallet\.access: POST /api/register 201 [\d.]+ ms [0-9a-f]{{16}} - 127\.0\.0\.1"
     assert re.fullmatch(access, lines[0])

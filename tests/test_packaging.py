@@ -105,11 +105,11 @@ def served(environment, folder, *arguments):
     """Run the command `wallet` in a folder. Yield its URL, and stop it."""
     command = [environment.bin / "wallet", "--port", "0", *arguments]
     settings = {"PATH": os.environ["PATH"], "PYTHONWARNINGS": "error"}
-    with subprocess.Popen(command, cwd=folder, env=settings, stdout=subprocess.PIPE, text=True,
-                          stderr=subprocess.DEVNULL) as server:
-        yield re.search(r"http://[\d.:]+", server.stdout.readline())[0]
+    with subprocess.Popen(command, cwd=folder, env=settings, stdout=subprocess.DEVNULL, text=True,
+                          stderr=subprocess.PIPE) as server:
+        yield re.search(r"started: .* on (http://[\d.:]+)", server.stderr.readline())[1]
         server.send_signal(signal.SIGTERM)
-        server.stdout.read()
+        server.stderr.read()
     assert server.returncode == 0
 
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -559,6 +560,21 @@ def test_what_is_done_elsewhere_is_shown_within_two_seconds_and_not_asked_for_wh
     assert re.fullmatch(
         r"M0 [\d.]+(H[\d.]+V[\d.]+){2}H[\d.]+", steps
     )  # A stepped line, and each movement a step.
+
+
+@in_browser
+def test_page_that_stays_open_fills_no_log(kiosk, visit, caplog):
+    caplog.set_level(logging.DEBUG, "wallet.access")
+    tab = visit(kiosk.url, kiosk.token)
+    tab.see("#balance", "$0.00")
+    for _ in range(3):  # It looks each second.
+        with tab.page.expect_response("**/api/account"):
+            pass
+    looks = [record for record in caplog.records if record.path == "/api/account"]
+    assert [record.levelno for record in looks[:4]] == [logging.INFO, *[logging.DEBUG] * 3]
+    shown = [record.path for record in caplog.records if record.levelno >= logging.INFO]
+    assert shown.count("/api/account") == 1
+    assert len(shown) <= 4
 
 
 KEY_EACH_TIME = ("if (text) headers", "if (key) key = makeKey();\n  if (text) headers")

@@ -76,7 +76,7 @@ def test_who_is_slow_or_idle_is_told_by_a_clock_that_nobody_sets(monkeypatch, ca
             offset_s += jump_s
             send(url, "GET", "/livez")
         with contextlib.suppress(ConnectionError):
-            connection.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
             return connection.recv(65536).startswith(b"HTTP/1.1 200")
 
     with running() as url, connect(url) as idle, connect(url) as slow:
@@ -102,7 +102,7 @@ def get_statement(url, token, receive_buffer_bytes=4096):
     """Ask for a statement and read nothing of it but its first bytes. Return the connection."""
     connection = connect(url, receive_buffer_bytes)
     connection.sendall(
-        f"GET /api/transactions.csv HTTP/1.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+        f"GET /api/transactions.csv HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
     )
     assert connection.recv(12) == b"HTTP/1.1 200"
     return connection
@@ -145,12 +145,12 @@ FEW_FILES = """
 import resource, sys, wallet, wallet_server
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-print(wallet_server.connections_max())
-wallet_server.raise_file_limit()
-print(wallet_server.connections_max(), hard)
+print(wallet_server.connections_max(8))
+wallet_server.raise_file_limit(8)
+print(wallet_server.connections_max(8), hard)
 sys.modules["resource"] = None
-wallet_server.raise_file_limit()
-print(wallet_server.connections_max())
+wallet_server.raise_file_limit(8)
+print(wallet_server.connections_max(8))
 """
 
 
@@ -159,7 +159,8 @@ def test_connections_are_as_many_as_there_are_descriptors_for_and_the_limit_is_r
         [sys.executable, "-c", FEW_FILES], capture_output=True, text=True, env=environment()
     )
     few, raised, hard, unlimited = map(int, done.stdout.split())
-    spare, most = wallet_server.FILES_SPARE, wallet_server.CONNECTIONS_MAX
+    spare = wallet_server.FILES_SPARE + 8 * wallet_server.FILES_THREAD
+    most = wallet_server.CONNECTIONS_MAX
     assert few == 256 - spare
     assert raised == (min(most, hard - spare) if hard >= 0 else most)
     assert unlimited == most
@@ -865,8 +866,8 @@ def test_client_that_asks_before_it_sends_a_body_is_told_to_go_on_and_without_a_
         assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(b'{"name":"Ada"}')
         assert connection.recv(65536).startswith(b"HTTP/1.1 201")
-    expecting = b"GET /livez HTTP/1.1\r\nExpect: 100-continue\r\nAuthorization: A\r\n\r\n"
-    last = b"GET /api/account HTTP/1.1\r\nConnection: close\r\n\r\n"
+    expecting = b"GET /livez HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nAuthorization: A\r\n\r\n"
+    last = b"GET /api/account HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     assert re.findall(rb"HTTP/1.1 (\d+)", raw_exchange(module_url, expecting + last)) == [
         b"200",
         b"401",
@@ -876,7 +877,7 @@ def test_client_that_asks_before_it_sends_a_body_is_told_to_go_on_and_without_a_
 def test_client_that_never_reads_is_let_go(serving):
     with serving(ANSWER_TIMEOUT_S=0.5) as url:
         with connect(url, receive_buffer_bytes=4096) as connection:
-            request = b"GET /openapi.yaml HTTP/1.1\r\n\r\n"
+            request = b"GET /openapi.yaml HTTP/1.1\r\nHost: x\r\n\r\n"
             with contextlib.suppress(ConnectionError):
                 connection.sendall(request * (8192 // len(request)))
             assert send_slowly_until_closed(connection)
@@ -891,7 +892,7 @@ def test_client_that_reads_slowly_but_reads_is_served(serving, monkeypatch):
 
     plain_bind = wallet_server.bind
     monkeypatch.setattr(wallet_server, "bind", bind)
-    request, body = b"GET /openapi.yaml HTTP/1.1\r\n\r\n", (HERE / "openapi.yaml").read_bytes()
+    request, body = b"GET /openapi.yaml HTTP/1.1\r\nHost: x\r\n\r\n", (HERE / "openapi.yaml").read_bytes()
     with serving(ANSWER_TIMEOUT_S=1) as url, connect(url, receive_buffer_bytes=4096) as connection:
         sent, received, until = 0, 0, time.monotonic() + 2.5
         while time.monotonic() < until or received <= wallet_server.UNREAD_BYTES_MAX:
@@ -977,7 +978,7 @@ def test_client_that_sends_one_request_for_too_long_is_let_go(serving, part):
 
 
 @pytest.mark.parametrize(
-    "before", [b"", b"GET /livez HTTP/1.1\r\n\r\n"], ids=["first", "behind another"]
+    "before", [b"", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["first", "behind another"]
 )
 def test_client_that_sends_half_a_body_and_then_nothing_is_let_go(serving, before):
     with serving(REQUEST_TIMEOUT_S=0.3) as url, connect(url) as stuck:
@@ -998,8 +999,8 @@ def test_control_a_server_that_looks_at_nobody_keeps_a_slow_sender(serving, monk
 
 
 def test_connection_above_the_limit_waits_until_another_ends(serving):
-    asking, limit = b"GET /livez HTTP/1.1\r\n\r\n", 4  # Of which waitress itself has two.
-    with serving(CONNECTIONS_MAX=limit) as url, contextlib.ExitStack() as stack:
+    asking, limit = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", 4  # Of which waitress itself has two.
+    with serving(CONNECTIONS_MAX=limit, CONNECTIONS_MIN=1, CROWDED_IDLE_S=60) as url, contextlib.ExitStack() as stack:
         first, second, third = (stack.enter_context(connect(url)) for _ in range(3))
         for served_at_once in (first, second):
             served_at_once.sendall(asking)
@@ -1016,7 +1017,7 @@ def test_connection_above_the_limit_waits_until_another_ends(serving):
 def test_half_request_behind_one_that_takes_its_time_is_not_blamed_for_it(file_wallet, serving):
     _, token = file_wallet.register("Ada")
     head = (
-        f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n"
+        f"POST /api/transactions/topup HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
         "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
     )
     with (
@@ -1024,7 +1025,7 @@ def test_half_request_behind_one_that_takes_its_time_is_not_blamed_for_it(file_w
         connect(url) as connection,
     ):
         release = hold_the_writer(file_wallet)
-        connection.sendall(head.encode() + b'{"amount": 5}' + b"GET /livez HTTP/1.1\r\nConn")
+        connection.sendall(head.encode() + b'{"amount": 5}' + b"GET /livez HTTP/1.1\r\nHost: x\r\nConn")
         time.sleep(1)  # The server looks for slow clients ten times a second here.
         release()
         received = connection.recv(65536)
@@ -1040,7 +1041,7 @@ def test_answer_is_not_kept_back_by_a_request_behind_it_that_takes_its_time(file
         release = hold_the_writer(file_wallet)
         try:
             connection.settimeout(10)
-            connection.sendall(b"GET /livez HTTP/1.1\r\n\r\n" + topup_request(token))
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" + topup_request(token))
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         finally:
             release()
@@ -1049,7 +1050,7 @@ def test_answer_is_not_kept_back_by_a_request_behind_it_that_takes_its_time(file
 
 def test_idle_connection_is_let_go(serving):
     with serving(IDLE_TIMEOUT_S=0.3) as url, connect(url) as idle, connect(url) as used:
-        used.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        used.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         assert used.recv(65536).startswith(b"HTTP/1.1 200")
         assert (idle.recv(1), used.recv(1)) == (b"", b"")
         assert send(url, "GET", "/livez")[0] == 200
@@ -1057,7 +1058,7 @@ def test_idle_connection_is_let_go(serving):
 
 def topup_request(token):
     return (
-        f"POST /api/transactions/topup HTTP/1.1\r\nAuthorization: Bearer {token}\r\n"
+        f"POST /api/transactions/topup HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
         'Content-Type: application/json\r\nContent-Length: 13\r\n\r\n{"amount": 5}'
     ).encode()
 
@@ -1065,7 +1066,7 @@ def topup_request(token):
 SLOW = {
     "headers": POST + b"X: ",
     "body": POST + b"Content-Length: 9\r\n\r\n{",
-    "read": b"GET /openapi.yaml HTTP/1.1\r\n\r\n" * 6,
+    "read": b"GET /openapi.yaml HTTP/1.1\r\nHost: x\r\n\r\n" * 6,
 }
 
 
