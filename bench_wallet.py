@@ -372,14 +372,14 @@ class Server:
         self.dsn, self.tokens = dsn, tokens
         self.tokens_by_load = {"hot": tokens[:1]}
         started = time.perf_counter()
+        screen, terminal = os.openpty()  # Where the wallet says its address.
         self.process = subprocess.Popen(
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=HERE,
-            env=ENVIRONMENT | environment,
+            [sys.executable, *command], stdout=terminal, cwd=HERE, env=ENVIRONMENT | environment
         )
-        line = self.process.stdout.readline() if self.process.stdout else ""
+        os.close(terminal)
+        self.screen, line = os.fdopen(screen), ""
+        with suppress(OSError):  # It has ended.
+            line = self.screen.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+", line)
         if not address:
             with self.process:
@@ -418,7 +418,7 @@ class Server:
 
     def stop(self) -> None:
         """Stop it, and see that every balance equals the sum of its transactions."""
-        with self.process:
+        with self.process, self.screen:
             self.process.terminate()
         if self.dsn:
             with Wallet(self.dsn, read_only=True) as books:
