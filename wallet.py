@@ -127,6 +127,7 @@ HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
 BODY_BYTES_MAX = 64 * 1024  # More than any valid body, unless most of it is escaped.
 BATCH_BODY_BYTES_MAX = 1024 * 1024  # A kilobyte for each movement of a batch.
 JSON_DEPTH_MAX = 10  # Nested arrays and objects. A batch has four; a parser recurses as deep.
+PREFLIGHT_S = 600  # A browser asks again so soon, and learns that an origin is allowed no more.
 
 # Databases.
 DATABASE_TIMEOUT_S = 5  # For SQLite's lock, which another process may hold, and for all that a call
@@ -2138,6 +2139,12 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
 REFUSAL, RECEIVED = "wallet.refusal", "wallet.received"
 ROUTE, CALLER = "wallet.route", "wallet.caller"
 QUIET = "/livez", "/readyz", "/metrics"  # Routes that are asked all day.
+# What pages of allowed origins may read, and send (the Fetch standard, section 3.3).
+EXPOSED = {"Access-Control-Expose-Headers": "Link, X-Request-Id, Idempotent-Replayed, Retry-After"}
+PREFLIGHT = {
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, X-Request-Id",
+    "Access-Control-Max-Age": str(PREFLIGHT_S)}
+
 
 def too_many_statements() -> Unavailable:
     return Unavailable("Enough statements are being sent already, so try again.",
@@ -2148,7 +2155,7 @@ class App:
     """The WSGI application. Every answer is made here, whatever happens."""
 
     def __init__(self, wallet: Wallet, issuer_token: str | None = None, metrics: bool = False,
-                 trusted_proxy: str | None = None) -> None:
+                 trusted_proxy: str | None = None, cors_origins: Sequence[str] = ()) -> None:
         _check_files("openapi.yaml", "wallet.html")
         _check_issuer_token(issuer_token)
         self.wallet, self.routes = wallet, _routes
@@ -2158,6 +2165,7 @@ class App:
             forms = issuer_token, unquote(issuer_token), repr(issuer_token)[1:-1]
             _hidden.extend({*forms}.difference(_hidden))
         self._trusted_proxy = _parse_proxy(trusted_proxy)
+        self._cors_origins = _parse_origins(cors_origins)
         self.metrics = _import_part("metrics").Metrics(wallet.database) if metrics else None
         if self.metrics:
             self.routes = Bottle()
@@ -2177,7 +2185,7 @@ class App:
         except Exception:
             logger.exception("request %s failed", request_id)
             answer = _error_response(InternalError())
-        status, headers, body = _render(answer, request_id)
+        status, headers, body = _render(answer, request_id, self._cors_headers(environ))
         duration_s, caller = time.monotonic() - started, environ.get(CALLER)
         if not isinstance(caller, Account) and answer.status in (401, 500, 503):
             caller = None  # It is only what the token says, and maybe nobody has looked it up.
@@ -2194,6 +2202,19 @@ class App:
         """Count what was refused before it was a request."""
         if self.metrics:
             self.metrics.count_refusal(None, reason)
+
+    def _cors_headers(self, environ: WSGIEnvironment) -> dict[str, str]:
+        """Return what lets a page of another origin read the answer, if its origin is allowed.
+
+        Not /metrics: that is for who reaches the wallet, and a page reaches what its visitor does.
+        """
+        if not self._cors_origins or environ["PATH_INFO"] == "/metrics":
+            return {}
+        if "*" in self._cors_origins:
+            return {"Access-Control-Allow-Origin": "*", **EXPOSED}
+        if (origin := environ.get("HTTP_ORIGIN", "")) not in self._cors_origins:
+            return {"Vary": "Origin"}
+        return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", **EXPOSED}
 
     def _client(self, environ: WSGIEnvironment) -> str:
         """Return the client's address: the peer's, or what the trusted proxy says it is."""
@@ -2221,6 +2242,10 @@ class App:
             if error.status_code != 405:
                 raise NotFound("There is no such route; /openapi.yaml lists them all.") from None
             allow = error.headers["Allow"].replace("GET", "GET, HEAD")
+            asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD")
+            shared = asked and "Access-Control-Allow-Origin" in self._cors_headers(environ)
+            if shared and environ["REQUEST_METHOD"] == "OPTIONS":  # A browser's preflight.
+                return _Response(204, b"", {"Access-Control-Allow-Methods": allow, **PREFLIGHT})
             raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
         takes, environ[ROUTE] = route.config, route.rule
         caller = environ[CALLER] = self._authenticate(environ, takes, arguments)
@@ -2301,13 +2326,15 @@ def _make_request_id(sent: str) -> str:
     return f"{random.getrandbits(64):016x}"
 
 
-def _render(answer: _Response, request_id: str,
+def _render(answer: _Response, request_id: str, cors: Mapping[str, str],
             ) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
     """Return the status line, the headers and the body, with all that every answer carries."""
     headers = {"Content-Type": "application/json", "X-Request-Id": request_id, **SECURITY_HEADERS,
-               **answer.headers}
-    body: Iterable[bytes]
-    if isinstance(answer.body, Iterator):
+               **answer.headers, **cors}
+    body: Iterable[bytes] = []
+    if answer.status == 204:  # It has no body, and so neither a type nor a length.
+        del headers["Content-Type"]
+    elif isinstance(answer.body, Iterator):
         body = answer.body
     else:
         made = answer.body
@@ -2374,6 +2401,20 @@ def _parse_proxy(text: str | None) -> str | None:
             " *, whoever reaches the wallet could forge an address") from None
 
 
+def _parse_origins(origins: Sequence[str]) -> frozenset[str]:
+    """Return the origins whose pages may use the wallet. Raises ConfigurationError."""
+    # A browser leaves out the port that a scheme has anyway.
+    form = (r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://"
+            r"([a-z0-9_.-]+|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?")
+    wrong = [one for one in origins if not re.fullmatch(form, one)]
+    if wrong and list(origins) != ["*"]:
+        raise ConfigurationError(
+            "WALLET_CORS_ORIGIN must be * alone, or origins as browsers send them, in lower case,"
+            " without a path or a slash behind, and without :443 or :80: such as"
+            f" https://shop.example or http://127.0.0.1:8000, and not {wrong[0]!r}")
+    return frozenset(origins)
+
+
 def _parse_address(text: str) -> str:
     """Return an IP address in its one form, so that equal ones compare equal. Raises ValueError."""
     address = ip_address(text.strip().partition("%")[0])  # What follows is a network interface.
@@ -2381,12 +2422,14 @@ def _parse_address(text: str) -> str:
 
 
 def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
-               metrics: bool = False, trusted_proxy: str | None = None) -> App:
+               metrics: bool = False, trusted_proxy: str | None = None,
+               cors_origins: Sequence[str] = ()) -> App:
     """Return the WSGI application of a wallet, or of what the environment's WALLET_... name.
 
     With `issuer_token`, only who sends that makes and fills accounts. With `metrics`, it answers
     GET /metrics. `trusted_proxy` is the IP address whose X-Forwarded-For tells the log where
-    requests come from. Raises ConfigurationError.
+    requests come from. Pages of `cors_origins` may use it from a browser. Raises
+    ConfigurationError.
     """
     if wallet is None:
         command_line = _import_part("cli")
@@ -2394,7 +2437,8 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
         wallet, metrics = command_line.open_served(settings), metrics or settings["metrics"]
         issuer_token = settings["issuer-token"] if issuer_token is None else issuer_token
         trusted_proxy = settings["trusted-proxy"] if trusted_proxy is None else trusted_proxy
-    return App(wallet, issuer_token, metrics, trusted_proxy)
+        cors_origins = cors_origins or settings["cors-origin"]
+    return App(wallet, issuer_token, metrics, trusted_proxy, cors_origins)
 
 
 @contextmanager

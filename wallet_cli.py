@@ -53,6 +53,7 @@ from wallet import (
     _import_part,
     _insert_rows,
     _now_us,
+    _parse_origins,
     _parse_proxy,
     _parse_time,
     _read_sql,
@@ -94,20 +95,24 @@ class _Setting(NamedTuple):
     default: str
     meaning: str
     allowed: range | tuple[str, ...] = ()
+    action: str = "store"  # Of argparse: "append" where several may be given.
 
     @property
     def variable(self) -> str:
         """The name of its environment variable."""
         return "WALLET_" + self.name.upper().replace("-", "_")
 
-    def parse(self, given: str | None) -> Any:
+    def parse(self, given: str | Sequence[str] | None) -> Any:
         """Return what a text stands for, or without one the default. Raises ConfigurationError."""
+        given = given if given is None or isinstance(given, str) else " ".join(given)
         text, named = self.default if given is None else given, f"--{self.name} or {self.variable}"
         if given == "":  # Read as the default, a secret that is lost would open the wallet to all.
             raise ConfigurationError(f"{named} is empty: give it a value, or leave it out")
         if re.search(UNFIT, text):
             raise ConfigurationError(
                 f"{named} has a control character, such as a carriage return")
+        if self.action == "append":
+            return re.split("[ ,]+", text) if text else []
         if isinstance(self.allowed, range):
             if re.fullmatch("[0-9]{1,9}", text) and int(text) in self.allowed:
                 return int(text)
@@ -136,6 +141,9 @@ SETTINGS = (
              " tops them up, else everyone does"),
     _Setting("trusted-proxy", "", "the IP address of the proxy in front, which may tell the log"
              " where a request comes from"),
+    _Setting("cors-origin", "", "an origin such as https://shop.example whose pages may use the"
+             " wallet from a browser, or * for all; give it again for each, or in the variable all"
+             " of them, with spaces or commas between", action="append"),
     _Setting("metrics", "0", "1 to answer /metrics, in Prometheus's text format, to everyone who"
              " reaches the wallet", range(2)),
     _Setting("log-level", "info", "how much to log; info is a line per request",
@@ -152,6 +160,7 @@ def load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
                 for one in SETTINGS}
     _check_issuer_token(settings["issuer-token"])
     _parse_proxy(settings["trusted-proxy"])
+    _parse_origins(settings["cors-origin"])
     return settings
 
 
@@ -210,7 +219,7 @@ def _run_server(settings: Mapping[str, Any]) -> None:
         _import_part("metrics")
     with part.bind(settings["host"], settings["port"]) as bound, open_served(settings) as wallet:
         app = create_app(wallet, settings["issuer-token"], settings["metrics"],
-                         settings["trusted-proxy"])
+                         settings["trusted-proxy"], settings["cors-origin"])
         _serve(app, bound, settings["threads"])
 
 
@@ -709,7 +718,8 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     for taken, hidden in parsers.items():
         for one in SETTINGS:
             taken.add_argument(
-                f"--{one.name}", dest=one.name, metavar="VALUE", default=argparse.SUPPRESS,
+                f"--{one.name}", dest=one.name, metavar="VALUE", action=one.action,
+                default=argparse.SUPPRESS,
                 help=hidden or f"{one.meaning} [{one.variable}={one.default}]")
     given = vars(parser.parse_args(arguments))
     return given | load_settings(given)

@@ -195,7 +195,8 @@ class Prefixed:
 
 def mount(wallet: Wallet) -> None:
     """Use the wallet as a WSGI application, and over HTTP."""
-    app: App = create_app(wallet, issuer_token=None, metrics=False, trusted_proxy=None)
+    app: App = create_app(wallet, issuer_token=None, metrics=False, trusted_proxy=None,
+                          cors_origins=["https://shop.example"])  # fmt: skip
     application: WSGIApplication = app
     statuses: list[str] = []
 

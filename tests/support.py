@@ -292,6 +292,40 @@ def postgres_server():
         server.stop()
 
 
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+# All on one worker, where they share one browser: to start one takes long.
+in_browser = pytest.mark.xdist_group("browser")
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A tab of a browser for all tests that are `in_browser`."""
+    if not BROWSER:
+        pytest.skip("there is no browser here: apt-get install chromium")
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=30_000)
+
+    arguments = [
+        "--no-sandbox",
+        "--disable-gpu",
+    ]  # As root there is no sandbox, and on servers no GPU.
+    with (
+        sync_playwright() as playwright,
+        contextlib.closing(
+            playwright.chromium.launch(executable_path=BROWSER, args=arguments)
+        ) as browser,
+    ):
+        context = browser.new_context(
+            locale="en", permissions=["clipboard-read", "clipboard-write"]
+        )
+        context.set_default_timeout(30_000)
+        yield context.new_page()
+
+
 def unnamed(dsn):
     """Return the DSN of a schema without its `application_name`."""
     return re.sub(r"application_name=\w+&", "", dsn)
@@ -602,6 +636,33 @@ def served(
             if process.poll() is None:
                 kill_service(process)
             process.communicate(timeout=30)
+
+
+@contextmanager
+def under_granian(dsn, **settings):
+    """Serve a wallet with Granian, as docs/operating.md does. Yield its URL."""
+    port = free_port()
+    command = ["granian", "--interface", "wsgi", "--factory", "wallet:create_app",
+               "--blocking-threads", "64", "--port", str(port)]  # fmt: skip
+    assert " ".join(command[:-1]) in PAGES["operating.md"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env={**environment(WALLET_DSN=dsn, **settings), "PYTHONWARNINGS": ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 30
+        while True:
+            with contextlib.suppress(OSError):
+                send(url, "GET", "/readyz")
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
 
 
 def log_lines(log):

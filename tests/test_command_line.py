@@ -77,6 +77,11 @@ def test_version_is_told():
             "WALLET_TRUSTED_PROXY must be the IP address of one proxy",
         ),
         (
+            ["--cors-origin", "https://shop.example", "--cors-origin", "https://shop.example/"],
+            {},
+            "WALLET_CORS_ORIGIN must be * alone, or origins as browsers send them, in lower case,",
+        ),
+        (
             ["--log-level", "loud"],
             {},
             "WALLET_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'",
@@ -182,6 +187,7 @@ def test_command_line_comes_before_the_environment(monkeypatch):
         "command": None,
         "metrics": 0,
         "trusted-proxy": None,
+        "cors-origin": [],
     }
 
 

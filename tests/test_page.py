@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 import threading
 import time
@@ -24,14 +23,10 @@ from bottle import Bottle
 from iso4217 import Currency
 
 import wallet as wallet_module
-from tests.support import PAGE, check_books
+from tests.support import PAGE, check_books, in_browser
 from wallet import AMOUNT_MAX, Wallet, create_app, running
 
 # The page, in a browser ###########################################################################
-
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 
 WIDE, NARROW, NARROWEST = (
     dict(zip(("width", "height"), size, strict=True))
@@ -75,35 +70,6 @@ def test_page_may_run_what_is_in_it_and_ask_this_wallet_and_nothing_else(api):
         )
         == []
     )
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    """A tab of a browser for all tests, which `--dist loadgroup` keeps on one worker:
-
-    to start one takes long.
-    """
-    if not BROWSER:
-        pytest.skip("there is no browser here: apt-get install chromium")
-    from playwright.sync_api import expect, sync_playwright
-
-    expect.set_options(timeout=30_000)
-
-    arguments = [
-        "--no-sandbox",
-        "--disable-gpu",
-    ]  # As root there is no sandbox, and on servers no GPU.
-    with (
-        sync_playwright() as playwright,
-        contextlib.closing(
-            playwright.chromium.launch(executable_path=BROWSER, args=arguments)
-        ) as browser,
-    ):
-        context = browser.new_context(
-            locale="en", permissions=["clipboard-read", "clipboard-write"]
-        )
-        context.set_default_timeout(30_000)
-        yield context.new_page()
 
 
 class Visit:
@@ -231,9 +197,6 @@ def kiosk(request):
         ada, token = wallet.register("Ada")
         yield SimpleNamespace(wallet=wallet, url=url, ada=ada, token=token)
         check_books(wallet)
-
-
-in_browser = pytest.mark.xdist_group("browser")
 
 
 @in_browser

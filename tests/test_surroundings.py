@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -26,9 +27,11 @@ import wallet_cli
 from tests.support import (
     HERE,
     MODULE,
+    PAGES,
     UNMEASURED,
     check_books,
     command,
+    connect,
     contents,
     environment,
     files_cannot_grow,
@@ -40,6 +43,7 @@ from tests.support import (
     served,
     strace,
     together,
+    under_granian,
     unnamed,
 )
 from wallet import (
@@ -807,3 +811,149 @@ def test_statement_that_breaks_off_lacks_its_last_line_where_nothing_else_tells(
         assert 100 < len(lines) < 500
     else:
         assert int(told[1]) == len(lines) - 2 == 500
+
+
+# A client that shuts down its sending side ########################################################
+
+DOCUMENTED = re.search("(?s)```nginx\n(.*?)```", PAGES["operating.md"])[1]
+HALF_CLOSED = 20  # Requests. One alone may be answered before its end is seen.
+
+
+@contextlib.contextmanager
+def behind_documented_nginx(url, folder, left_out=()):
+    """Put an nginx before a wallet as docs/operating.md does, but for TLS. Yield its URL."""
+    if not shutil.which("nginx"):
+        pytest.skip("needs nginx: apt install nginx-light")
+    port = free_port()
+    lines = [
+        line
+        for line in DOCUMENTED.splitlines()
+        if not re.search("ssl_certificate" + "".join(f"|{one}" for one in left_out), line)
+    ]
+    text = "\n".join(lines).replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
+    assert text.count("127.0.0.1:4000") == text.count(f"127.0.0.1:{port}") == 1
+    paths = "".join(
+        f"{name}_temp_path {folder}/{name};"
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {folder}/pid; error_log {folder}/errors; events {{}}"
+        f" http {{ access_log off; {paths}\n"
+        + text.replace("127.0.0.1:4000", urlsplit(url).netloc)
+        + "}"
+    )
+    command = ["nginx", "-c", folder / "nginx.conf"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as proxy:
+        try:
+            deadline = time.monotonic() + 30
+            while True:
+                with contextlib.suppress(OSError):
+                    send(f"http://127.0.0.1:{port}", "GET", "/livez")
+                    break
+                assert proxy.poll() is None, (folder / "errors").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            proxy.terminate()
+
+
+def half_close(url, request):
+    """Send a whole request, shut down the sending side, and return all that comes back."""
+    with connect(url) as connection:
+        connection.sendall(request.encode())
+        connection.shutdown(socket.SHUT_WR)
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := connection.recv(65536):
+                received += chunk
+        return received
+
+
+def requests_of(token, version="1.1"):
+    """Return requests that read, that move money, and that have no length, each with its status."""
+    head = f" HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    body = "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n" + '{"amount": 5}'
+    requests = [
+        (f"GET /api/account{head}\r\n", 200),
+        (f"GET /api/account{head}Connection: close\r\n\r\n", 200),
+        (f"GET /api/transactions.csv{head}\r\n", 200),
+        (f"POST /api/transactions/topup{head}{body}", 201),
+        (f"POST /api/transactions/charge{head}{body}", 201),
+        (f"GET /nowhere{head}\r\n", 404),
+    ]
+    chunks = "Transfer-Encoding: chunked\r\n\r\nd\r\n" + '{"amount": 5}' + "\r\n0\r\n\r\n"
+    chunked = f"POST /api/transactions/topup{head}Content-Type: application/json\r\n{chunks}"
+    return [*requests, *([(chunked, 201)] if version == "1.1" else [])]
+
+
+@contextlib.contextmanager
+def served_by(server, dsn):
+    """Serve a wallet with waitress or with Granian. Yield its URL."""
+    with contextlib.ExitStack() as stack:
+        if server == "Granian":
+            yield stack.enter_context(under_granian(dsn))
+        else:
+            yield stack.enter_context(served("--dsn", dsn)).url
+
+
+def assert_answered(url, token):
+    for version in ("1.0", "1.1"):
+        for request, status in requests_of(token, version) * 3:
+            answer = half_close(url, request)
+            assert answer.startswith(b"HTTP/1."), request
+            assert int(answer[9:12]) == status, (request, answer)
+
+
+def test_client_that_half_closes_after_its_request_is_answered(file_dsn):
+    with served_by("waitress", file_dsn) as url:
+        token = send(url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        assert_answered(url, token)
+
+
+@pytest.mark.parametrize("server", ["waitress", "Granian"])
+def test_client_that_half_closes_is_answered_alike_whatever_serves_behind_the_proxy(
+    file_dsn, tmp_path, server
+):
+    with (
+        served_by(server, file_dsn) as url,
+        behind_documented_nginx(url, tmp_path) as proxied,
+    ):
+        token = send(url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        assert_answered(proxied, token)
+    with Wallet(file_dsn) as wallet:
+        # Three rounds in each version: a topup, a charge, and a topup in chunks, which 1.0 lacks.
+        assert wallet.authenticate(token).balance == 3 * 5
+        check_books(wallet)
+
+
+@pytest.mark.parametrize("server", ["waitress", "Granian"])
+def test_control_proxy_as_it_comes_answers_nobody_who_half_closes(file_dsn, tmp_path, server):
+    with (
+        served_by(server, file_dsn) as url,
+        behind_documented_nginx(url, tmp_path, ["proxy_ignore_client_abort"]) as proxied,
+    ):
+        token = send(url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        answers = [half_close(proxied, requests_of(token)[3][0]) for _ in range(HALF_CLOSED)]
+        assert b"" in answers
+
+
+def test_granian_alone_may_answer_nobody_who_half_closes_and_one_key_has_one_effect(file_dsn):
+    with under_granian(file_dsn) as url:
+        token = send(url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        reads = [half_close(url, requests_of(token)[0][0]) for _ in range(HALF_CLOSED)]
+        writes = []
+        for key in range(HALF_CLOSED):
+            request = requests_of(token)[3][0].replace("Host: x", f"Idempotency-Key: {key}")
+            writes.append(half_close(url, request))
+        assert b"" in reads
+        assert b"" in writes
+        for key in range(HALF_CLOSED):
+            status, _, _ = send(
+                url, "POST", "/api/transactions/topup", {"amount": 5}, token,
+                **{"Idempotency-Key": str(key)},
+            )  # fmt: skip
+            assert status == 201
+    with Wallet(file_dsn) as wallet:
+        assert wallet.authenticate(token).balance == 5 * HALF_CLOSED
+        check_books(wallet)
