@@ -239,7 +239,7 @@ def test_preflight_needs_no_token_has_no_effect_and_looks_at_none(file_wallet):
         )
         assert [answer[0] for answer in answers] == [204] * 6
         head = "".join(f"{name}: {value}\r\n" for name, value in asked.items())
-        answer = raw_exchange(url, f"OPTIONS /api/holds HTTP/1.1\r\n{head}\r\n".encode())
+        answer = raw_exchange(url, f"OPTIONS /api/holds HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode())
     assert answer.startswith(b"HTTP/1.1 204 No Content\r\n")
     assert answer.endswith(b"\r\n\r\n")
     assert answer.count(b"\r\n\r\n") == 1

@@ -214,8 +214,8 @@ def test_metrics_are_exact_and_tell_of_nobody(durable_dsn):
             "other body_too_large",
         )
     }
-    busy = [samples[name,] for name in wallet_metrics.SERVER_GAUGES]
-    assert busy == [0, 1, 1]  # It is this request.
+    waiting, running, connections = (samples[name,] for name in wallet_metrics.SERVER_GAUGES)
+    assert (waiting, running, connections >= 1) == (0, 1, True)  # It is this request.
     assert samples["wallet_log_lines_dropped_total",] == 0
     ((_, version, engine),) = (key for key in samples if key[0] == "wallet_build_info")
     assert version == wallet_module.__version__
