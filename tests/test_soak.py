@@ -31,7 +31,7 @@ from wallet import BATCH_MAX, Wallet
 LEAKING = """
 import sys, wallet, wallet_cli
 kept, render = [], wallet._render
-wallet._render = lambda *given: kept.append(b"x" * 50_000) or render(*given)
+wallet._render = lambda *given: kept.append(b"x" * 150_000) or render(*given)
 sys.exit(wallet_cli.main())
 """
 CLIENTS = 16  # Twice as many as there are threads.
