@@ -43,7 +43,7 @@ class Crowd:
     def __init__(self, url, tokens, historian, connections):
         self.url, self.tokens, self.historian = url, tokens, historian
         self.counts, self.odd, self.stopped = Counter(), Counter(), threading.Event()
-        self.netloc = urlsplit(url).netloc
+        self.netloc, self.used_at = urlsplit(url).netloc, {}
         self.idle = [self.connection() for _ in range(connections)]
         self.threads = ThreadPoolExecutor(CLIENTS + 3)
         list(self.threads.map(self.look, self.idle))
@@ -61,7 +61,11 @@ class Crowd:
         return document
 
     def look(self, connection):
+        """Ask on a connection, which is made anew before the server takes it for idle."""
+        if time.monotonic() - self.used_at.get(connection, 0) > wallet_server.IDLE_TIMEOUT_S - 15:
+            connection.close()
         self.ask(200, "GET", "/api/account", None, self.tokens[0], connection=connection)
+        self.used_at[connection] = time.monotonic()
 
     def linger(self):
         """Keep all connections open, and ask now and then on each, as a pool of a proxy does."""
