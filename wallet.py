@@ -92,10 +92,10 @@ __all__ = [
     "AMOUNT_MAX", "Account", "AccountFrozen", "AccountNotFound", "App", "BalanceLimitExceeded",
     "BodyTooLarge", "ConfigurationError", "CursorBeyondEnd", "Forbidden", "HeadersTooLarge", "Hold",
     "HoldNotActive", "HoldPage", "HoldStatus", "IdempotencyKeyReused", "InsufficientFunds",
-    "InternalError", "MalformedRequest", "MethodNotAllowed", "NotFound", "NotRefundable",
-    "OutcomeUnknown", "Page", "RefundExceedsCharge", "Transaction", "TransactionType",
-    "Unauthorized", "Unavailable", "UnsupportedMediaType", "ValidationFailed", "Wallet",
-    "WalletError", "WrongBooks", "__version__", "create_app", "running",
+    "InternalError", "MalformedRequest", "MethodNotAllowed", "NotFound", "NotReady",
+    "NotRefundable", "OutcomeUnknown", "Page", "RefundExceedsCharge", "Transaction",
+    "TransactionType", "Unauthorized", "Unavailable", "UnsupportedMediaType", "ValidationFailed",
+    "Wallet", "WalletError", "WrongBooks", "__version__", "create_app", "running",
 ]
 T = TypeVar("T")
 logger = logging.getLogger("wallet")
@@ -312,6 +312,10 @@ class OutcomeUnknown(Unavailable, status=503, title="It is not known whether thi
 
 class ConfigurationError(WalletError, status=500, title="The wallet cannot start like this."):
     """It cannot be opened, started or copied as it was asked to. No request raises it."""
+
+
+class NotReady(ConfigurationError, status=503, title="The wallet cannot start yet."):
+    """What it needs is not there, or not free. That may pass. No request raises it."""
 
 
 class WrongBooks(ConfigurationError, status=500, title="The books are wrong."):
@@ -810,8 +814,9 @@ class Wallet:
             self.database.close()
             is_fault = isinstance(error, (OSError, NotFound, Unavailable, sqlite3.Error))
             if is_fault or hasattr(error, "sqlstate"):  # psycopg's. A step may find wrong data.
-                raise ConfigurationError(f"cannot use {self.database.location}:"
-                                         f" {' '.join(str(error).split())}") from error
+                kind = NotReady if isinstance(error, Unavailable) else ConfigurationError
+                raise kind(f"cannot use {self.database.location}:"
+                           f" {' '.join(str(error).split())}") from error
             raise
 
     def __enter__(self) -> Wallet:
@@ -1321,7 +1326,7 @@ class Wallet:
         if not rows:
             self._read("SELECT 1")  # Raises Unavailable where something else is wrong.
             if not create:
-                raise ConfigurationError(f"there is no wallet in {self.database.location}{MISSING}")
+                raise NotReady(f"there is no wallet in {self.database.location}{MISSING}")
             self._make_tables(*unit or ("USD", 2))
             self.created = True
             rows = self._read("SELECT schema_version FROM wallet")
@@ -1529,7 +1534,10 @@ class SQLiteDatabase(Database):
             self._writer = self._open_writer(create)
         except (OSError, ValueError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or self._explain(str(error))
-            raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
+            # Even rights may come: those of a folder are other ones once its disk is mounted.
+            may_pass = isinstance(error, (OSError, sqlite3.OperationalError))
+            kind = NotReady if may_pass else ConfigurationError
+            raise kind(f"cannot open {self.location}: {reason}") from error
 
     def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         write = _Write(function, threading.get_ident())
@@ -1754,7 +1762,7 @@ class SQLiteDatabase(Database):
                 raise ConfigurationError(
                     f"{self.path} is the database of another program: name another file")
             if not tables and not create:
-                raise ConfigurationError(f"there is no wallet in {self.location}{MISSING}")
+                raise NotReady(f"there is no wallet in {self.location}{MISSING}")
             if self._read_only:
                 return connection
             self._use_wal(connection)

@@ -25,6 +25,7 @@ from datetime import datetime, timezone
 from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
+from ipaddress import ip_address
 from logging.handlers import QueueHandler
 from pathlib import Path
 from socket import socket
@@ -38,6 +39,7 @@ from wallet import (
     Account,
     App,
     ConfigurationError,
+    NotReady,
     SQLiteDatabase,
     Unavailable,
     Wallet,
@@ -65,6 +67,10 @@ from wallet import (
 )
 
 PROGRAM = "wallet" if __package__ else "python wallet.py"  # As a package it is installed.
+# What Kubernetes tells its pods of a Service named wallet (or wallet-NAME), as Docker's links did.
+SERVICE_PORT = r"tcp://[0-9A-Fa-f.:\[\]]+:[0-9]+"
+OF_SERVICE = r"WALLET_(\w+?_)??(SERVICE_(HOST|PORT(_\w+)?)|PORT(_[0-9]+_[A-Z]+(_[A-Z]+)?)?)"
+START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h. After a 2, only a person can help.
 CLOCK_AHEAD_MAX_S = 60  # More than clocks that are set by a network differ by.
 BACKUP_PAGES = 5000  # At a time, 20 MB. Ctrl-C is heard in between.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
@@ -156,34 +162,54 @@ def load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
 
     Raises ConfigurationError.
     """
-    settings = {one.name: one.parse(given.get(one.name, os.environ.get(one.variable)))
-                for one in SETTINGS}
+    found = {one.name: os.environ.get(one.variable) for one in SETTINGS}
+    if _is_of_service():
+        found["port"] = None
+    settings = {one.name: one.parse(given.get(one.name, found[one.name])) for one in SETTINGS}
     _check_issuer_token(settings["issuer-token"])
     _parse_proxy(settings["trusted-proxy"])
     _parse_origins(settings["cors-origin"])
     return settings
 
 
+def _is_of_service() -> bool:
+    """Is WALLET_PORT no setting, but where Kubernetes has a Service named wallet?"""
+    return bool(re.fullmatch(SERVICE_PORT, os.environ.get("WALLET_PORT", "")))
+
+
 def open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
     """Return the wallet that the settings name, opened with these options of `Wallet`."""
-    _warn_of_unknown_variables()
+    _warn_of_variables()
     return Wallet(settings["dsn"], currency=settings["currency"],
                   connections=settings["threads"], **options)
 
 
 def open_served(settings: Mapping[str, Any]) -> Wallet:
     """Return the wallet that the settings name, to be served."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:  # Without one, SQLite fails in each batch, and long answers break off.
+        raise ConfigurationError(f"{error.strerror}: make /tmp writable, or name a folder in TMPDIR"
+                                 ) from error
     wallet = open_wallet(settings, create=not settings["must-exist"])
     _warn_of_clock(wallet)
     return wallet
 
 
-def _warn_of_unknown_variables() -> None:
+def _warn_of_variables() -> None:
+    """Warn of what is in the environment and is no setting."""
+    if _is_of_service():
+        logger.warning("WALLET_PORT is %s, where Kubernetes has a Service named wallet: it is no"
+                       " setting, and is ignored (enableServiceLinks: false leaves it out)",
+                       os.environ["WALLET_PORT"])
     known = [one.variable.removeprefix("WALLET_") for one in SETTINGS]
     unknown = []
     for name in sorted(os.environ):
         # Near is told without the prefix, which would make all alike.
         rest = name.removeprefix("WALLET_")
+        of_service = re.fullmatch(OF_SERVICE, name)
+        if of_service and f"WALLET_{of_service[1] or ''}SERVICE_HOST" in os.environ:
+            continue
         if rest not in (name, *known):
             near = get_close_matches(rest, known, 1)
             unknown.append(name + "".join(f" (is it WALLET_{one}?)" for one in near))
@@ -220,7 +246,18 @@ def _run_server(settings: Mapping[str, Any]) -> None:
     with part.bind(settings["host"], settings["port"]) as bound, open_served(settings) as wallet:
         app = create_app(wallet, settings["issuer-token"], settings["metrics"],
                          settings["trusted-proxy"], settings["cors-origin"])
+        _warn_if_open(app, bound)
         _serve(app, bound, settings["threads"])
+
+
+def _warn_if_open(app: App, bound: socket) -> None:
+    """Warn if more than this machine reaches the wallet, and there is no issuer."""
+    host = bound.getsockname()[0].partition("%")[0]
+    if not app.has_issuer and not ip_address(host).is_loopback:
+        logger.warning(
+            "it listens on %s, and there is no issuer: whoever reaches it can make accounts and"
+            " fill them with any amount. Set WALLET_ISSUER_TOKEN, or let a proxy admit only your"
+            " own services", host)
 
 
 def _serve(app: App, bound: socket, threads: int) -> None:
@@ -745,7 +782,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wallet: {error}", file=sys.stderr)
         damage = re.search("image is malformed|malformed database", str(error))
         is_wrong = isinstance(error, WrongBooks) or damage
-        return 1 if is_wrong and settings["command"] == "verify" else 2
+        if is_wrong and settings["command"] == "verify":
+            return 1
+        may_pass = isinstance(error, (NotReady, Unavailable)) and not damage
+        return _choose_code(settings) if may_pass else 2
     except KeyboardInterrupt:
         print("wallet: interrupted", file=sys.stderr)
         return 130  # As a shell has it: 128 and the number of SIGINT.
@@ -754,7 +794,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # The reader has had enough, as `head` has.
             return 141  # 128 and the number of SIGPIPE.
         print(f"wallet: {error}", file=sys.stderr)
-        return 2
+        return _choose_code(settings)
     except Exception:  # Python would exit with 1, as if the books were wrong.
         logger.exception("a fault of the wallet")
-        return 2
+        return _choose_code(settings)
+
+
+def _choose_code(settings: Mapping[str, Any]) -> int:
+    """Return the exit code after what may pass. Supervisors start again what serves."""
+    return 2 if settings.get("command") else START_AGAIN

@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from psycopg import Connection, Error, IntegrityError, errors
+from psycopg import Connection, Error, IntegrityError, OperationalError, errors
 from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import ConnectionPool, PoolTimeout
 
@@ -23,6 +23,7 @@ import wallet
 from wallet import (
     ConfigurationError,
     Database,
+    NotReady,
     OutcomeUnknown,
     T,
     Unavailable,
@@ -123,7 +124,9 @@ class PostgresDatabase(Database):
                     options["application_name"] = ALONE
         except (Error, UnicodeError) as error:
             reason = " ".join(str(error).split())
-            raise ConfigurationError(f"cannot open {self.location}: {reason}") from error
+            # While it is away or starts; a wrong password cannot be told from that.
+            kind = NotReady if isinstance(error, OperationalError) else ConfigurationError
+            raise kind(f"cannot open {self.location}: {reason}") from error
         # The pool would wait ever longer between two tries. So it gives up soon, and begins anew.
         self._pool = ConnectionPool(
             kwargs=options, connection_class=TimedConnection, min_size=1, max_size=connections,
@@ -237,8 +240,8 @@ class PostgresDatabase(Database):
         deadline = time.monotonic() + wallet.DATABASE_TIMEOUT_S - POSTGRES_DIAL_S
         while tx(OTHER_SESSIONS, name):
             if time.monotonic() > deadline:
-                raise ConfigurationError(f"cannot open {self.location}: another process has it"
-                                         " open: stop that first, or wait until it is done")
+                raise NotReady(f"cannot open {self.location}: another process has it open: stop"
+                               " that first, or wait until it is done")
             time.sleep(RETRY_PAUSE_MAX_S)
 
     def _check_server(self, tx: _Execute, read_only: bool) -> None:
@@ -246,7 +249,7 @@ class PostgresDatabase(Database):
         settings: dict[str, str] = dict(tx("SELECT name, setting FROM pg_settings"))
         self.engine = f"Postgres {settings.get('server_version', 'unknown').partition(' ')[0]}"
         if settings.get("transaction_read_only") == "on" and not read_only:
-            raise ConfigurationError(f"{self.location} is read-only: name the primary server")
+            raise NotReady(f"{self.location} is read-only: name the primary server")
         if (encoding := settings.get("server_encoding", "UTF8")) != "UTF8":
             raise ConfigurationError(
                 f"{self.location} is in {encoding}: make a database with ENCODING 'UTF8'")

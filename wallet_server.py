@@ -7,6 +7,7 @@ Gunicorn, nothing here is needed.
 from __future__ import annotations
 
 import copy
+import errno
 import logging
 import math
 import re
@@ -44,6 +45,7 @@ from wallet import (
     HeadersTooLarge,
     InternalError,
     MalformedRequest,
+    NotReady,
     Unavailable,
     _SafeLogger,
     logger,
@@ -67,6 +69,8 @@ WATCH_INTERVAL_S = 1  # Between two looks for clients that are late.
 STOP_TIMEOUT_S = 10  # To finish when the server is told to stop. Supervisors often kill after 30 s.
 STOP_IDLE_S = 0.5  # A connection that was used so recently may be sending its next request.
 QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take.
+# Why a socket cannot be had yet: another process has the port, or the network is not up.
+MAY_PASS = errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_AGAIN
 
 
 TLS = b"\x16"  # With which a handshake begins (RFC 8446, section 5.1), and no request does.
@@ -299,8 +303,8 @@ def bind(host: str, port: int) -> socket.socket:
                 bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             bound.bind((host, port))
         except OSError as error:
-            raise ConfigurationError(
-                f"cannot listen on {host} port {port}: {error.strerror}") from error
+            kind = NotReady if error.errno in MAY_PASS else ConfigurationError
+            raise kind(f"cannot listen on {host} port {port}: {error.strerror}") from error
         failed.pop_all()
         return bound
 

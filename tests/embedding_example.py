@@ -35,6 +35,7 @@ from wallet import (
     MalformedRequest,
     MethodNotAllowed,
     NotFound,
+    NotReady,
     NotRefundable,
     OutcomeUnknown,
     Page,
@@ -173,6 +174,8 @@ def refusals(wallet: Wallet, account: Account) -> Iterator[str]:
         Wallet("sqlite:////nowhere/wallet.db")
     except WrongBooks:
         raise
+    except NotReady as error:  # Its disk may be mounted later.
+        yield explain(error)
     except ConfigurationError as error:
         yield explain(error)
     try:

@@ -708,11 +708,11 @@ def refusal(monkeypatch, capsys, caplog, tmp_path):
     which it ends.
     """
 
-    def run(*arguments, **settings):
+    def run(*arguments, code=2, **settings):
         monkeypatch.chdir(tmp_path)
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        assert wallet_cli.main(arguments) == 2
+        assert wallet_cli.main(arguments) == code
         out, err = capsys.readouterr()
         assert (out, caplog.text, list(tmp_path.iterdir())) == ("", "", [])
         assert re.fullmatch(r"wallet: [^\n]+\n", err)

@@ -215,7 +215,7 @@ def test_target_of_a_copy_that_was_killed_is_no_wallet(full_dsn, kind, new_schem
     )
     assert done.returncode == -signal.SIGKILL
     refused = command("--port", "0", "--dsn", target, "--must-exist", "1")
-    assert (refused.returncode, "there is no wallet in" in refused.stderr) == (2, True)
+    assert (refused.returncode, "there is no wallet in" in refused.stderr) == (75, True)
     assert command("copy", "--from", full_dsn, "--to", target).returncode == 0
     assert contents(target) == contents(full_dsn)
     with served("--dsn", target, "--must-exist", "1") as server:

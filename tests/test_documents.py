@@ -298,7 +298,7 @@ def test_image_has_every_file_that_the_service_reads():
     dockerfile = (HERE / "Dockerfile").read_text()
     copied = set(" ".join(re.findall(r"(?m)^COPY (.*) \S+$", dockerfile)).split())
     assert copied == {
-        "requirements.txt",
+        "requirements-image.txt",
         "wallet.py",
         "wallet_cli.py",
         "wallet_metrics.py",

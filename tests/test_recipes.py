@@ -88,7 +88,7 @@ if verb == "run":
     options, settings = {{}}, {{}}
     while rest[0].startswith("-"):
         name = rest.pop(0)
-        value = rest.pop(0) if name not in ("-d", "-i", "--rm") else True
+        value = rest.pop(0) if name not in ("-d", "-i", "--rm", "--read-only") else True
         if name == "-e":
             settings |= dict([value.split("=", 1)])
         options[name] = value

@@ -175,7 +175,7 @@ def test_wallet_that_must_exist_makes_none_where_its_disk_is_missing(tmp_path):
     disk.rename(tmp_path / "unmounted")
     disk.mkdir()
     refused = command("--port", "0", WALLET_MUST_EXIST="1", **settings)
-    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (refused.returncode, refused.stdout) == (75, "")
     assert refused.stderr == (
         f"wallet: cannot open {disk}/wallet.db: there is no such file: is its disk mounted? Name"
         " another DSN, or let the command init make a new one\n"
@@ -193,7 +193,7 @@ def test_wallet_that_must_exist_makes_none_where_its_disk_is_missing(tmp_path):
 def test_command_init_makes_the_database_once_whatever_must_exist(durable_dsn, monkeypatch):
     settings = {"WALLET_DSN": durable_dsn, "WALLET_MUST_EXIST": "1"}
     refused = command("--port", "0", **settings)
-    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (refused.returncode, refused.stdout) == (75, "")
     assert "there is no " in refused.stderr
     assert "the command init" in refused.stderr
     monkeypatch.setenv("WALLET_DSN", durable_dsn)
@@ -221,13 +221,13 @@ def test_file_that_is_empty_is_no_wallet_and_stays_as_it_is(tmp_path, capsys):
     file = tmp_path / "wallet.db"
     file.touch()
     arguments = "--dsn", f"sqlite:///{file}", "--port", "0", "--must-exist", "1"
-    assert wallet_cli.main(arguments) == 2
+    assert wallet_cli.main(arguments) == 75
     assert capsys.readouterr().err.startswith(f"wallet: there is no wallet in {file}: is its disk")
     assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("wallet.db", 0)]
 
 
 def test_wallet_in_memory_never_exists_before_it_starts(capsys):
-    assert wallet_cli.main(["--dsn", "sqlite://", "--port", "0", "--must-exist", "1"]) == 2
+    assert wallet_cli.main(["--dsn", "sqlite://", "--port", "0", "--must-exist", "1"]) == 75
     assert capsys.readouterr().err.startswith("wallet: there is no wallet in memory")
 
 
@@ -349,7 +349,7 @@ def test_commands_that_read_work_on_a_mount_that_only_reads(mounted, tmp_path, s
         assert done.returncode == 0, done.stderr
         assert wallet_cli.main(["verify", "--dsn", f"sqlite:///{backup}"]) == 0
         served_there = on_read_only_mount(folder, view, "--port", "0", "--dsn", shown)
-        assert (served_there.returncode, served_there.stdout) == (2, "")
+        assert (served_there.returncode, served_there.stdout) == (75, "")
         assert re.fullmatch(
             rf"wallet: cannot open {view}/wallet\.db: this user may not read it, or may not write to"
             r" it, or its disk is read-only\n",
@@ -622,7 +622,8 @@ def test_commands_that_read_work_on_a_hot_standby_and_others_name_the_primary(
     assert listed.stdout.count("\n") == 4
     for arguments in (["freeze", "acc_" + "A" * 16], ["--port", "0"], ["init"]):
         refused = command(*arguments, "--dsn", there)
-        assert (refused.returncode, refused.stdout) == (2, "")
+        # Served, it waits until this is the primary.
+        assert (refused.returncode, refused.stdout) == (75 if "--port" in arguments else 2, "")
         assert refused.stderr.endswith("is read-only: name the primary server\n")
     with Wallet(dsn) as wallet:
         wallet.database.write(lambda tx: tx("UPDATE accounts SET balance = balance + 1"))
