@@ -1,5 +1,5 @@
-# The digest fixes every byte of the base, for each of its architectures. To renew it, take the one
-# that this prints for a newer tag, and change both: docker buildx imagetools inspect python:3.13-slim
+# The digest fixes every byte of the base, on each processor. To renew it, take a newer tag, and the
+# digest that this prints for it: docker buildx imagetools inspect python:3.13.16-slim-trixie
 FROM python:3.13.16-slim-trixie@sha256:70729b46c69b4f1e97c4822c1af3df53a1476cf5ddc6c087c0c10bc3a5678c2f
 
 # The user has no rights but on /data, where the database lives.

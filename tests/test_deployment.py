@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import signal
@@ -394,7 +395,8 @@ IGNORED = (
 @pytest.mark.parametrize("address", ["tcp://10.0.0.1:4000", "tcp://[fd00::1]:4000"])
 def test_port_of_a_kubernetes_service_is_ignored_with_one_line(address):
     settings = {**OF_SERVICES, "WALLET_PORT": address}
-    host = "127.40.40.40"  # So that the port 4000 is free.
+    # An address of this process's own, so that the port 4000 is free there.
+    host = "127.{}.{}.{}".format(*(os.getpid() + 2**16).to_bytes(3, "big"))
     process = subprocess.Popen(
         [sys.executable, *MODULE, "--dsn", "sqlite://", "--host", host],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**settings),
