@@ -665,6 +665,16 @@ def under_granian(dsn, **settings):
         server.wait(timeout=30)
 
 
+def read_start(process):
+    """Return the URL of a wallet whose log is read here, or None, and what that has so far."""
+    told = ""
+    while line := process.stderr.readline():
+        told += line
+        if found := re.search(r"started: wallet \S+ on (http://\S+), with", line):
+            return found[1], told
+    return None, told
+
+
 def log_lines(log):
     """Return the level, the logger and the message of each line of a log that is no terminal's."""
     return [
