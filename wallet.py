@@ -2168,6 +2168,7 @@ class App:
         _check_issuer_token(issuer_token)
         self.wallet, self.routes = wallet, _routes
         self.has_issuer = issuer_token is not None
+        self.stopping = False  # Whoever serves it sets this, and then /readyz says so.
         self._issuer_token_hash = _hash_token(issuer_token) if issuer_token else ""
         if issuer_token:  # As it is sent, and as a path and a traceback have it.
             forms = issuer_token, unquote(issuer_token), repr(issuer_token)[1:-1]
@@ -2256,6 +2257,8 @@ class App:
                 return _Response(204, b"", {"Access-Control-Allow-Methods": allow, **PREFLIGHT})
             raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
         takes, environ[ROUTE] = route.config, route.rule
+        if self.stopping and route.rule == "/readyz":  # No error, so it is not logged as one.
+            return _error_response(Unavailable("The wallet is about to stop: ask another one."))
         caller = environ[CALLER] = self._authenticate(environ, takes, arguments)
         arguments["caller"] = caller
         try:

@@ -141,6 +141,8 @@ SETTINGS = (
     _Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
     _Setting("threads", "8", "how many connections to Postgres are kept, and how many requests"
              " waitress works on at once", range(1, 65)),
+    _Setting("drain-s", "0", "for how many seconds it goes on serving after SIGTERM, while /readyz"
+             " answers 503, so that a balancer can look away first", range(301)),
     _Setting("currency", "", "a code of ISO 4217 such as USD, or a unit of your own with its number"
              " of decimals such as CRD/0, fixed when the database is made; USD if not given then"),
     _Setting("issuer-token", "", "at least 32 characters: only who sends them makes accounts and"
@@ -247,7 +249,7 @@ def _run_server(settings: Mapping[str, Any]) -> None:
         app = create_app(wallet, settings["issuer-token"], settings["metrics"],
                          settings["trusted-proxy"], settings["cors-origin"])
         _warn_if_open(app, bound)
-        _serve(app, bound, settings["threads"])
+        _serve(app, bound, settings["threads"], settings["drain-s"])
 
 
 def _warn_if_open(app: App, bound: socket) -> None:
@@ -260,7 +262,7 @@ def _warn_if_open(app: App, bound: socket) -> None:
             " own services", host)
 
 
-def _serve(app: App, bound: socket, threads: int) -> None:
+def _serve(app: App, bound: socket, threads: int, drain_s: int) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what runs. A second signal ends it at once."""
     part = _import_part("server")
     _pin_process()
@@ -271,7 +273,7 @@ def _serve(app: App, bound: socket, threads: int) -> None:
         for handler in logging.getLogger().handlers:
             if isinstance(handler, _LogHandler):
                 handler.count_dropped = app.metrics.log_lines_dropped.inc
-    _stop_by_signals(server.stop)
+    _stop_by_signals(partial(server.stop, drain_s))
     database = app.wallet.database
     logger.info("started: wallet %s on %s, with %s at %s", __version__, server.url,
                 database.engine, database.location)

@@ -125,7 +125,7 @@ class _Task(WSGITask):
     def start(self) -> None:
         super().start()
         self.channel.answered += 1
-        is_last = self.channel.server.stopping and len(self.channel.requests) == 1
+        is_last = self.channel.server.application.stopping and len(self.channel.requests) == 1
         # Of a body in chunks, waitress ignores trailers: a proxy may see its end elsewhere.
         if is_last or self.request.error or self.request.chunked:
             self.set_close_on_finish()
@@ -193,7 +193,7 @@ class _Channel(HTTPChannel):
 
 
 class Server(TcpWSGIServer):
-    channel_class, stopping, looked_at = _Channel, False, 0.0
+    channel_class, serve_until, looked_at = _Channel, math.inf, 0.0
     next_channel_cleanup = math.inf  # `turn` does it, by a clock that nobody can set.
 
     def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
@@ -225,8 +225,8 @@ class Server(TcpWSGIServer):
 
     def run(self) -> None:
         """Serve until `stop`; then answer what was received, for STOP_TIMEOUT_S at most."""
-        while not self.stopping:
-            self.turn(WATCH_INTERVAL_S,
+        while (left_s := self.serve_until - time.monotonic()) > 0:
+            self.turn(min(left_s, WATCH_INTERVAL_S),
                       CROWDED_IDLE_S if self.in_connection_overflow else IDLE_TIMEOUT_S)
         for _ in range(CONNECTIONS_MAX):  # Take what the kernel has accepted for us.
             self.handle_accept()
@@ -239,9 +239,9 @@ class Server(TcpWSGIServer):
         wasyncore.close_all(self.sockets)
         logger.info("stopped")
 
-    def stop(self) -> None:
-        """Make `run` return. Any thread may call it, and a signal handler."""
-        self.stopping = True
+    def stop(self, drain_s: float = 0) -> None:
+        """Make `run` return, so much later. Any thread may call it, and a signal handler."""
+        self.application.stopping, self.serve_until = True, time.monotonic() + drain_s
         self.pull_trigger()
 
 

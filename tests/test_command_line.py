@@ -13,6 +13,7 @@ import socket
 import sqlite3
 import subprocess
 import threading
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -26,8 +27,10 @@ from tests.support import (
     CONTRACT,
     HERE,
     ISSUER_TOKEN,
+    MODULE,
     command,
     connect,
+    free_port,
     limited,
     log_lines,
     send,
@@ -65,6 +68,7 @@ def test_version_is_told():
         ),
         (["--port", "65536"], {}, "WALLET_PORT must be an integer from 0 to 65535"),
         (["--threads", "0"], {}, "WALLET_THREADS must be an integer from 1 to 64"),
+        (["--drain-s", "-1"], {}, "WALLET_DRAIN_S must be an integer from 0 to 300, not '-1'"),
         (["--metrics", "yes"], {}, "WALLET_METRICS must be an integer from 0 to 1, not 'yes'"),
         (
             ["--trusted-proxy", "*"],
@@ -190,6 +194,7 @@ def test_command_line_comes_before_the_environment(monkeypatch):
         "host": "127.0.0.1",
         "port": 4000,
         "threads": 3,
+        "drain-s": 0,
         "currency": None,
         "issuer-token": None,
         "log-level": "info",
@@ -367,6 +372,97 @@ def test_stop_does_not_wait_for_ever(monkeypatch):
             half.sendall(b"POST /api/register HTTP/1.1\r\nHost: x\r\n")
             assert send(url, "GET", "/livez")[0] == 200
         assert half.recv(1) == b""
+
+
+def test_wallet_that_drains_serves_everything_and_says_to_balancers_that_it_is_not_ready(tmp_path):
+    with (
+        served("--drain-s", "3", "--log-level", "warning", cwd=tmp_path) as server,
+        contextlib.closing(http.client.HTTPConnection(server.url[7:], timeout=30)) as kept,
+    ):
+        token = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]["token"]
+        status, headers, _ = send(server.url, "GET", "/readyz", connection=kept)
+        assert (status, headers["Connection"]) == (200, None)
+        sock, told_at = kept.sock, time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        while (ready := send(server.url, "GET", "/readyz"))[0] == 200:
+            pass
+        assert ready[0] == 503
+        assert ready[1]["Retry-After"] == "1"
+        assert (ready[2]["code"], ready[2]["detail"]) == (
+            "unavailable",
+            "The wallet is about to stop: ask another one.",
+        )
+        # The connection that was kept is served once more, and told to move on.
+        status, headers, _ = send(
+            server.url, "POST", "/api/transactions/topup", {"amount": 5}, token, kept
+        )
+        assert (status, headers["Connection"]) == (201, "close")
+        assert kept.sock is not sock
+        for path in ("/livez", "/api/account"):  # So are new ones, until it stops.
+            status, headers, _ = send(server.url, "GET", path, token=token)
+            assert (status, headers["Connection"]) == (200, "close")
+        while not is_refused(server.url):
+            pass
+        assert 3 <= time.monotonic() - told_at < 30
+        assert server.wait(timeout=30) == 0
+        assert server.stderr.read() == ""  # That it was not ready is no error.
+    with Wallet(f"sqlite:///{tmp_path}/wallet.db") as wallet:
+        assert wallet.authenticate(token).balance == 5
+
+
+def test_second_signal_ends_a_wallet_that_drains_at_once(tmp_path):
+    with served("--drain-s", "300", cwd=tmp_path) as server:
+        server.send_signal(signal.SIGTERM)
+        while send(server.url, "GET", "/readyz")[0] == 200:
+            pass
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=5) == -signal.SIGTERM
+
+
+def test_server_that_stopped_leaves_the_wallet_to_the_next_one(file_wallet):
+    for _ in range(2):
+        with running(file_wallet) as url:
+            assert send(url, "GET", "/readyz")[0] == 200
+
+
+def connect_while_it_starts(*arguments, program=MODULE):
+    """Ask a server all the while it starts. Return what became of each connection."""
+    port, outcomes, is_served = free_port(), [], threading.Event()
+
+    def ask():
+        while not is_served.is_set() or outcomes[-1] == "refused":
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                    connection.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+                    outcomes.append(connection.recv(12).decode())
+            except ConnectionRefusedError:
+                outcomes.append("refused")
+            except OSError as error:
+                outcomes.append(repr(error))
+
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(ask)
+        with served("--port", str(port), *arguments, program=program):
+            is_served.set()
+            future.result(timeout=60)
+    return set(outcomes)
+
+
+def test_connection_that_comes_while_it_starts_is_refused_or_answered(durable_dsn):
+    for _ in range(3):
+        outcomes = connect_while_it_starts("--dsn", durable_dsn)
+        assert outcomes == {"refused", "HTTP/1.1 200"}
+
+
+def test_control_port_that_is_opened_only_to_see_resets_whoever_came(file_dsn):
+    opened = """
+import select, socket, sys, wallet_cli
+with socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("--port", 3) + 1]))) as seen:
+    select.select([seen], [], [], 30)
+sys.exit(wallet_cli.main())
+"""
+    outcomes = connect_while_it_starts("--dsn", file_dsn, program=("-c", opened))
+    assert outcomes - {"refused", "HTTP/1.1 200"}
 
 
 def is_refused(url):
