@@ -63,6 +63,7 @@ import string
 import sys
 import threading
 import time
+import traceback
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -118,6 +119,7 @@ HOLD_DEFAULT_S, HOLD_MAX_S = 7 * 24 * 3600, 30 * 24 * 3600  # As with card netwo
 STATEMENTS_MAX = 2  # Long answers at once: each takes a thread while it is made, then disk space.
 STATEMENT_ROWS = 100  # Read at once: a statement never takes more than 4 MB of memory.
 ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
+HIDDEN_CHARACTERS_MIN = 8  # A part of a token with fewer tells little, and may be any word.
 # In no line of text: control characters, and the lone surrogates that UTF-8 cannot have.
 UNFIT = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
 FIELD_ERRORS_MAX = 20  # More than a request has fields. Keeps the answer to a hostile body short.
@@ -127,7 +129,7 @@ HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
 BODY_BYTES_MAX = 64 * 1024  # More than any valid body, unless most of it is escaped.
 BATCH_BODY_BYTES_MAX = 1024 * 1024  # A kilobyte for each movement of a batch.
 JSON_DEPTH_MAX = 10  # Nested arrays and objects. A batch has four; a parser recurses as deep.
-PREFLIGHT_S = 600  # A browser asks again so soon, and learns that an origin is allowed no more.
+PREFLIGHT_S = 600  # A browser keeps so long what it was told about an origin.
 
 # Databases.
 DATABASE_TIMEOUT_S = 5  # For SQLite's lock, which another process may hold, and for all that a call
@@ -2146,7 +2148,8 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
 # complete; and what App notes there for the log and the metrics.
 REFUSAL, RECEIVED = "wallet.refusal", "wallet.received"
 ROUTE, CALLER = "wallet.route", "wallet.caller"
-QUIET = "/livez", "/readyz", "/metrics"  # Routes that are asked all day.
+QUIET = "/livez", "/readyz", "/metrics"  # Routes that are asked all day,
+POLLED = "/api/account", "/api/transactions", "/api/holds"  # and those that an open page asks.
 # What pages of allowed origins may read, and send (the Fetch standard, section 3.3).
 EXPOSED = {"Access-Control-Expose-Headers": "Link, X-Request-Id, Idempotent-Replayed, Retry-After"}
 PREFLIGHT = {
@@ -2170,9 +2173,8 @@ class App:
         self.has_issuer = issuer_token is not None
         self.stopping = False  # Whoever serves it sets this, and then /readyz says so.
         self._issuer_token_hash = _hash_token(issuer_token) if issuer_token else ""
-        if issuer_token:  # As it is sent, and as a path and a traceback have it.
-            forms = issuer_token, unquote(issuer_token), repr(issuer_token)[1:-1]
-            _hidden.extend({*forms}.difference(_hidden))
+        if issuer_token:
+            _keep_out_of_logs(issuer_token)
         self._trusted_proxy = _parse_proxy(trusted_proxy)
         self._cors_origins = _parse_origins(cors_origins)
         self.metrics = _import_part("metrics").Metrics(wallet.database) if metrics else None
@@ -2192,14 +2194,15 @@ class App:
                 logger.error("request %s: %s", request_id, error)
             answer = _error_response(error)
         except Exception:
-            logger.exception("request %s failed", request_id)
+            _log_fault(request_id)
             answer = _error_response(InternalError())
         status, headers, body = _render(answer, request_id, self._cors_headers(environ))
         duration_s, caller = time.monotonic() - started, environ.get(CALLER)
         if not isinstance(caller, Account) and answer.status in (401, 500, 503):
             caller = None  # It is only what the token says, and maybe nobody has looked it up.
-        is_poll = environ.get(ROUTE) in QUIET or (method != "POST" and "HTTP_X_POLLING" in environ)
-        _log_access(logging.DEBUG if is_poll and answer.status < 400 else logging.INFO,
+        route, is_poll = environ.get(ROUTE), "HTTP_X_POLLING" in environ and method != "POST"
+        is_quiet = route in QUIET or (is_poll and route in POLLED)
+        _log_access(logging.DEBUG if is_quiet and answer.status < 400 else logging.INFO,
                     method, path, answer.status, round(duration_s * 1000, 1), request_id,
                     getattr(caller, "id", caller), self._client(environ))
         if self.metrics:
@@ -2215,7 +2218,7 @@ class App:
     def _cors_headers(self, environ: WSGIEnvironment) -> dict[str, str]:
         """Return what lets a page of another origin read the answer, if its origin is allowed.
 
-        Not /metrics: that is for who reaches the wallet, and a page reaches what its visitor does.
+        /metrics is left out: it has no token, and a page could ask from its visitor's network.
         """
         if not self._cors_origins or environ["PATH_INFO"] == "/metrics":
             return {}
@@ -2254,7 +2257,7 @@ class App:
             asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD")
             shared = asked and "Access-Control-Allow-Origin" in self._cors_headers(environ)
             if shared and environ["REQUEST_METHOD"] == "OPTIONS":  # A browser's preflight.
-                return _Response(204, b"", {"Access-Control-Allow-Methods": allow, **PREFLIGHT})
+                return _Response(200, b"", {"Access-Control-Allow-Methods": allow, **PREFLIGHT})
             raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
         takes, environ[ROUTE] = route.config, route.rule
         if self.stopping and route.rule == "/readyz":  # No error, so it is not logged as one.
@@ -2342,10 +2345,8 @@ def _render(answer: _Response, request_id: str, cors: Mapping[str, str],
     """Return the status line, the headers and the body, with all that every answer carries."""
     headers = {"Content-Type": "application/json", "X-Request-Id": request_id, **SECURITY_HEADERS,
                **answer.headers, **cors}
-    body: Iterable[bytes] = []
-    if answer.status == 204:  # It has no body, and so neither a type nor a length.
-        del headers["Content-Type"]
-    elif isinstance(answer.body, Iterator):
+    body: Iterable[bytes]
+    if isinstance(answer.body, Iterator):
         body = answer.body
     else:
         made = answer.body
@@ -2371,6 +2372,14 @@ def _log_access(level: int, method: str, path: str, *others: object) -> None:
                           extra=dict(zip(REQUEST_FIELDS, known, strict=True)))
 
 
+def _log_fault(request_id: str) -> None:
+    """Log the exception that is handled, without tokens, whoever formats it."""
+    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "request %s failed",
+                               (request_id,), sys.exc_info())
+    record.exc_text = _hide_tokens(traceback.format_exc().rstrip())
+    logger.handle(record)
+
+
 def _loggable(text: str) -> str:
     """Return text without tokens, and without what could look like another line."""
     return re.sub("[^ -~]", "?", _hide_tokens(text))
@@ -2384,6 +2393,15 @@ class _SafeLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # 3.10 take
 
 
 _hidden: list[str] = []  # The issuers' tokens of this process: they may hold anything.
+
+
+def _keep_out_of_logs(token: str) -> None:
+    """Hide a token as it is sent, and as a path and a traceback have it."""
+    forms = {token, unquote(token, "latin-1"), repr(token)[1:-1]}
+    path = re.split("[?#]", token)[0]  # Where a query begins, a path ends.
+    if len(path) >= HIDDEN_CHARACTERS_MIN:
+        forms |= {path, unquote(path, "latin-1")}
+    _hidden.extend(forms.difference(_hidden))
 
 
 def _hide_tokens(text: str) -> str:
@@ -2434,7 +2452,7 @@ def _parse_address(text: str) -> str:
 
 def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
                metrics: bool = False, trusted_proxy: str | None = None,
-               cors_origins: Sequence[str] = ()) -> App:
+               cors_origins: Sequence[str] | None = None) -> App:
     """Return the WSGI application of a wallet, or of what the environment's WALLET_... name.
 
     With `issuer_token`, only who sends that makes and fills accounts. With `metrics`, it answers
@@ -2448,8 +2466,8 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
         wallet, metrics = command_line.open_served(settings), metrics or settings["metrics"]
         issuer_token = settings["issuer-token"] if issuer_token is None else issuer_token
         trusted_proxy = settings["trusted-proxy"] if trusted_proxy is None else trusted_proxy
-        cors_origins = cors_origins or settings["cors-origin"]
-    return App(wallet, issuer_token, metrics, trusted_proxy, cors_origins)
+        cors_origins = settings["cors-origin"] if cors_origins is None else cors_origins
+    return App(wallet, issuer_token, metrics, trusted_proxy, cors_origins or ())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import re
+import select
 import shlex
 import signal
 import sqlite3
@@ -333,7 +334,7 @@ class _JSONFormatter(_LineFormatter):
         if record.name == access_logger.name:
             document |= {name: vars(record)[name] for name in REQUEST_FIELDS}
         if record.exc_info:
-            document["exception"] = self.formatException(record.exc_info)
+            document["exception"] = record.exc_text or self.formatException(record.exc_info)
         return json.dumps(document)
 
 
@@ -346,8 +347,9 @@ class _LogHandler(QueueHandler):
     lines: queue.Queue[str]
 
     def __init__(self, stream: TextIO) -> None:
-        self.lines, self.dropped = queue.Queue(LOG_LINES_MAX), 0
+        self.lines = queue.Queue(LOG_LINES_MAX)
         super().__init__(self.lines)
+        self.dropped, self._counting = 0, threading.Lock()
         self.count_dropped: Callable[[], None] = lambda: None
         self._file = stream.fileno()
         threading.Thread(target=self._write, name="wallet-log", daemon=True).start()
@@ -361,8 +363,12 @@ class _LogHandler(QueueHandler):
         try:
             self.lines.put_nowait(record)
         except queue.Full:
+            self._drop()
+
+    def _drop(self) -> None:
+        with self._counting:
             self.dropped += 1
-            self.count_dropped()
+        self.count_dropped()
 
     def flush(self) -> None:
         """Wait until all is written, for LOG_FLUSH_S at most."""
@@ -373,26 +379,37 @@ class _LogHandler(QueueHandler):
     def _write(self) -> None:
         told = 0
         while True:
-            self._write_line(self.lines.get())
-            if told < (dropped := self.dropped) and self.lines.qsize() < LOG_LINES_MAX // 2:
+            if not self._write_line(self.lines.get()):
+                self._drop()
+            elif told < (dropped := self.dropped) and self.lines.qsize() < LOG_LINES_MAX // 2:
                 known = {"name": logger.name, "levelno": logging.WARNING, "levelname": "WARNING",
-                         "msg": f"{dropped - told} lines were dropped here: nobody read the log"}
+                         "msg": f"{dropped - told} lines of this log were dropped: nobody read it,"
+                                " or its disk was full"}
                 self._write_line(self.format(logging.makeLogRecord(known)))
                 told = dropped
             self.lines.task_done()
 
-    def _write_line(self, line: str) -> None:
-        left = f"{line}\n".encode()
-        with suppress(OSError):  # Nobody reads it, or the disk is full.
-            while left:  # Not by sys.stderr, whose lock this thread may hold when Python ends.
+    def _write_line(self, line: str) -> bool:
+        """Write a line, however long that takes. Return False where it cannot be done."""
+        left = f"{line}\n".encode(errors="backslashreplace")
+        while left:  # Not by sys.stderr, whose lock this thread may hold when Python ends.
+            try:
                 left = left[os.write(self._file, left):]
+            except BlockingIOError:
+                select.select((), (self._file,), ())
+            except OSError:
+                return False
+        return True
 
 
 def _configure_logging(level: str, is_served: bool) -> None:
     """Log to stderr: lines for people on a terminal, elsewhere JSON."""
     if sys.stderr is None or logging.getLogger().handlers:  # Closed, or set up by the program.
         return
-    handler = _LogHandler(sys.stderr) if is_served else logging.StreamHandler()
+    handler: logging.Handler = logging.StreamHandler()
+    if is_served:
+        with suppress(OSError):  # It is no file, as in a notebook.
+            handler = _LogHandler(sys.stderr)
     line = _LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
     handler.setFormatter(line if _is_terminal(sys.stderr) else _JSONFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
@@ -730,7 +747,7 @@ class _ArgumentParser(argparse.ArgumentParser):
         message = message.replace("argument COMMAND: invalid choice:",
                                   "no command, or the value of an unknown option:")
         message = re.sub("^argument (--[a-z-]+):", r"\1", message)
-        raise ConfigurationError(f"{message}; see --help")
+        raise ConfigurationError(f"{_hide_tokens(message)}; see --help")
 
 
 def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
@@ -781,6 +798,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(end="", flush=True)
         return 0
     except WalletError as error:
+        for handler in logging.getLogger().handlers:
+            handler.flush()  # What led to it comes first.
         print(f"wallet: {error}", file=sys.stderr)
         damage = re.search("image is malformed|malformed database", str(error))
         is_wrong = isinstance(error, WrongBooks) or damage

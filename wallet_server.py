@@ -47,6 +47,7 @@ from wallet import (
     MalformedRequest,
     NotReady,
     Unavailable,
+    WalletError,
     _SafeLogger,
     logger,
     too_many_statements,
@@ -65,6 +66,7 @@ SOCKET_OPTIONS = [
     (socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES_MAX // 2)]
 IDLE_TIMEOUT_S = 60  # Between two requests of a connection: longer than clients usually pool one.
 CROWDED_IDLE_S = 1  # The same, while there is no room for another connection.
+WARNING_PAUSE_S = 60  # Between two warnings that all connections are taken.
 WATCH_INTERVAL_S = 1  # Between two looks for clients that are late.
 STOP_TIMEOUT_S = 10  # To finish when the server is told to stop. Supervisors often kill after 30 s.
 STOP_IDLE_S = 0.5  # A connection that was used so recently may be sending its next request.
@@ -97,7 +99,7 @@ class _Parser(HTTPRequestParser):
 
     def received(self, data: bytes) -> int:
         self.received_at = time.monotonic()
-        if data[:1] == TLS and not (self.header_plus or self.headers_finished):
+        if not self.headers_finished and (self.header_plus + data).lstrip()[:1] == TLS:
             self.error, self.completed = BadRequest(NO_TLS), True
             return len(data)
         return int(super().received(data))
@@ -144,16 +146,8 @@ class _Task(WSGITask):
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
         environ |= {RECEIVED: self.request.received_at, "PATH_INFO": self.request.path}
-        if error := self.request.error:
-            reason = error.body.partition(' "')[0]  # The line itself follows; it may hold a token.
-            refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
-            malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
-            environ[REFUSAL] = refusals.get(error.code, malformed)
-        elif time.monotonic() - self.request.received_at > QUEUE_TIMEOUT_S:
-            environ[REFUSAL] = Unavailable("Too many requests wait, and nothing was changed.",
-                                           reason="queue")
-        elif self.request.path == STATEMENT_PATH and is_spooling(self.channel.server):
-            environ[REFUSAL] = too_many_statements()
+        if refusal := _find_refusal(self.channel, self.request):
+            environ[REFUSAL] = refusal
         return environ
 
 
@@ -163,7 +157,7 @@ class _Channel(HTTPChannel):
     parser_class, task_class, error_task_class = _Parser, _Task, _Task
     logger = _SafeLogger(logging.getLogger("waitress"), {})
     will_close = lingering = False
-    answered, step, step_at = 0, (-1, 0), 0.0
+    answered, queued_at, step, step_at = 0, 0.0, (-1, 0), 0.0
 
     def send_continue(self) -> None:
         if not self.request.completed:  # It may be refused, or have no body.
@@ -195,6 +189,7 @@ class _Channel(HTTPChannel):
 class Server(TcpWSGIServer):
     channel_class, serve_until, looked_at = _Channel, math.inf, 0.0
     next_channel_cleanup = math.inf  # `turn` does it, by a clock that nobody can set.
+    warned_until, logger = 0.0, logging.Logger("waitress", logging.ERROR)
 
     def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
         self.url, self.sockets = url_of(bound), dict[int, Any]()
@@ -212,6 +207,7 @@ class Server(TcpWSGIServer):
 
     def add_task(self, task: _Channel) -> None:
         """Queue a request, but let the loop answer /livez, even while all threads are busy."""
+        task.queued_at = time.monotonic()
         (self.probes.append if task.requests[0].path == "/livez" else super().add_task)(task)
 
     def turn(self, timeout_s: float, idle_s: float) -> None:
@@ -245,7 +241,25 @@ class Server(TcpWSGIServer):
         self.pull_trigger()
 
 
+def _find_refusal(channel: _Channel, request: _Parser) -> WalletError | None:
+    """Return the error with which to refuse a request, if there is a reason."""
+    if error := request.error:
+        reason = error.body.partition(' "')[0]  # The line itself follows; it may hold a token.
+        refusals = {413: BodyTooLarge(), 431: HeadersTooLarge(), 500: InternalError()}
+        malformed = MalformedRequest(f"The request is not valid HTTP: {reason}.")
+        return refusals.get(error.code, malformed)
+    if time.monotonic() - channel.queued_at > QUEUE_TIMEOUT_S:
+        return Unavailable("Too many requests wait, and nothing was changed.", reason="queue")
+    if request.path == STATEMENT_PATH and is_spooling(channel.server):
+        return too_many_statements()
+    return None
+
+
 def _close_late(server: Server, now: float, idle_s: float) -> None:
+    """Close the connections of clients that are late, and say now and then if all are taken."""
+    if server.in_connection_overflow and now > server.warned_until:
+        server.warned_until = now + WARNING_PAUSE_S
+        logger.warning("all %d connections are taken: others wait", len(server.active_channels))
     for channel in list(server.active_channels.values()):
         if channel.is_late(now, idle_s):
             if channel.request or channel.total_outbufs_len:

@@ -433,7 +433,7 @@ def connect_while_it_starts(*arguments, program=MODULE):
         while not is_served.is_set() or outcomes[-1] == "refused":
             try:
                 with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-                    connection.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+                    connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
                     outcomes.append(connection.recv(12).decode())
             except ConnectionRefusedError:
                 outcomes.append("refused")

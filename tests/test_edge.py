@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from waitress.adjustments import Adjustments
 
 import wallet as wallet_module
 import wallet_server
@@ -192,13 +193,18 @@ def test_tls_is_refused_at_once_with_a_sentence():
             while chunk := used.recv(65536):
                 received += chunk
         assert [received.count(status) for status in (b" 200 OK\r\n", b" 400 Bad ")] == [1, 1]
-        body = b'{"name": "\x16"}'  # Within a request it is one byte as others are.
-        head = b"POST /api/register HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        with connect(url) as slow:
-            slow.sendall(head + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
-            slow.sendall(body[:10])
-            slow.sendall(body[10:])
-            assert b"is not valid JSON" in slow.recv(65536)
+        with connect(url) as blank:  # An empty line may come before a request.
+            blank.sendall(b"\r\n" + hello)
+            assert b" 400 Bad " in blank.recv(65536)
+
+
+def test_byte_with_which_tls_begins_is_one_as_others_are_within_a_body():
+    parser = wallet_server._Parser(Adjustments(max_request_body_size=100))
+    head = b"POST /api/register HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"
+    for data in (head, b"a", b"\x16", b"b"):
+        assert (parser.completed, parser.received(data)) == (False, len(data))
+    assert (parser.completed, parser.error) == (True, None)
+    assert parser.get_body_stream().read() == b"a\x16b"
 
 
 @pytest.mark.parametrize("server", ["waitress", "granian"])
@@ -230,6 +236,10 @@ def test_host_of_all_addresses_listens_on_both_families(server, tmp_path):
 # The issuer's token in logs #######################################################################
 
 ISSUER_TOKENS = (
+    "correct horse battery%e9staple and more",
+    "correct horse battery%C3%A9staple and more",
+    "correct?horse battery staple and more",
+    "correct horse#battery staple and more",
     "correct horse/battery+staple=and%41more",
     "".join(sorted(set(string.printable) - set(string.whitespace))),
     string.punctuation,
@@ -247,14 +257,15 @@ def test_issuers_token_may_be_any_printable_text_and_no_log_shows_it(token):
         registered = send(server.url, "POST", "/api/register", {"name": "Ada"}, token)
         assert registered[0] == 201
         assert send(server.url, "POST", "/api/register", {"name": "Ada"}, token[:-1])[0] == 401
-        for form in (quote(token, safe=""), re.sub("[^!-~]|[?#]", "", token)):
+        # As a client would write it into an address, and as a careless one would.
+        for form in (quote(token, safe=""), quote(token, safe=string.punctuation)):
             for path in (f"/{form}", f"/api/{form}/x", f"/api/account?at={form}", f"/?x={form}"):
                 got = send(
                     server.url,
                     "GET",
                     path,
                     token=registered[2]["token"],
-                    X_Request_Id=re.sub("[^A-Za-z0-9._-]", "", token)[:90] or "x",
+                    X_Request_Id=f"id-{token}" if token.isalnum() else "id",
                 )[0]
                 assert got in (400, 404, 500), path
         server.send_signal(signal.SIGTERM)
@@ -265,7 +276,8 @@ def test_issuers_token_may_be_any_printable_text_and_no_log_shows_it(token):
     assert "GET /*** 404" in shown
     assert token not in shown
     assert repr(token)[1:-1] not in shown
-    assert token[: len(token) // 2] not in shown.replace("***", "")
+    for part in re.split(r"[?#% ]", token):  # Nor what is left of it where it is cut.
+        assert len(part) < 8 or part not in shown
 
 
 @pytest.mark.parametrize("token", ["a" * 31, " " + "a" * 32, "a" * 32 + " ", "a" * 32 + "\n", "é" * 32])
@@ -334,7 +346,7 @@ def test_durations_have_the_wait_in_the_queue_and_gauges_show_it(file_wallet, ca
     assert busy == {"waiting": 11, "running": 1, "connections": 12}
     told_s = [record.duration_ms / 1000 for record in caplog.records if record.status == 201]
     assert min(told_s) >= 1  # Each has waited that long, and so its record says.
-    assert max(told_s) == pytest.approx(max(durations_s), rel=0.2)
+    assert 0.5 * max(durations_s) < max(told_s) <= max(durations_s)
     route = 'route="/api/transactions/topup"'
     total_s = value_of(text, f"wallet_request_duration_seconds_sum{{{route}}}")
     assert total_s == pytest.approx(sum(told_s), rel=0.01)
@@ -360,6 +372,46 @@ def test_request_behind_another_of_its_connection_counts_from_its_own_end(file_w
         while connection.recv(65536):
             pass
     assert [record.duration_ms >= 500 for record in caplog.records] == [True, True]
+
+
+def test_time_of_a_request_begins_with_its_last_byte(file_wallet, caplog):
+    caplog.set_level(logging.INFO, "wallet.access")
+    _, token = file_wallet.register("Ada")
+    head = f"POST /api/transactions/topup HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+    with watched_server(file_wallet, threads=1) as (url, _, server), connect(url) as connection:
+        connection.sendall(f'{head}{{"amount"'.encode())
+        deadline = time.monotonic() + 30
+        while not any(one.request for one in [*server.active_channels.values()]):
+            assert time.monotonic() < deadline
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            pass
+        connection.sendall(b": 5}")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 201")
+    (record,) = caplog.records
+    assert record.duration_ms < 1900
+
+
+def test_requests_behind_others_of_their_connection_wait_for_these_and_are_answered(
+    file_wallet, monkeypatch
+):
+    monkeypatch.setattr(wallet_server, "QUEUE_TIMEOUT_S", 0.3)
+    _, token = file_wallet.register("Ada")
+    slow, charge = threading.Event(), file_wallet.topup
+
+    def topup(*arguments, **options):
+        slow.wait(0.2)
+        return charge(*arguments, **options)
+
+    monkeypatch.setattr(file_wallet, "topup", topup)
+    head = f"POST /api/transactions/topup HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 13\r\n"
+    body = '\r\n{"amount": 5}'
+    with watched_server(file_wallet, threads=8) as (url, _, _):
+        sent = f"{head}{body}" * 4 + f"{head}Connection: close\r\n{body}"
+        received = raw_exchange(url, sent.encode())
+    assert received.count(b"HTTP/1.1 201 Created\r\n") == 5
 
 
 def test_refusals_are_counted_by_their_reason(file_wallet, monkeypatch):
@@ -466,6 +518,7 @@ def test_log_has_no_line_for_who_asks_all_day_but_at_debug():
                 send(server.url, "GET", path)
             for known in (token, None):
                 send(server.url, "GET", "/api/account", token=known, X_Polling="1")
+            send(server.url, "GET", "/api/transactions.csv", token=token, X_Polling="1")
             send(server.url, "GET", "/api/holds", token=token)
             send(server.url, "POST", topup, {"amount": 5}, token, X_Polling="1")
             server.send_signal(signal.SIGTERM)
@@ -474,7 +527,8 @@ def test_log_has_no_line_for_who_asks_all_day_but_at_debug():
         quiet = [f"GET {path}" for path in [*asked, "/api/account"]] * count
         assert sorted(shown) == sorted(
             # What is refused, and what moves money, is always there.
-            ["POST /api/register", "GET /api/account", "GET /api/holds", *quiet, f"POST {topup}"]
+            ["POST /api/register", "GET /api/account", "GET /api/holds", *quiet, f"POST {topup}",
+             "GET /api/transactions.csv"]
         )
 
 
@@ -541,7 +595,7 @@ def test_log_that_nobody_reads_keeps_nobody_waiting_and_says_later_what_is_missi
         dropped = int(value_of(text, "wallet_log_lines_dropped_total"))
         assert 0 < dropped < lines
         read = [json.loads(log.readline())["message"] for _ in range(lines - dropped + 2)]
-        assert read.count(f"{dropped} lines were dropped here: nobody read the log") == 1
+        assert sum(message.startswith(f"{dropped} lines of this log") for message in read) == 1
         assert sum(message.startswith("GET /nowhere 404") for message in read) == lines - dropped
 
 

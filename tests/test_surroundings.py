@@ -945,7 +945,7 @@ def test_granian_alone_may_answer_nobody_who_half_closes_and_one_key_has_one_eff
         reads = [half_close(url, requests_of(token)[0][0]) for _ in range(HALF_CLOSED)]
         writes = []
         for key in range(HALF_CLOSED):
-            request = requests_of(token)[3][0].replace("Host: x", f"Idempotency-Key: {key}")
+            request = requests_of(token)[3][0].replace("Host: x", f"Host: x\r\nIdempotency-Key: {key}")
             writes.append(half_close(url, request))
         assert b"" in reads
         assert b"" in writes
