@@ -27,6 +27,7 @@ import pytest
 from waitress.adjustments import Adjustments
 
 import wallet as wallet_module
+import wallet_cli
 import wallet_server
 from tests.support import (
     BUGGY,
@@ -597,6 +598,8 @@ def test_log_that_nobody_reads_keeps_nobody_waiting_and_says_later_what_is_missi
         read = [json.loads(log.readline())["message"] for _ in range(lines - dropped + 2)]
         assert sum(message.startswith(f"{dropped} lines of this log") for message in read) == 1
         assert sum(message.startswith("GET /nowhere 404") for message in read) == lines - dropped
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=15) == 0
 
 
 def test_log_that_nobody_reads_does_not_outlive_a_stop():
@@ -620,6 +623,52 @@ def test_log_whose_reader_is_gone_stops_nothing():
         os.close(here)
         for _ in range(3):
             assert send(server.url, "GET", "/nowhere")[0] == 404
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=15) == 0
+
+
+def handle(handler, *messages):
+    for message in messages:
+        handler.handle(logging.makeLogRecord({"msg": message}))
+    handler.flush()
+
+
+def test_lines_that_could_not_be_written_are_counted_and_told_once_there_is_room(tmp_path):
+    with open("/dev/full", "w") as disk, open(tmp_path / "log", "w") as other:
+        handler, counted = wallet_cli._LogHandler(disk), []
+        handler.count_dropped = lambda: counted.append(1)
+        handle(handler, "one", "two")
+        assert (handler.dropped, len(counted)) == (2, 2)
+        os.dup2(other.fileno(), disk.fileno())  # Somebody has made room.
+        handle(handler, "three", "four \udcff")
+    written = (tmp_path / "log").read_text().splitlines()
+    told = "2 lines of this log were dropped: nobody read it, or its disk was full"
+    assert written == ["three", told, "four \\udcff"]
+
+
+def test_log_waits_for_who_reads_a_pipe_that_does_not_wait():
+    here, there = os.pipe()
+    os.set_blocking(there, False)
+    lines = [f"{number:0900}" for number in range(200)]  # More than the pipe takes.
+    with os.fdopen(here) as log, os.fdopen(there, "w") as stream:
+        handler = wallet_cli._LogHandler(stream)
+        with ThreadPoolExecutor(1) as thread:
+            handled = thread.submit(handle, handler, *lines)
+            assert [log.readline() for _ in lines] == [f"{line}\n" for line in lines]
+            handled.result()
+    assert handler.dropped == 0
+
+
+def test_log_goes_where_a_program_has_put_it():
+    program = """
+import io, sys, wallet_cli
+sys.stderr = told = io.StringIO()
+code = wallet_cli.main()
+assert "started: wallet" in told.getvalue(), told.getvalue()
+sys.exit(code)
+"""
+    with served("--dsn", "sqlite://", "--metrics", "1", program=("-c", program)) as server:
+        assert send(server.url, "GET", "/metrics")[0] == 200
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=15) == 0
 
