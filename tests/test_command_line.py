@@ -374,6 +374,7 @@ def test_stop_does_not_wait_for_ever(monkeypatch):
         assert half.recv(1) == b""
 
 
+@pytest.mark.slow
 def test_wallet_that_drains_serves_everything_and_says_to_balancers_that_it_is_not_ready(tmp_path):
     with (
         served("--drain-s", "3", "--log-level", "warning", cwd=tmp_path) as server,

@@ -525,6 +525,7 @@ def test_what_is_done_elsewhere_is_shown_within_two_seconds_and_not_asked_for_wh
     )  # A stepped line, and each movement a step.
 
 
+@pytest.mark.slow
 @in_browser
 def test_page_that_stays_open_fills_no_log(kiosk, visit, caplog):
     caplog.set_level(logging.DEBUG, "wallet.access")

@@ -366,6 +366,7 @@ def check_problem(answer, status, error, retry_after=None):
 TOPUP = "POST", "/api/transactions/topup", '{"amount": 1}'
 
 
+@pytest.mark.slow
 def test_what_nginx_refuses_by_itself_is_a_problem_with_the_id_of_the_request(
     file_dsn, certificate, tmp_path
 ):
