@@ -522,7 +522,7 @@ def test_pods_have_no_rights_and_agree_with_the_image(workload):
     # No secret stands in the manifest, and each other variable is a setting.
     values = {one["name"] for one in container["env"] if "value" in one}
     assert values <= {"WALLET_MUST_EXIST", "WALLET_DRAIN_S"}
-    known = {one.variable for one in wallet_cli.SETTINGS} | {"WALLET_DRAIN_S"}
+    known = {one.variable for one in wallet_cli.SETTINGS}
     assert {one["name"] for one in container["env"]} <= known
 
 
