@@ -1,4 +1,4 @@
-"""The proxies of docs/operating.md and docs/scaling.md, real ones, before wallets that restart.
+"""The proxies of docs/proxies.md, real ones, before wallets that restart.
 
 What they run is what the pages say, but for ports, certificates and folders.
 """
@@ -56,10 +56,10 @@ CADDY = """
 HAPROXY = "global\n    maxconn 1000\n\n{snippet}"
 
 
-def snippet_of(page, proxy):
-    """Return what a page has for a proxy."""
-    (found,) = re.findall(rf"(?ms)^ *```{proxy}\n(.*?)^ *```", PAGES[page])
-    return textwrap.dedent(found)
+def snippets_of(proxy):
+    """Return what the page has for a proxy: in front of one wallet, and of several."""
+    one, several = re.findall(rf"(?ms)^ *```{proxy}\n(.*?)^ *```", PAGES["proxies.md"])
+    return textwrap.dedent(one), textwrap.dedent(several)
 
 
 def block_of(text, begin):
@@ -70,7 +70,7 @@ def block_of(text, begin):
 
 def several(proxy):
     """Return the snippet for one wallet, with that for several in its place, as the page says."""
-    whole, part = snippet_of("operating.md", proxy), snippet_of("scaling.md", proxy)
+    whole, part = snippets_of(proxy)
     begin = {"nginx": "upstream wallet", "caddy": "reverse_proxy", "haproxy": "backend wallet"}
     old = block_of(whole, begin[proxy])
     indent = re.match(" *", old)[0]
@@ -308,7 +308,7 @@ def test_restart_of_the_one_wallet_on_sqlite_is_waited_for_or_said_to_have_done_
     file_dsn, proxy, posts, certificate, tmp_path, report
 ):
     clients, restarts, surplus = restart_under_load(
-        proxy, snippet_of("operating.md", proxy), file_dsn, (free_port(),), posts, certificate,
+        proxy, snippets_of(proxy)[0], file_dsn, (free_port(),), posts, certificate,
         tmp_path,
     )  # fmt: skip
     report(f"{posts:,} POSTs, {restarts} restarts: {dict(clients.answers)}")
@@ -327,7 +327,7 @@ def test_each_documented_proxy_tells_who_asks_names_the_request_and_keeps_metric
     port = free_port()
     arguments = "--dsn", file_dsn, "--port", str(port), "--metrics", "1"
     with served(*arguments, "--trusted-proxy", "127.0.0.1") as server:
-        snippet = snippet_of("operating.md", proxy)
+        snippet = snippets_of(proxy)[0]
         with (
             behind(proxy, snippet, [port], certificate, tmp_path) as proxy_port,
             contextlib.closing(Client(proxy_port, number=7)) as client,
@@ -370,7 +370,7 @@ TOPUP = "POST", "/api/transactions/topup", '{"amount": 1}'
 def test_what_nginx_refuses_by_itself_is_a_problem_with_the_id_of_the_request(
     file_dsn, certificate, tmp_path
 ):
-    snippet = snippet_of("operating.md", "nginx")
+    snippet = snippets_of("nginx")[0]
     snippet = snippet.replace("proxy_read_timeout 30s", "proxy_read_timeout 1s")
     port = free_port()
     with Wallet(file_dsn) as wallet:

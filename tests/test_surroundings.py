@@ -816,13 +816,13 @@ def test_statement_that_breaks_off_lacks_its_last_line_where_nothing_else_tells(
 
 # A client that shuts down its sending side ########################################################
 
-DOCUMENTED = re.search("(?s)```nginx\n(.*?)```", PAGES["operating.md"])[1]
+DOCUMENTED = re.search("(?s)```nginx\n(.*?)```", PAGES["proxies.md"])[1]
 HALF_CLOSED = 20  # Requests. One alone may be answered before its end is seen.
 
 
 @contextlib.contextmanager
 def behind_documented_nginx(url, folder, left_out=()):
-    """Put an nginx before a wallet as docs/operating.md does, but for TLS. Yield its URL."""
+    """Put an nginx before a wallet as docs/proxies.md does, but for TLS. Yield its URL."""
     if not shutil.which("nginx"):
         pytest.skip("needs nginx: apt install nginx-light")
     port = free_port()
