@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import inspect
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from uv import find_uv_bin
 
 import wallet as wallet_module
 import wallet_cli
+import wallet_server
 from tests.support import (
     CONTRACT,
     HERE,
@@ -141,6 +143,14 @@ def all_tests():
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
+
+
+def test_code_is_small_enough_to_be_read():
+    source = (HERE / "wallet.py").read_bytes()
+    assert (source.count(b"\n") <= 2_700, len(source) <= 125_000) == (True, True)
+    parts = wallet_server._Parser, wallet_server._Task, wallet_server._Channel, wallet_server.Server
+    lines = "".join(map(inspect.getsource, parts)).splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 130  # Within waitress's own classes.
 
 
 def test_readme_has_at_most_200_lines_and_its_links_lead_somewhere():
