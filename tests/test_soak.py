@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import wallet_cli
 import wallet_server
 from tests.support import (
-    check_books,
     fill_with_topups,
     read_status,
     send,
@@ -152,7 +152,7 @@ def soak(dsn, seconds, program=("-m", "wallet")):
     assert crowd.odd == {}
     assert log == ""
     with Wallet(dsn) as wallet:
-        check_books(wallet)
+        wallet_cli.verify(wallet)
     early_kb, late_kb = median(sizes_kb[60:100]), median(sizes_kb[-20:])
     connections = int(re.search(r"(?m)^wallet_connections (\d+)", scrape)[1])
     return early_kb, late_kb, (
