@@ -2438,9 +2438,9 @@ def _parse_origins(origins: Sequence[str]) -> frozenset[str]:
     wrong = [one for one in origins if not re.fullmatch(form, one)]
     if wrong and list(origins) != ["*"]:
         raise ConfigurationError(
-            "WALLET_CORS_ORIGIN must be * alone, or origins as browsers send them, in lower case,"
-            " without a path or a slash behind, and without :443 or :80: such as"
-            f" https://shop.example or http://127.0.0.1:8000, and not {wrong[0]!r}")
+            "--cors-origin or WALLET_CORS_ORIGIN must be * alone, or origins as browsers send them,"
+            " in lower case, without a path or a slash behind, and without :443 or :80: such as"
+            f" https://shop.example or http://127.0.0.1:8000, and not {' '.join(origins)!r}")
     return frozenset(origins)
 
 

@@ -142,7 +142,7 @@ SETTINGS = (
     _Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
     _Setting("threads", "8", "how many connections to Postgres are kept, and how many requests"
              " waitress works on at once", range(1, 65)),
-    _Setting("drain-s", "0", "for how many seconds it goes on serving after SIGTERM, while /readyz"
+    _Setting("drain-s", "0", "how many seconds it serves on after SIGTERM or Ctrl-C, while /readyz"
              " answers 503, so that a balancer can look away first", range(301)),
     _Setting("currency", "", "a code of ISO 4217 such as USD, or a unit of your own with its number"
              " of decimals such as CRD/0, fixed when the database is made; USD if not given then"),
@@ -744,8 +744,7 @@ COMMANDS = (
 
 class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        message = message.replace("argument COMMAND: invalid choice:",
-                                  "no command, or the value of an unknown option:")
+        message = message.replace("argument COMMAND: invalid choice:", "there is no command")
         message = re.sub("^argument (--[a-z-]+):", r"\1", message)
         raise ConfigurationError(f"{_hide_tokens(message)}; see --help")
 
@@ -777,8 +776,19 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
                 f"--{one.name}", dest=one.name, metavar="VALUE", action=one.action,
                 default=argparse.SUPPRESS,
                 help=hidden or f"{one.meaning} [{one.variable}={one.default}]")
+    _refuse_unknown_options(arguments)
     given = vars(parser.parse_args(arguments))
     return given | load_settings(given)
+
+
+def _refuse_unknown_options(arguments: Sequence[str]) -> None:
+    """Raise ConfigurationError, which names the option that may have been meant."""
+    known = {"--help", "--version", *(f"--{one.name}" for one in SETTINGS),
+             *(name for command in COMMANDS for name in command.arguments)}
+    for option in (one.partition("=")[0] for one in arguments if one.startswith("--")):
+        if option not in known:
+            near = "".join(f" (is it {one}?)" for one in get_close_matches(option, known, 1))
+            raise ConfigurationError(f"there is no option {_hide_tokens(option)}{near}; see --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,7 +46,8 @@ class Metrics:
         gauge = partial(Gauge, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry)
         self.requests = counter(
-            "wallet_requests", "answers; other is what no route takes, or what was refused before",
+            "wallet_requests",
+            "answers; other has no route or method, or was refused before that was known",
             ["route", "method", "status"])
         self.durations = histogram(
             "wallet_request_duration_seconds",
@@ -55,11 +56,12 @@ class Metrics:
         self.movements = counter(
             "wallet_movements", "transactions that were made, by requests", ["type"])
         self.refusals = counter(
-            "wallet_refusals", "requests that were refused: the code of the answer, or queue for"
-            " those that waited too long, statements for one too many, slow for a client that was",
+            "wallet_refusals", "requests that were refused; reason is the code of the answer, or"
+            " queue: it waited too long, statements: too many at once, slow: its client was",
             ["route", "reason"])
         self.commits = histogram(
-            "wallet_commit_writes", "writes to a commit, of which SQLite's have several",
+            "wallet_commit_writes",
+            "how many writes one commit kept: SQLite commits several at once",
             buckets=WRITES_BUCKETS)
         self.errors = counter(
             "wallet_database_errors", "reads and writes that failed in the database", ["code"])
@@ -86,8 +88,8 @@ class Metrics:
         created = rb"(?m)^(# \w+ )?\w+_created\b.*\n"
         lines = re.sub(created, b"", generate_latest(self.registry))
         # The library has floats only, which round what is above 2**53.
-        name = "wallet_movement_amount_total"
-        lines += f"# HELP {name} their amounts, in minor units\n# TYPE {name} counter\n".encode()
+        name, meaning = "wallet_movement_amount_total", "the amounts of movements, in minor units"
+        lines += f"# HELP {name} {meaning}\n# TYPE {name} counter\n".encode()
         for type, amount in self.amounts.items():
             lines += f'{name}{{type="{type}"}} {amount}\n'.encode()
         return _Response(200, lines, {"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

@@ -189,7 +189,8 @@ class _Channel(HTTPChannel):
 class Server(TcpWSGIServer):
     channel_class, serve_until, looked_at = _Channel, math.inf, 0.0
     next_channel_cleanup = math.inf  # `turn` does it, by a clock that nobody can set.
-    warned_until, logger = 0.0, logging.Logger("waitress", logging.ERROR)
+    warned_until, is_draining = 0.0, False
+    logger = logging.Logger("waitress", logging.ERROR)
 
     def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
         self.url, self.sockets = url_of(bound), dict[int, Any]()
@@ -256,7 +257,11 @@ def _find_refusal(channel: _Channel, request: _Parser) -> WalletError | None:
 
 
 def _close_late(server: Server, now: float, idle_s: float) -> None:
-    """Close the connections of clients that are late, and say now and then if all are taken."""
+    """Close the connections of clients that are late. Say what an operator waits to hear."""
+    left_s = server.serve_until - now
+    if server.application.stopping and left_s > 0 and not server.is_draining:
+        server.is_draining = True
+        logger.info("draining for %.0f s: /readyz answers 503, and all else is served", left_s)
     if server.in_connection_overflow and now > server.warned_until:
         server.warned_until = now + WARNING_PAUSE_S
         logger.warning("all %d connections are taken: others wait", len(server.active_channels))
@@ -318,7 +323,8 @@ def bind(host: str, port: int) -> socket.socket:
             bound.bind((host, port))
         except OSError as error:
             kind = NotReady if error.errno in MAY_PASS else ConfigurationError
-            raise kind(f"cannot listen on {host} port {port}: {error.strerror}") from error
+            advice = ": stop what has it, or choose another" if kind is NotReady else ""
+            raise kind(f"cannot listen on {host} port {port}: {error.strerror}{advice}") from error
         failed.pop_all()
         return bound
 

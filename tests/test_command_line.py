@@ -92,11 +92,15 @@ def test_version_is_told():
         ),
         (["--port", "tcp://10.0.0.1:4000"], {}, "WALLET_PORT must be an integer"),
         ([], {"WALLET_CURRENCY": "Dollar"}, "three capital letters"),
-        (["--por"], {}, "wallet: unrecognized arguments: --por; see --help"),
+        (["--por"], {}, "wallet: there is no option --por (is it --port?); see --help"),
+        (["--frobnicate=1"], {}, "wallet: there is no option --frobnicate; see --help"),
+        (["seve"], {}, "wallet: there is no command 'seve' (choose from "),
+        (["--issuer-tokn", "s" * 40], {}, "there is no option --issuer-tokn (is it --issuer-token?)"),
+        (["s" * 40], {}, "there is no command '***' (choose from "),
         (
             ["--por", "4000"],
             {},
-            "wallet: no command, or the value of an unknown option: '4000' (choose from ",
+            "wallet: there is no option --por (is it --port?); see --help",
         ),
         (
             ["copy", "--from", "sqlite://"],
@@ -171,7 +175,7 @@ def test_port_in_use_is_one_line_and_exit_code_75(tmp_path):
         done = command("--port", str(port), cwd=tmp_path)
     assert done.returncode == 75
     assert (
-        done.stderr == f"wallet: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+        done.stderr == f"wallet: cannot listen on 127.0.0.1 port {port}: Address already in use: stop what has it, or choose another\n"
     )
 
 

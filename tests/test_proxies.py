@@ -24,7 +24,7 @@ from functools import partial
 import pytest
 
 from tests.support import PAGES, check_books, free_port, send, served, together, torture
-from wallet import BodyTooLarge, NotFound, OutcomeUnknown, Unavailable, Wallet
+from wallet import BodyTooLarge, HeadersTooLarge, NotFound, OutcomeUnknown, Unavailable, Wallet
 
 HOST = "wallet.example.com"
 PROXIES = ("nginx", "caddy", "haproxy")
@@ -336,13 +336,15 @@ def test_each_documented_proxy_tells_who_asks_names_the_request_and_keeps_metric
             status, headers, _ = client.ask("GET", "/api/account", **forged)
             assert (status, headers["Strict-Transport-Security"]) == (401, "max-age=31536000")
             (request_id,) = headers.get_all("X-Request-Id")
-            assert client.ask("GET", "/metrics")[0] == 404
+            for path in ("/metrics", "/%6detrics", "/metrics?a=1", "//metrics", "/x/../metrics"):
+                assert client.ask("GET", path)[0] in (400, 404), path
+                client.close()
         server.terminate()
         log = [json.loads(line) for line in server.communicate(timeout=30)[1].splitlines()]
     asked = [line for line in log if line.get("path") == "/api/account"]
     assert [(one["client"], one["request_id"]) for one in asked] == [("127.0.0.8", request_id)]
     assert request_id != "mine"
-    assert "/metrics" not in {line.get("path") for line in log}
+    assert ("/metrics", 200) not in {(line.get("path"), line.get("status")) for line in log}
 
 
 # What nginx answers by itself ####################################################################
@@ -383,6 +385,8 @@ def test_what_nginx_refuses_by_itself_is_a_problem_with_the_id_of_the_request(
         large = ask("POST", "/api/transactions/batch.csv", " " * (2**20 + 1), token)
         check_problem(large, 413, BodyTooLarge)
         check_problem(ask("GET", "/metrics"), 404, NotFound)
+        check_problem(ask("GET", "/livez", X="x" * 17_000), 431, HeadersTooLarge)
+        assert ask("GET", "/livez", X="x" * 15_000)[0] == 200
         status, headers, text = ask("GET", "/api/nothing")  # The wallet's own go through.
         assert (status, json.loads(text)["code"]) == (404, "not_found")
         assert "/openapi.yaml" in text
