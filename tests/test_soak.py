@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import cycle
 from statistics import median
 from urllib.parse import urlsplit
@@ -35,6 +36,7 @@ wallet._render = lambda *given: kept.append(b"x" * 150_000) or render(*given)
 sys.exit(wallet_cli.main())
 """
 CLIENTS = 16  # Twice as many as there are threads.
+LINGERERS = 4  # Threads that keep the other connections from being idle for too long.
 
 
 class Crowd:
@@ -45,9 +47,10 @@ class Crowd:
         self.counts, self.odd, self.stopped = Counter(), Counter(), threading.Event()
         self.netloc, self.used_at = urlsplit(url).netloc, {}
         self.idle = [self.connection() for _ in range(connections)]
-        self.threads = ThreadPoolExecutor(CLIENTS + 3)
+        self.threads = ThreadPoolExecutor(CLIENTS + LINGERERS + 2)
         list(self.threads.map(self.look, self.idle))
-        jobs = [self.linger, self.read_statements, self.read_statements, *[self.work] * CLIENTS]
+        jobs = [self.read_statements, self.read_statements, *[self.work] * CLIENTS]
+        jobs += [partial(self.linger, self.idle[start::LINGERERS]) for start in range(LINGERERS)]
         self.futures = [self.threads.submit(job) for job in jobs]
 
     def connection(self):
@@ -67,11 +70,11 @@ class Crowd:
         self.ask(200, "GET", "/api/account", None, self.tokens[0], connection=connection)
         self.used_at[connection] = time.monotonic()
 
-    def linger(self):
-        """Keep all connections open, and ask now and then on each, as a pool of a proxy does."""
-        for connection in cycle(self.idle):
+    def linger(self, connections):
+        """Keep connections open, and ask now and then on each, as a pool of a proxy does."""
+        for connection in cycle(connections):
             self.look(connection)
-            if self.stopped.wait(0.004):
+            if self.stopped.wait(10 / len(connections)):
                 return
 
     def read_statements(self):
@@ -83,7 +86,9 @@ class Crowd:
         connection, mine = self.connection(), random.Random()
         with contextlib.closing(connection):
             while not self.stopped.is_set():
-                token, kind = mine.choice(self.tokens), mine.random()
+                kind = mine.random()
+                # A batch has its accounts for a while, and others would wait for them.
+                token = mine.choice(self.tokens[:20] if kind < 0.002 else self.tokens[20:])
                 ask = lambda *given, token=token: self.ask(*given, token, connection=connection)  # noqa: E731
                 if kind < 0.002:
                     one = {"type": "topup", "amount": 1}
