@@ -146,8 +146,8 @@ SETTINGS = (
              " answers 503, so that a balancer can look away first", range(301)),
     _Setting("currency", "", "a code of ISO 4217 such as USD, or a unit of your own with its number"
              " of decimals such as CRD/0, fixed when the database is made; USD if not given then"),
-    _Setting("issuer-token", "", "at least 32 characters: only who sends them makes accounts and"
-             " tops them up, else everyone does"),
+    _Setting("issuer-token", "", "at least 32 characters; with it, only who sends it makes accounts"
+             " and tops them up, and without it everyone does"),
     _Setting("trusted-proxy", "", "the IP address of the proxy in front, which may tell the log"
              " where a request comes from"),
     _Setting("cors-origin", "", "an origin such as https://shop.example whose pages may use the"
