@@ -2682,6 +2682,7 @@ def test_unknown_route_is_404(api, path):
         ("GET", "/api/transactions/topup", "POST"),
         ("HEAD", "/api/transactions/charge", "POST"),
         ("OPTIONS", "/api/transactions", "GET, HEAD"),
+        ("DELETE", "/api/holds", "GET, HEAD, POST"),
         ("POST", "/livez", "GET, HEAD"),
         ("PATCH", "/", "GET, HEAD"),
         ("DELETE", "/api/transactions/txn_0000000000000000_1", "GET, HEAD"),

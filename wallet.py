@@ -2253,7 +2253,7 @@ class App:
         except HTTPError as error:
             if error.status_code != 405:
                 raise NotFound("There is no such route; /openapi.yaml lists them all.") from None
-            allow = error.headers["Allow"].replace("GET", "GET, HEAD")
+            allow = error.headers["Allow"].replace(",", ", ").replace("GET", "GET, HEAD")
             asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD")
             shared = asked and "Access-Control-Allow-Origin" in self._cors_headers(environ)
             if shared and environ["REQUEST_METHOD"] == "OPTIONS":  # A browser's preflight.
