@@ -453,7 +453,8 @@ def is_firing(tmp_path, alert, before, after):
     """Would Prometheus fire this alert, if the scrapes were these for as long as it takes?"""
     rules, known = alerts()
     (tmp_path / "rules.yaml").write_text(rules)
-    samples = re.compile(r"(?m)^(wallet_\w+)(?:\{(.*)\})? (\S+)$")
+    # What only grows: a gauge does not go on as it did.
+    samples = re.compile(r"(?m)^(wallet_\w+_(?:total|bucket|count|sum))(?:\{(.*)\})? (\S+)$")
     earlier = {(name, labels): value for name, labels, value in samples.findall(before)}
     series = []
     for name, labels, value in samples.findall(after):
