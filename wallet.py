@@ -2158,6 +2158,7 @@ PREFLIGHT = {
 
 
 def too_many_statements() -> Unavailable:
+    """Return the error of who asks for one statement more than STATEMENTS_MAX."""
     return Unavailable("Enough statements are being sent already, so try again.",
                        reason="statements")
 
@@ -2206,7 +2207,7 @@ class App:
                     method, path, answer.status, round(duration_s * 1000, 1), request_id,
                     getattr(caller, "id", caller), self._client(environ))
         if self.metrics:
-            self.metrics.count(environ.get(ROUTE), method, answer, duration_s)
+            self.metrics.count(route, method, answer, duration_s)
         start_response(status, headers)
         return [] if method == "HEAD" else body
 

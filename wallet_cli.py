@@ -385,8 +385,8 @@ class _LogHandler(QueueHandler):
                 known = {"name": logger.name, "levelno": logging.WARNING, "levelname": "WARNING",
                          "msg": f"{dropped - told} lines of this log were dropped: nobody read it,"
                                 " or its disk was full"}
-                self._write_line(self.format(logging.makeLogRecord(known)))
-                told = dropped
+                is_told = self._write_line(self.format(logging.makeLogRecord(known)))
+                told = dropped if is_told else told
             self.lines.task_done()
 
     def _write_line(self, line: str) -> bool:

@@ -74,7 +74,6 @@ QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those befo
 # Why a socket cannot be had yet: another process has the port, or the network is not up.
 MAY_PASS = errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_AGAIN
 
-
 TLS = b"\x16"  # With which a handshake begins (RFC 8446, section 5.1), and no request does.
 NO_TLS = "this port does not speak TLS: use http, or a proxy that has a certificate"
 # What two servers in a row might read in two ways: that is how a request is smuggled past a proxy

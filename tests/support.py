@@ -665,6 +665,17 @@ def under_granian(dsn, **settings):
         server.wait(timeout=30)
 
 
+def wait_for_answer(url, process=None):
+    """Wait until somebody answers there, while the process lives, if one is given."""
+    deadline = time.monotonic() + 30
+    while True:
+        with contextlib.suppress(OSError):
+            return send(url, "GET", "/livez")
+        assert process is None or process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def read_start(process):
     """Return the URL of a wallet whose log is read here, or None, and what that has so far."""
     told = ""

@@ -43,6 +43,7 @@ from tests.support import (
     raw_exchange,
     send,
     served,
+    wait_for_answer,
 )
 from wallet import AMOUNT_MAX, ConfigurationError, Wallet, create_app, running
 
@@ -66,13 +67,9 @@ def any_url(request):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 30
+    url = f"http://127.0.0.1:{port}"
     try:
-        while True:
-            with contextlib.suppress(OSError):
-                send(url, "GET", "/livez")
-                break
-            assert time.monotonic() < deadline
+        wait_for_answer(url, server)
         yield url
     finally:
         server.terminate()
@@ -219,13 +216,9 @@ def test_host_of_all_addresses_listens_on_both_families(server, tmp_path):
             stderr=written,
         )
     try:
-        deadline = time.monotonic() + 30
         for host in ("127.0.0.1", "[::1]"):
-            while True:
-                with contextlib.suppress(OSError):
-                    assert send(f"http://{host}:{port}", "GET", "/openapi.yaml")[0] == 200
-                    break
-                assert time.monotonic() < deadline
+            wait_for_answer(f"http://{host}:{port}", process)
+            assert send(f"http://{host}:{port}", "GET", "/openapi.yaml")[0] == 200
     finally:
         process.terminate()
         process.wait(timeout=30)

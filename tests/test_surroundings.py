@@ -45,6 +45,7 @@ from tests.support import (
     together,
     under_granian,
     unnamed,
+    wait_for_answer,
 )
 from wallet import (
     AccountNotFound,
@@ -767,13 +768,7 @@ def behind_nginx(url, folder):
     config.write_text(NGINX.format(folder=folder, port=port, url=url))
     proxy = subprocess.Popen(["nginx", "-c", config], stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 30
-        while True:
-            with contextlib.suppress(OSError):
-                send(f"http://127.0.0.1:{port}", "GET", "/livez")
-                break
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_answer(f"http://127.0.0.1:{port}", proxy)
         yield f"http://127.0.0.1:{port}"
     finally:
         proxy.terminate()
@@ -846,14 +841,7 @@ def behind_documented_nginx(url, folder, left_out=()):
     command = ["nginx", "-c", folder / "nginx.conf"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as proxy:
         try:
-            deadline = time.monotonic() + 30
-            while True:
-                with contextlib.suppress(OSError):
-                    send(f"http://127.0.0.1:{port}", "GET", "/livez")
-                    break
-                assert proxy.poll() is None, (folder / "errors").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_for_answer(f"http://127.0.0.1:{port}", proxy)
             yield f"http://127.0.0.1:{port}"
         finally:
             proxy.terminate()
