@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import sqlite3
@@ -641,7 +642,14 @@ def test_lines_that_could_not_be_written_are_counted_and_told_once_there_is_room
     assert written == ["three", told, "four \\udcff"]
 
 
-def test_log_waits_for_who_reads_a_pipe_that_does_not_wait():
+def test_log_waits_for_who_reads_a_pipe_that_does_not_wait(monkeypatch):
+    is_full, select_really = threading.Event(), select.select
+
+    def look(*files):
+        is_full.set()
+        return select_really(*files)
+
+    monkeypatch.setattr(select, "select", look)
     here, there = os.pipe()
     os.set_blocking(there, False)
     lines = [f"{number:0900}" for number in range(200)]  # More than the pipe takes.
@@ -649,6 +657,7 @@ def test_log_waits_for_who_reads_a_pipe_that_does_not_wait():
         handler = wallet_cli._LogHandler(stream)
         with ThreadPoolExecutor(1) as thread:
             handled = thread.submit(handle, handler, *lines)
+            assert is_full.wait(timeout=30)
             assert [log.readline() for _ in lines] == [f"{line}\n" for line in lines]
             handled.result()
     assert handler.dropped == 0
