@@ -71,8 +71,11 @@ WATCH_INTERVAL_S = 1  # Between two looks for clients that are late.
 STOP_TIMEOUT_S = 10  # To finish when the server is told to stop. Supervisors often kill after 30 s.
 STOP_IDLE_S = 0.5  # A connection that was used so recently may be sending its next request.
 QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take.
-# Why a socket cannot be had yet: another process has the port, or the network is not up.
-MAY_PASS = errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_AGAIN
+# Why a socket cannot be had yet, and what to do.
+MAY_PASS = {errno.EADDRINUSE: "stop what has it, or choose another",
+            errno.EADDRNOTAVAIL: "name an address of this machine, or wait for its network",
+            socket.EAI_AGAIN: "name an address of this machine, or wait for its network"}
+CHOOSE = "name an address of this machine, and a port from 1024 on"  # Those below are for root.
 
 TLS = b"\x16"  # With which a handshake begins (RFC 8446, section 5.1), and no request does.
 NO_TLS = "this port does not speak TLS: use http, or a proxy that has a certificate"
@@ -322,8 +325,9 @@ def bind(host: str, port: int) -> socket.socket:
             bound.bind((host, port))
         except OSError as error:
             kind = NotReady if error.errno in MAY_PASS else ConfigurationError
-            advice = ": stop what has it, or choose another" if kind is NotReady else ""
-            raise kind(f"cannot listen on {host} port {port}: {error.strerror}{advice}") from error
+            advice = MAY_PASS.get(error.errno or 0, CHOOSE)
+            raise kind(f"cannot listen on {host} port {port}: {error.strerror}: {advice}"
+                       ) from error
         failed.pop_all()
         return bound
 

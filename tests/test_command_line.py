@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -124,7 +125,11 @@ def test_bad_start_is_one_line_and_exit_code_2(refusal, arguments, settings, mes
             ["--dsn", "sqlite:////no/such/folder/wallet.db"],
             "cannot open /no/such/folder/wallet.db: No such file",
         ),
-        (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 0: "),
+        (
+            ["--host", "203.0.113.1"],
+            "cannot listen on 203.0.113.1 port 0: Cannot assign requested address:"
+            " name an address of this machine, or wait for its network",
+        ),
         (["--dsn", "sqlite://", "--must-exist", "1"], "there is no wallet in memory"),
     ],
 )
@@ -176,6 +181,18 @@ def test_port_in_use_is_one_line_and_exit_code_75(tmp_path):
     assert done.returncode == 75
     assert (
         done.stderr == f"wallet: cannot listen on 127.0.0.1 port {port}: Address already in use: stop what has it, or choose another\n"
+    )
+
+
+def test_port_that_is_for_root_is_one_line_and_exit_code_2():
+    first = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+    if not first.exists() or int(first.read_text()) <= 81:
+        pytest.skip("needs a system that keeps port 81 for root")
+    done = command("--dsn", "sqlite://", "--port", "81", without="-net_bind_service")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "wallet: cannot listen on 127.0.0.1 port 81: Permission denied:"
+        " name an address of this machine, and a port from 1024 on\n"
     )
 
 
