@@ -142,3 +142,14 @@ WITH halves AS (
     FROM transfers
 )
 SELECT * FROM found WHERE wrong IS NOT NULL ORDER BY account_id, sequence;
+
+-- A key of the issuer is that of an entry in the account that is noted for it.
+-- This looks at all accounts at once.
+SELECT 'issuer_keys' AS table_name, account_id, CAST(NULL AS BIGINT) AS sequence,
+       'no entry of this account has its key' AS wrong
+FROM issuer_keys
+WHERE NOT EXISTS (
+    SELECT 1 FROM transactions
+    WHERE transactions.account_id = issuer_keys.account_id
+        AND transactions.idempotency_key = issuer_keys.idempotency_key)
+ORDER BY account_id;

@@ -38,6 +38,10 @@ CREATE TABLE IF NOT EXISTS accounts (
     updated_at     BIGINT           NOT NULL
 );
 
+-- Accounts are listed newest first, and what a name begins with is looked for
+-- here, without the accounts.
+CREATE INDEX IF NOT EXISTS accounts_by_time ON accounts (created_at, id, name);
+
 -- One row per movement of money, and per hold that was made or released: all
 -- that has an idempotency key. Written once and never changed. The sequence
 -- counts 1, 2, 3 ... within the account, without gaps. balance is the
@@ -91,3 +95,11 @@ CREATE TABLE IF NOT EXISTS holds (
 
 -- What is active is found without what is over.
 CREATE INDEX IF NOT EXISTS active_holds ON holds (account_id, expires_at) WHERE status = 'active';
+
+-- One row per idempotency key with which the issuer had an effect: in which
+-- account that was, so that the key has none in another. It stands here in the
+-- form in which transactions has it, where no account can send it.
+CREATE TABLE IF NOT EXISTS issuer_keys (
+    idempotency_key TEXT COLLATE "C" NOT NULL PRIMARY KEY CHECK (length(idempotency_key) = 65),
+    account_id      TEXT COLLATE "C" NOT NULL
+);

@@ -54,6 +54,7 @@ from tests.support import (
     like,
     path_of,
     raw_exchange,
+    routes_of,
     schema_of,
     send,
     served,
@@ -69,6 +70,7 @@ from wallet import (
     BalanceLimitExceeded,
     ConfigurationError,
     CursorBeyondEnd,
+    Forbidden,
     HoldNotActive,
     IdempotencyKeyReused,
     InsufficientFunds,
@@ -1583,14 +1585,14 @@ BAD_TIMES = [
 def test_time_of_rfc_3339_is_taken_and_told_in_utc(dated):
     for sent, taken in TIMES.items():
         for query in {quote(sent), sent.replace(" ", "%20")}:  # A bare plus is one too.
-            assert dated.api.send("GET", f"/api/account?at={query}", status=200).json["at"] == taken
+            assert dated.api.send("GET", f"/api/account/balance?at={query}", status=200).json["at"] == taken
         counted = len(dated.wallet.transactions(dated.id, since=taken).transactions)
         assert len(dated.wallet.transactions(dated.id, since=sent).transactions) == counted
 
 
 def test_time_that_is_not_of_rfc_3339_is_refused(dated):
     for time_ in BAD_TIMES:
-        for path in ("transactions?since", "transactions.csv?until", "account?at"):
+        for path in ("transactions?since", "transactions.csv?until", "account/balance?at"):
             answer = dated.api.send("GET", f"/api/{path}={quote(time_)}", status=400).json
             assert answer["code"] == "malformed_request"
             assert "RFC 3339" in answer["detail"]
@@ -1623,7 +1625,7 @@ def test_balance_at_a_time_is_that_after_the_last_entry_until_then(dated):
         ("9999-12-31T23:59:59.9999999Z", "9999-12-31T23:59:59.999999Z", 10),
         ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000000Z", 0),
     ):
-        past = dated.api.send("GET", f"/api/account?at={at}", status=200).json
+        past = dated.api.send("GET", f"/api/account/balance?at={at}", status=200).json
         assert past == {
             "id": dated.id,
             "name": "Ada",
@@ -2029,49 +2031,148 @@ def test_with_an_issuer_only_its_token_makes_and_fills_accounts(shop):
     for path, body in (
         ("/api/register", {"name": "Eve"}),
         ("/api/transactions/topup", {"amount": 5}),
-        ("/api/transactions/topup", {"account": shop.id, "amount": 5}),
         (f"/api/transactions/{charge}/refund", {}),
     ):
-        assert shop.ada.send("POST", path, body, status=403).json["code"] == "forbidden"
+        refused = shop.ada.send("POST", path, body, status=403).json
+        assert refused["detail"] == "This wallet has an issuer, and this needs its token."
     batch = {"transactions": [{"type": "charge", "amount": 5}, {"type": "topup", "amount": 5}]}
     refused = shop.ada.send("POST", "/api/transactions/batch", batch, status=403).json
     assert (refused["code"], refused["index"]) == ("forbidden", 1)
     del batch["transactions"][1]
     shop.ada.send("POST", "/api/transactions/batch", batch, status=201)
     assert shop.ada.send("GET", "/api/account").json["balance"] == 65
-    refund = shop.issuer.send(
-        "POST", f"/api/transactions/{charge}/refund", Idempotency_Key="r", status=201
-    ).json
-    assert (refund["balance"], refund["reference"]) == (95, charge)
 
 
-def test_issuer_names_the_account_and_its_keys_are_remembered(shop):
-    def topup(status, **body):
-        return shop.issuer.send(
-            "POST", "/api/transactions/topup", body, Idempotency_Key="t", status=status
-        )
+def test_issuer_does_for_an_account_all_that_the_account_does_for_itself(shop):
+    """What it makes is what the account sees, and the other way round."""
 
-    first = topup(201, account=shop.id, amount=5)
-    assert topup(201, account=shop.id, amount=5).body == first.body
-    assert topup(422, account=shop.id, amount=6).json["code"] == "idempotency_key_reused"
-    assert topup(422, amount=5).json["errors"][0]["pointer"] == "#/account"
-    assert topup(404, account="acc_0000000000000000", amount=5).json["code"] == "account_not_found"
+    def send(method, tail, body=None, status=200, **headers):
+        return shop.issuer.send(method, shop.path + tail, body, status=status, **headers)
+
+    bob = shop.issuer.send("POST", "/api/register", {"name": "Bob"}, status=201).json["id"]
+    charge = send("POST", "/transactions/charge", {"amount": 30}, 201, Idempotency_Key="c")
+    again = send("POST", "/transactions/charge", {"amount": 30}, 201, Idempotency_Key="c")
+    assert again.json == charge.json
+    assert again.headers["Idempotent-Replayed"] == "true"
+    charge = charge.json["id"]
+    refund = send("POST", f"/transactions/{charge}/refund", {"amount": 10}, 201).json
+    assert (refund["balance"], refund["reference"]) == (80, charge)
+    assert send("POST", f"/transactions/{charge}/refund", None, 201).json["amount"] == 20
+    sent = send("POST", "/transactions/transfer", {"to": bob, "amount": 40}, 201).json
+    assert (sent["type"], sent["reference"], sent["balance"]) == ("transfer_out", bob, 60)
+    held, other = (
+        send("POST", "/holds", {"amount": amount}, 201).json["id"] for amount in (20, 15)
+    )
+    assert send("GET", "").json == shop.ada.send("GET", "/api/account").json
+    assert [send("GET", "").json[name] for name in ("available", "holds_active")] == [25, 2]
+    assert send("POST", f"/holds/{held}/capture", {"amount": 5}, 201).json["reference"] == held
+    assert send("POST", f"/holds/{other}/release", None, 201).json["status"] == "released"
+    for tail in (f"/transactions/{charge}", "/transactions?limit=2", f"/holds/{held}", "/holds"):
+        near, far = send("GET", tail), shop.ada.send("GET", f"/api{tail}", status=200)
+        assert (near.json, near.headers.get("Link")) == (far.json, far.headers.get("Link"))
+    assert send("GET", "/transactions.csv").body == shop.ada.send("GET", "/api/transactions.csv").body
+    at = refund["created_at"]
+    past = send("GET", f"/balance?at={at}").json
+    assert past == shop.ada.send("GET", f"/api/account/balance?at={at}").json
+    assert (past["balance"], past["at"]) == (80, at)
+    assert send("POST", "/freeze").json["frozen"] is True
+    refused = send("POST", "/transactions/topup", {"amount": 5}, 403).json
+    assert refused["code"] == "account_frozen"
+    assert send("POST", "/unfreeze", {}).json == shop.ada.send("GET", "/api/account").json
+    replaced = send("POST", "/token", status=201).json
+    shop.ada.send("GET", "/api/account", status=401)
+    shop.ada.token = replaced.pop("token")
+    assert shop.ada.send("GET", "/api/account", status=200).json == replaced
+
+
+def test_issuer_that_asks_about_nothing_is_told_so(shop):
+    for path in ("/api/accounts/acc_0000000000000000", "/api/accounts/acc_1", "/api/accounts/"):
+        shop.issuer.send("GET", path, status=404)
+    nobody = "/api/accounts/acc_0000000000000000"
+    for method, tail, body in (
+        ("GET", "/transactions", None),
+        ("GET", "/transactions.csv", None),
+        ("GET", "/holds", None),
+        ("GET", "/balance?at=2026-11-22T09:30:30Z", None),
+        ("POST", "/transactions/topup", {"amount": 5}),
+        ("POST", "/holds", {"amount": 5}),
+        ("POST", "/freeze", None),
+        ("POST", "/unfreeze", None),
+        ("POST", "/token", None),
+    ):
+        refused = shop.issuer.send(method, nobody + tail, body, status=404).json
+        assert refused["code"] == "account_not_found"
+    assert shop.wallet.database.read(lambda tx: tx("SELECT * FROM issuer_keys")) == []
+    bob = shop.wallet.register("Bob")[0].id
+    topup = shop.wallet.topup(bob, 5).id
+    refused = shop.issuer.send("GET", f"{shop.path}/transactions/{topup}", status=404).json
+    assert refused["code"] == "not_found"
+
+
+def test_issuer_makes_a_batch_over_many_accounts(shop):
     bob = shop.issuer.send("POST", "/api/register", {"name": "Bob"}, status=201).json["id"]
     movements = [
         {"account": account, "type": type, "amount": 5}
         for account in (shop.id, bob)
         for type in ("topup", "charge")
     ]
-    made = shop.issuer.send(
-        "POST", "/api/transactions/batch", {"transactions": movements}, status=201
-    ).json
-    assert [one["balance"] for one in made["transactions"]] == [110, 105, 5, 0]
+
+    def batch(status, *accounts):
+        body = {"transactions": [one for one in movements if one["account"] in accounts]}
+        path = "/api/transactions/batch"
+        return shop.issuer.send("POST", path, body, Idempotency_Key="b", status=status)
+
+    made = batch(201, shop.id, bob)
+    assert [one["balance"] for one in made.json["transactions"]] == [105, 100, 5, 0]
+    assert batch(201, shop.id, bob).headers["Idempotent-Replayed"] == "true"
+    assert batch(422, bob).json["code"] == "idempotency_key_reused"
     movements[2]["amount"] = 1
     refused = shop.issuer.send(
         "POST", "/api/transactions/batch", {"transactions": movements}, status=402
     ).json
     assert refused["index"] == 3
-    assert shop.issuer.send("POST", "/api/transactions/txn_0000000000000000_1/refund", status=404)
+    assert shop.wallet.account(bob).balance == 0
+
+
+def test_key_of_the_issuer_has_its_effect_in_one_account_however_it_is_sent(shop):
+    """Also at once: both would be done where each account only looked at its own keys."""
+    bob = shop.issuer.send("POST", "/api/register", {"name": "Bob"}, status=201).json["id"]
+
+    def topup(account, key, amount=5, client=shop.issuer):
+        path = f"/api/accounts/{account}/transactions/topup"
+        return client.send("POST", path, {"amount": amount}, Idempotency_Key=key)
+
+    assert topup(shop.id, "k").status_int == 201
+    refused = topup(bob, "k")
+    assert (refused.status_int, refused.json["code"]) == (422, "idempotency_key_reused")
+    path = f"/api/accounts/{bob}/holds"
+    shop.issuer.send("POST", path, {"amount": 1}, Idempotency_Key="k", status=422)
+    assert topup(shop.id, "k").headers["Idempotent-Replayed"] == "true"
+    assert topup(shop.id, "k", 6).json["code"] == "idempotency_key_reused"
+    # What had no effect leaves the key free.
+    shop.wallet.freeze(shop.id)
+    assert topup(shop.id, "free").status_int == 403
+    assert topup(bob, "free").status_int == 201
+    shop.wallet.freeze(shop.id, False)
+    # An account's own keys are none of the issuer's, and none of another account's.
+    for client in (shop.ada, Client(shop.app, shop.wallet.replace_token(bob))):
+        body = {"amount": 1}
+        client.send("POST", "/api/transactions/charge", body, Idempotency_Key="k", status=201)
+    before = shop.wallet.account(shop.id).balance, shop.wallet.account(bob).balance
+    for round in range(10):
+        accounts = [shop.id, bob] * 4
+        clients = [Client(shop.app, ISSUER_TOKEN) for _ in accounts]
+        answers = together(
+            *[
+                partial(topup, account, f"race {round}", client=client)
+                for account, client in zip(accounts, clients, strict=True)
+            ]
+        )
+        done = {one.json["id"] for one in answers if one.status_int == 201}
+        assert (len(done), {one.status_int for one in answers}) == (1, {201, 422})
+    after = shop.wallet.account(shop.id).balance, shop.wallet.account(bob).balance
+    assert sum(after) - sum(before) == 10 * 5
+    check_books(shop.wallet)
 
 
 def test_account_cannot_take_the_issuers_keys_before_it(shop):
@@ -2081,32 +2182,118 @@ def test_account_cannot_take_the_issuers_keys_before_it(shop):
         shop.ada.send(
             "POST", "/api/transactions/charge", {"amount": 1}, Idempotency_Key=key, status=status
         )
-    done = shop.issuer.send(
-        "POST", "/api/transactions/topup", {"account": shop.id, "amount": 5}, Idempotency_Key="k"
-    )
+    path = f"{shop.path}/transactions/topup"
+    done = shop.issuer.send("POST", path, {"amount": 5}, Idempotency_Key="k")
     assert (done.status_int, done.json["amount"]) == (201, 5)
 
 
-def test_issuer_does_nothing_else(shop):
-    """The router itself says what there is."""
-    allowed = {
-        name
-        for name, route in ROUTES.items()
-        if route.config.get("issuer") or route.config.get("public")
-    }
-    assert allowed - OPEN_ROUTES == {
-        "POST /api/transactions/topup",
-        "POST /api/transactions/batch",
-        "POST /api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>/refund",
-    }
-    for name in (
-        *sorted(ISSUER_TOKEN),
+def test_issuer_lists_accounts_by_page_name_and_time(shop):
+    names = ["Bob", "Bobby", "bob", "Ümit", "Bo_b", "Bo%b"]
+    made = [shop.wallet.register(name)[0] for name in names]
+    newest_first = [api_json(one) for one in (*made[::-1], shop.wallet.account(shop.id))]
+
+    def ask(query=""):
+        return shop.issuer.send("GET", f"/api/accounts{query}", status=200)
+
+    assert ask().json == {"accounts": newest_first, "next_cursor": None}
+    found, answer = [], ask("?limit=3")
+    while True:
+        found += answer.json["accounts"]
+        if not (cursor := answer.json["next_cursor"]):
+            break
+        assert answer.headers["Link"] == f'<?limit=3&cursor={cursor}>; rel="next"'
+        shop.wallet.register("Later")  # It shifts nothing.
+        answer = ask(f"?limit=3&cursor={cursor}")
+    assert found == newest_first
+    for prefix, expected in (
+        ("Bob", ["Bobby", "Bob"]),
+        ("Bo_", ["Bo_b"]),
+        ("Bo%25", ["Bo%b"]),
+        ("%C3%9C", ["Ümit"]),
+        ("Bobby+", []),
+    ):
+        page = ask(f"?name={prefix}").json["accounts"]
+        assert [one["name"] for one in page] == expected
+    first, last = (quote(made[index].created_at.isoformat()) for index in (1, 4))
+    between = ask(f"?since={first}&until={last}").json["accounts"]
+    assert [one["name"] for one in between] == ["Ümit", "bob", "Bobby"]
+    cursor = made[2].id
+    rest = ask(f"?since={first}&until={last}&cursor={cursor}&name=B").json["accounts"]
+    assert [one["name"] for one in rest] == ["Bobby"]
+    assert ask(f"?since={first}&until={first}").json["accounts"] == []
+    for query in (
+        "limit=0", "limit=101", "cursor=", "cursor=acc_0000000000000000", "cursor=x%00", "since=x",
+        "until=", "name=%00", "name=" + "x" * 101, "x=1", "limit=1&limit=2",
+    ):  # fmt: skip
+        refused = shop.issuer.send("GET", f"/api/accounts?{query}", status=400).json
+        assert refused["code"] == "malformed_request"
+
+
+def test_accounts_that_were_made_in_one_microsecond_are_all_listed(wallet):
+    made = {wallet.register(f"Account {number}")[0].id for number in range(7)}
+    wallet.database.write(lambda tx: tx("UPDATE accounts SET created_at = 1"))
+    listed, cursor = [], None
+    while True:
+        page = wallet.account_page(limit=2, cursor=cursor)
+        listed += [one.id for one in page.accounts]
+        if not (cursor := page.next_cursor):
+            break
+    assert listed == sorted(made, reverse=True)
+
+
+def test_holds_are_listed_by_status(wallet, ada, monkeypatch):
+    wallet.topup(ada.id, 1000)
+    active, captured, released, expiring = (
+        wallet.hold(ada.id, amount, expires_in_s=60 if amount == 4 else None).id
+        for amount in (1, 2, 3, 4)
+    )
+    wallet.capture(ada.id, captured)
+    wallet.release(ada.id, released)
+    assert wallet.account(ada.id).holds_active == 2
+    monkeypatch.setattr(wallet_module, "_now_us", lambda: time.time_ns() // 1000 + 120_000_000)
+    api = Client(create_app(wallet), wallet.replace_token(ada.id))
+    for _ in range(2):  # Before the tables know that one has expired, and after.
+        assert wallet.account(ada.id).holds_active == 1
+        for status, expected in (
+            ("active", active), ("captured", captured), ("released", released),
+            ("expired", expiring),
+        ):  # fmt: skip
+            page = api.send("GET", f"/api/holds?status={status}", status=200).json
+            assert [(one["id"], one["status"]) for one in page["holds"]] == [(expected, status)]
+        wallet.database.write(lambda tx: wallet._end_expired(tx, ada.id, wallet_module._now_us()))
+    for _ in range(4):
+        wallet.release(ada.id, wallet.hold(ada.id, 1).id)
+    second = wallet.hold(ada.id, 1).id
+    page = api.send("GET", "/api/holds?limit=1&status=active", status=200)
+    assert (page.json["holds"][0]["id"], page.json["next_cursor"]) == (second, second)
+    assert page.headers["Link"] == f'<?limit=1&status=active&cursor={second}>; rel="next"'
+    page = api.send("GET", f"/api/holds?status=active&cursor={second}", status=200).json
+    assert ([one["id"] for one in page["holds"]], page["next_cursor"]) == ([active], None)
+    for status in ("", "Active", "all", "a%25"):
+        api.send("GET", f"/api/holds?status={status}", status=400)
+
+
+def test_wallet_says_in_what_it_keeps_money_and_whether_it_has_an_issuer(wallet):
+    for issuer in (None, ISSUER_TOKEN):
+        told = Client(create_app(wallet, issuer)).send("GET", "/api/wallet", status=200).json
+        assert told == {"currency": "USD", "currency_digits": 2, "has_issuer": bool(issuer)}
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *sorted(set(ISSUER_TOKEN)),
         ISSUER_TOKEN[:-1],
         ISSUER_TOKEN + "x",
         ISSUER_TOKEN.upper(),
-        "",
-    ):
-        Client(shop.app, name or "x").send("POST", "/api/register", {"name": "Eve"}, status=401)
+        "x",
+    ],
+)
+def test_what_is_only_like_the_issuers_token_is_refused(token):
+    with Wallet() as wallet:
+        app = create_app(wallet, ISSUER_TOKEN)
+        Client(app, token).send("POST", "/api/register", {"name": "Eve"}, status=401)
+        Client(app, token).send("GET", "/api/accounts", status=401)
 
 
 def test_without_an_issuer_its_token_and_an_account_in_the_body_mean_nothing(api, wallet):
@@ -2256,9 +2443,9 @@ def test_keys_of_the_issuer_are_none_that_a_transfer_becomes_elsewhere(shop):
     bob = shop.issuer.send("POST", "/api/register", {"name": "Bob"}, status=201).json["id"]
     body = {"to": bob, "amount": 5}
     shop.ada.send("POST", "/api/transactions/transfer", body, Idempotency_Key="t", status=201)
-    body = {"account": bob, "amount": 5}
+    path = f"/api/accounts/{bob}/transactions/topup"
     done = shop.issuer.send(
-        "POST", "/api/transactions/topup", body, Idempotency_Key=f"{shop.id} 1 t", status=201
+        "POST", path, {"amount": 5}, Idempotency_Key=f"{shop.id} 1 t", status=201
     )
     assert done.json["balance"] == 10
 
@@ -2787,7 +2974,18 @@ def test_whatever_request_comes_to_the_application_is_no_fault(examples, report)
 
 
 def test_only_these_routes_are_open():
-    assert {name for name, route in ROUTES.items() if route.config.get("public")} == OPEN_ROUTES
+    """The router itself says what there is."""
+    known = {name: route.config.get("access") for name, route in ROUTES.items()}
+    without_issuer = routes_of(create_app(Wallet(), metrics=True))
+    open_routes = {
+        name for name in without_issuer if known[name] in ("public", "issuer")
+    }
+    assert open_routes == OPEN_ROUTES
+    assert {name for name in known if known[name] == "public"} == OPEN_ROUTES - {"POST /api/register"}
+    assert known.keys() - without_issuer.keys() == {
+        name for name in known if "/api/accounts" in name
+    }
+    assert {known[name] for name in known.keys() - without_issuer.keys()} == {"issuer"}
 
 
 MALFORMED = ["", "Basic QWRhOng=", "Bearer", "Bearer ", WRONG_TOKEN, f"Bearer: {WRONG_TOKEN}"]
@@ -2800,9 +2998,9 @@ INVALID = [
     "Bearer wlt_é",
 ]
 
-ISSUERS = re.compile(
-    "topup|batch|refund|register"
-)  # The routes that need the issuer's token, or take it too.
+# What is asked where there is an issuer: by whom, as the paths have it.
+ISSUERS = re.compile("^/api/(accounts|register)")
+MONEY = re.compile("^/api/transactions/(topup|<.*>/refund)$")  # It comes in by the issuer alone.
 
 
 class Matrix:
@@ -2878,14 +3076,19 @@ class Matrix:
                 self.wallet.database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")),
                 key=repr,
             )
-            for table in ("wallet", "accounts", "transactions", "holds")
+            for table in ("wallet", "accounts", "transactions", "holds", "issuer_keys")
         ]
 
     def try_route(self, rule):
         hold = self.wallet.hold(self.ada.id, 2)
-        path = path_of(rule, self.charge.id, hold.id)
+        path = path_of(rule, self.charge.id, hold.id, self.ada.id)
         last = rule.split("/")[-1]
         body = BODIES.get(last, {"to": self.bob.id, "amount": 1}) if self.method == "POST" else None
+        # Without an issuer, all that is its own is not there.
+        if not self.issuer and rule.startswith("/api/accounts"):
+            for authorization in (None, f"Bearer {self.right}", f"Bearer {ISSUER_TOKEN}"):
+                self.refused(404, path, authorization, body)
+            return
         by_issuer = self.issuer and ISSUERS.search(rule)
         if self.route in OPEN_ROUTES and not by_issuer:
             for authorization in (None, *MALFORMED, *INVALID, f"Bearer {self.right}"):
@@ -2898,32 +3101,49 @@ class Matrix:
         others = [f"Bearer {ISSUER_TOKEN[:-1]}{'x' if self.issuer else ISSUER_TOKEN[-1]}"]
         for authorization in (*INVALID, *others, f"Bearer {self.revoked}"):
             self.refused(401, path, authorization, body, f'{realm}, error="invalid_token"')
-        if self.issuer and not by_issuer:
-            self.refused(403, path, f"Bearer {self.issuer}", body)
-        only_issuer = by_issuer and "batch" not in rule
-        self.try_foreign(rule, path, hold, body, only_issuer)
-        if only_issuer:
-            self.refused(403, path, f"Bearer {self.right}", body)
-        elif by_issuer:
-            answer = self.ask(path, f"Bearer {self.right}", body)
-            self.expect(answer[0] == 201, answer)
         if by_issuer:
-            movement = {"account": self.ada.id, "amount": 1}
-            body = {
-                "topup": movement,
-                "batch": {"transactions": [{"type": "topup", **movement}]},
-            }.get(last, body)
-        answer = self.ask(path, f"Bearer {self.issuer if by_issuer else self.right}", body)
-        self.expect(answer[0] == (201 if self.method == "POST" else 200), answer)
+            for token in (self.right, self.foreign):
+                self.refused(403, path, f"Bearer {token}", body)
+            self.try_issuer(rule, path, hold, body)
+            return
+        if self.issuer and MONEY.search(rule):
+            for token in (self.right, self.foreign, self.issuer):
+                self.refused(403, path, f"Bearer {token}", body)
+            return
+        self.try_foreign(rule, path, hold, body)
+        if self.issuer and last == "batch":
+            movement = {"account": self.ada.id, "type": "topup", "amount": 1}
+            self.succeed(path, self.issuer, {"transactions": [movement]})
+        elif self.issuer:
+            self.refused(403, path, f"Bearer {self.issuer}", body)
+        answer = self.succeed(path, self.right, body)
         if rule == "/api/account/token":
             self.right = json.loads(answer[2])["token"]
 
-    def try_foreign(self, rule, path, hold, body, only_issuer):
+    def succeed(self, path, token, body):
+        answer = self.ask(path, f"Bearer {token}", body)
+        made = self.method == "POST" and not path.endswith("freeze")
+        self.expect(answer[0] == (201 if made else 200), answer)
+        return answer
+
+    def try_issuer(self, rule, path, hold, body):
+        """See that the issuer does this for the account that it names, and for that alone."""
+        others = self.eve.id, "acc_0000000000000000"
+        if "_id:" in rule.partition("<account")[2].partition(">")[2]:
+            for account_id in others:  # Ada's transaction or hold is none of theirs.
+                wrong = path_of(rule, self.charge.id, hold.id, account_id)
+                self.refused(404, wrong, f"Bearer {self.issuer}", body)
+        elif "<" in rule:
+            nobodys = path_of(rule, account_id=others[1])
+            self.refused(404, nobodys, f"Bearer {self.issuer}", body)
+        answer = self.succeed(path, self.issuer, body)
+        if rule.endswith("/token"):
+            self.right = json.loads(answer[2])["token"]
+        self.wallet.freeze(self.ada.id, False)
+
+    def try_foreign(self, rule, path, hold, body):
         """See that Eve, whose token is valid, finds of Ada's exactly what she finds of nobody's."""
         eve = f"Bearer {self.foreign}"
-        if only_issuer:
-            self.refused(403, path, eve, body)
-            return
         pairs = [(path, path_of(rule), 404)] if "<" in rule else []
         if self.route in ("GET /api/transactions", "GET /api/holds"):
             own = self.charge.id if "transactions" in rule else hold.id
@@ -2956,6 +3176,18 @@ class ForgetfulApp(wallet_module.App):
         return super()._authenticate(environ, takes, arguments)
 
 
+class CarelessApp(wallet_module.App):
+    """Lets an account's token in where the account is named in the path."""
+
+    def _authenticate(self, environ, takes, arguments):
+        try:
+            return super()._authenticate(environ, takes, arguments)
+        except Forbidden:
+            if "/transactions.csv" not in environ["PATH_INFO"]:
+                raise
+            return None
+
+
 class TrustingApp(wallet_module.App):
     """Takes whose transaction it is from its id, and not from the token."""
 
@@ -2976,17 +3208,21 @@ def test_every_route_answers_only_who_has_the_right_token(wallet, issuer_token):
 
 
 @pytest.mark.parametrize(
-    ("kind", "wrong"),
+    ("kind", "issuer_token", "wrong"),
     [
-        (ForgetfulApp, "GET /api/holds"),
-        (TrustingApp, "GET /api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>"),
+        (ForgetfulApp, None, "GET /api/holds"),
+        (TrustingApp, None, "GET /api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>"),
+        (
+            CarelessApp,
+            ISSUER_TOKEN,
+            "GET /api/accounts/<account_id:re:acc_[0-9A-Za-z]{16}>/transactions.csv",
+        ),
     ],
 )
-def test_control_a_route_that_forgets_a_check_is_found(kind, wrong):
+def test_control_a_route_that_forgets_a_check_is_found(kind, issuer_token, wrong):
     with Wallet() as wallet:
-        assert {route for route, *_ in Matrix(wallet, kind(wallet, metrics=True)).run()[1]} == {
-            wrong
-        }
+        app = kind(wallet, issuer_token, metrics=True)
+        assert {route for route, *_ in Matrix(wallet, app).run()[1]} == {wrong}
 
 
 def test_scheme_is_matched_in_any_case(wallet):

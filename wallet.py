@@ -90,11 +90,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
-    "AMOUNT_MAX", "Account", "AccountFrozen", "AccountNotFound", "App", "BalanceLimitExceeded",
-    "BodyTooLarge", "ConfigurationError", "CursorBeyondEnd", "Forbidden", "HeadersTooLarge", "Hold",
-    "HoldNotActive", "HoldPage", "HoldStatus", "IdempotencyKeyReused", "InsufficientFunds",
-    "InternalError", "MalformedRequest", "MethodNotAllowed", "NotFound", "NotReady",
-    "NotRefundable", "OutcomeUnknown", "Page", "RefundExceedsCharge", "Transaction",
+    "AMOUNT_MAX", "Account", "AccountFrozen", "AccountNotFound", "AccountPage", "App",
+    "BalanceLimitExceeded", "BodyTooLarge", "ConfigurationError", "CursorBeyondEnd", "Forbidden",
+    "HeadersTooLarge", "Hold", "HoldNotActive", "HoldPage", "HoldStatus", "IdempotencyKeyReused",
+    "InsufficientFunds", "InternalError", "MalformedRequest", "MethodNotAllowed", "NotFound",
+    "NotReady", "NotRefundable", "OutcomeUnknown", "Page", "RefundExceedsCharge", "Transaction",
     "TransactionType", "Unauthorized", "Unavailable", "UnsupportedMediaType", "ValidationFailed",
     "Wallet", "WalletError", "WrongBooks", "__version__", "create_app", "running",
 ]
@@ -129,7 +129,6 @@ HEADER_BYTES_MAX = 16 * 1024  # Twice what common proxies pass on.
 BODY_BYTES_MAX = 64 * 1024  # More than any valid body, unless most of it is escaped.
 BATCH_BODY_BYTES_MAX = 1024 * 1024  # A kilobyte for each movement of a batch.
 JSON_DEPTH_MAX = 10  # Nested arrays and objects. A batch has four; a parser recurses as deep.
-PREFLIGHT_S = 600  # A browser keeps so long what it was told about an origin.
 
 # Databases.
 DATABASE_TIMEOUT_S = 5  # For SQLite's lock, which another process may hold, and for all that a call
@@ -144,7 +143,7 @@ SQLITE_VERIFY_CACHE_KB = 64_000  # For `verify`, which reads in another order th
 SQLITE_WAL_RESET_FIXES = {44: 6, 50: 7, 51: 3}  # Minor version of 3.x: first patch with the fix.
 SQLITE_WARNING_PAUSE_S = 3600  # Between two warnings that others write.
 SQLITE_APPLICATION_ID = 0x57414C54  # "WALT" in the file's header says that it is a wallet.
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MIGRATIONS = range(1, SCHEMA_VERSION)  # From each of these, migrations/N.sql leads to the next.
 
 SECURITY_HEADERS = {  # On every answer: no browser keeps it, runs it, or shows it to another site.
@@ -211,7 +210,7 @@ class InsufficientFunds(WalletError, status=402, title="The balance is too low."
 
 
 class Forbidden(WalletError, status=403, title="This token does not allow that."):
-    """Where there is an issuer, its token makes and fills accounts. Their own do the rest."""
+    """Where there is an issuer, its token is needed here, or it is no account's."""
 
 
 class AccountFrozen(WalletError, status=403, title="The account is frozen."):
@@ -328,6 +327,7 @@ class WrongBooks(ConfigurationError, status=500, title="The books are wrong."):
 
 TransactionType = Literal["topup", "charge", "refund", "transfer_in", "transfer_out"]
 HoldStatus = Literal["active", "captured", "released", "expired"]
+HOLD_STATUSES: Sequence[HoldStatus] = "active", "captured", "released", "expired"
 # What each type of transaction does to the balance.
 SIGN_BY_TYPE: dict[TransactionType, int] = {
     "topup": +1, "charge": -1, "refund": +1, "transfer_in": +1, "transfer_out": -1}
@@ -339,7 +339,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 @dataclass(frozen=True)
 class Account:
-    """An account as it stands. `available` is the balance without what is held.
+    """An account as it stands. `available` is the balance without what `holds_active` holds hold.
 
     Amounts are in minor units of `currency`: with 2 for `currency_digits`, 1250 is 12.50.
     """
@@ -350,6 +350,7 @@ class Account:
     currency_digits: int
     balance: int
     available: int
+    holds_active: int
     frozen: bool
     created_at: datetime
 
@@ -403,6 +404,13 @@ class HoldPage(NamedTuple):
     next_cursor: str | None
 
 
+class AccountPage(NamedTuple):
+    """A part of all accounts, newest first, and the cursor of the next part, if there is one."""
+
+    accounts: list[Account]
+    next_cursor: str | None
+
+
 class _Options(TypedDict, total=False):
     """What every method that moves or holds money takes by name.
 
@@ -422,6 +430,14 @@ class _Filters(TypedDict, total=False):
     until: str | datetime | None
 
 
+class _AccountFilters(TypedDict, total=False):
+    """Which accounts are asked for: made from `since` on and before `until`, `name` begins so."""
+
+    name: str | None
+    since: str | datetime | None
+    until: str | datetime | None
+
+
 class _Stamp(NamedTuple):
     """What gives a request its effect only once: its key, and a digest of all that it asks for.
 
@@ -431,6 +447,11 @@ class _Stamp(NamedTuple):
     key: str
     fingerprint: str
     token_hash: str | None = None
+
+    @property
+    def is_issuers(self) -> bool:
+        """Did the issuer send it? No account can send such a key."""
+        return self.key.startswith("§")
 
     def check_token(self, rows: Sequence[_Row]) -> None:
         """Raise Unauthorized if a token was sent whose hash is not the first value of `rows`."""
@@ -507,6 +528,11 @@ def _as_transaction(account_id: str, row: _Row, replayed: bool = False) -> Trans
     return Transaction(
         _make_entry_id("txn", account_id, sequence), type, amount, balance, description,
         json.loads(metadata) if metadata else {}, reference, _as_time(created_at_us), replayed)
+
+
+def _as_page(kind: Callable[[list[Any], str | None], T], found: list[Any], limit: int) -> T:
+    """Return a page of what was found, which is one more if there is more."""
+    return kind(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
 
 def _parse_currency(text: str) -> tuple[str, int | None]:
@@ -680,7 +706,6 @@ PART: _Rules = {"amount": _optional(_parse_amount), **TEXTS}  # Without an amoun
 TRANSFER: _Rules = {"to": _parse_account, **MOVEMENT}
 HOLD: _Rules = {
     **MOVEMENT, "expires_in_s": _optional(_integer(HOLD_MAX_S, "seconds"), HOLD_DEFAULT_S)}
-TOPUP_BY_ISSUER: _Rules = {"account": _parse_account, **MOVEMENT}
 TRANSACTIONS: _Rules = {"transactions": lambda values: values}  # See _parse_batch.
 BATCH_OF_ONE_ACCOUNT: _Rules = {"type": _parse_batch_type, **MOVEMENT}
 BATCH: _Rules = {"account": _parse_account, **BATCH_OF_ONE_ACCOUNT}
@@ -780,15 +805,25 @@ POST_ENTRY = f"""
 ACCOUNT = """
     SELECT token_hash, id, name, balance, balance - held + (
         SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
-        WHERE account_id = accounts.id AND status = 'active' AND expires_at <= ?), frozen,
-        created_at
+        WHERE account_id = accounts.id AND status = 'active' AND expires_at <= ?), (
+        SELECT count(*) FROM holds
+        WHERE account_id = accounts.id AND status = 'active' AND expires_at > ?), frozen, created_at
     FROM accounts"""
-HOLDS = """
-    SELECT h.sequence, h.amount,
-        CASE WHEN status = 'active' AND expires_at <= ? THEN 'expired' ELSE status END,
-        captured, expires_at, description, metadata, created_at
+ACCOUNTS = f"""
+    {ACCOUNT} WHERE created_at >= ? AND (created_at, id) < (?, ?) AND substr(name, 1, ?) = ?
+    ORDER BY created_at DESC, id DESC LIMIT ?"""
+HOLD_STATUS = "CASE WHEN status = 'active' AND expires_at <= ? THEN 'expired' ELSE status END"
+HOLDS = f"""
+    SELECT h.sequence, h.amount, {HOLD_STATUS}, captured, expires_at, description, metadata,
+        created_at
     FROM holds h JOIN transactions t ON t.account_id = h.account_id AND t.sequence = h.sequence
-    WHERE h.account_id = ? AND h.sequence BETWEEN ? AND ? ORDER BY h.sequence DESC LIMIT ?"""
+    WHERE h.account_id = ? AND h.sequence BETWEEN ? AND ? AND {HOLD_STATUS} LIKE ?"""
+ACTIVE_HOLDS = """
+    AND h.sequence IN (SELECT sequence FROM holds WHERE account_id = ? AND status = 'active')"""
+# Of two that send one key of the issuer, the second waits here, and learns which account was first.
+CLAIM_KEY = """
+    INSERT INTO issuer_keys VALUES (?, ?) ON CONFLICT (idempotency_key)
+    DO UPDATE SET idempotency_key = excluded.idempotency_key RETURNING account_id"""
 
 
 class Wallet:
@@ -844,7 +879,7 @@ class Wallet:
                  ON CONFLICT (id) DO NOTHING"""
         self.database.write(
             lambda tx: tx(sql, account_id, name, _hash_token(token), now_us, now_us))
-        return self._as_account(account_id, name, 0, 0, 0, now_us), token
+        return self._as_account(account_id, name, 0, 0, 0, 0, now_us), token
 
     def authenticate(self, token: str) -> Account:
         """Return the account that a token opens. Raises Unauthorized."""
@@ -877,23 +912,28 @@ class Wallet:
         account_id = _parse_account_id(account_id)
         return self.database.read(lambda tx: self._account(tx, account_id))[1]
 
-    def accounts(self) -> Iterator[Account]:
-        """Yield all accounts in the order of their ids, few of them in memory at a time."""
-        sql = f"{ACCOUNT} WHERE id > ? ORDER BY id LIMIT {ACCOUNTS_ROWS}"
-        last_id = ""
-        while rows := self._read(sql, _now_us(), last_id):
-            yield from (self._as_account(*row) for _, *row in rows)
-            last_id = rows[-1][1]
+    def accounts(self, **filters: Unpack[_AccountFilters]) -> Iterator[Account]:
+        """Yield all accounts within the filters, newest first, few in memory at a time.
 
-    def freeze(self, account_id: str, frozen: bool = True) -> None:
-        """Let an account receive and spend nothing, or with False let it again.
+        Raises MalformedRequest.
+        """
+        return self._accounts(ACCOUNTS_ROWS, None, **filters)
+
+    def account_page(self, *, limit: int = PAGE_LIMIT_DEFAULT, cursor: str | None = None,
+                     **filters: Unpack[_AccountFilters]) -> AccountPage:
+        """Return a page of accounts, newest first. Raises MalformedRequest."""
+        limit = _parse_limit(limit)
+        found = list(islice(self._accounts(limit + 1, cursor, **filters), limit + 1))
+        return _as_page(AccountPage, found, limit)
+
+    def freeze(self, account_id: str, frozen: bool = True) -> Account:
+        """Let an account receive and spend nothing, or with False let it again. Return it.
 
         Raises AccountNotFound.
         """
-        account_id = _parse_account_id(account_id)
-        sql = "UPDATE accounts SET frozen = ? WHERE id = ? RETURNING id"
-        if not self._write(sql, int(bool(frozen)), account_id):
-            raise AccountNotFound()
+        sql = "UPDATE accounts SET frozen = ? WHERE id = ?"
+        self._write(f"{sql} RETURNING id", int(bool(frozen)), _parse_account_id(account_id))
+        return self.account(account_id)
 
     def topup(self, account_id: str, amount: int, description: str | None = None,
               **options: Unpack[_Options]) -> Transaction:
@@ -917,7 +957,7 @@ class Wallet:
         fields, stamp = _parse_request(
             MOVEMENT, account_id, type, amount=amount, description=description, **options)
         entry = _Entry(account_id, type, **fields)
-        return self.database.write(lambda tx: self._post_entry(tx, entry, stamp))
+        return self._write_once(stamp, account_id, lambda tx: self._post_entry(tx, entry, stamp))
 
     def batch(self, transactions: Sequence[Mapping[str, object]], *,
               account_id: str | None = None, key: str | None = None,
@@ -951,7 +991,7 @@ class Wallet:
                 _insert_rows(tx, f"transactions ({ENTRY_COLUMNS})", rows)
             return made
 
-        return self.database.write(batch)
+        return self._write_once(stamp, entries[0].account_id, batch)
 
     def refund(self, account_id: str, transaction_id: str, amount: int | None = None,
                description: str | None = None, **options: Unpack[_Options]) -> Transaction:
@@ -966,6 +1006,8 @@ class Wallet:
                       WHERE account_id = ? AND type = 'refund' AND reference = ?"""
 
         def refund(tx: _Execute) -> Transaction:
+            if earlier := self._begin(tx, stamp, account_id):
+                return earlier
             charge = self._transaction(tx, account_id, transaction_id)
             if charge.type != "charge":
                 raise NotRefundable(f"This is a {charge.type}, and only a charge can be refunded.")
@@ -977,7 +1019,7 @@ class Wallet:
             entry = _Entry(account_id, "refund", **fields, reference=transaction_id)
             return self._post_entry(tx, entry, stamp)
 
-        return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or refund(tx))
+        return self._write_once(stamp, account_id, refund)
 
     def transfer(self, account_id: str, to: str, amount: int, description: str | None = None,
                  **options: Unpack[_Options]) -> Transaction:
@@ -993,12 +1035,13 @@ class Wallet:
         received = _Entry(to, "transfer_in", **fields, reference=account_id)
 
         def transfer(tx: _Execute) -> Transaction:
+            if earlier := self._begin(tx, stamp, account_id, to):
+                return earlier
             made = self._post_entry(tx, spent, stamp)
             self._post_entry(tx, received, stamp.derive(account_id, 1))
             return made
 
-        return self.database.write(
-            lambda tx: self._begin(tx, stamp, account_id, to) or transfer(tx))
+        return self._write_once(stamp, account_id, transfer)
 
     def hold(self, account_id: str, amount: int, description: str | None = None, *,
              expires_in_s: int | None = None, **options: Unpack[_Options]) -> Hold:
@@ -1022,7 +1065,7 @@ class Wallet:
             kept = self._hold(tx, account_id, "hld" + made.id.removeprefix("txn"))
             return replace(kept, status="active", captured=0, replayed=made.replayed)
 
-        return self.database.write(hold)
+        return self._write_once(stamp, account_id, hold)
 
     def capture(self, account_id: str, hold_id: str, amount: int | None = None,
                 description: str | None = None, **options: Unpack[_Options]) -> Transaction:
@@ -1036,13 +1079,15 @@ class Wallet:
                                        description=description, **options)
 
         def capture(tx: _Execute) -> Transaction:
+            if earlier := self._begin(tx, stamp, account_id):
+                return earlier
             hold = self._end_hold(tx, account_id, hold_id, "captured", amount)
             given = {name: getattr(hold, name) if value in (None, {}) else value
                      for name, value in fields.items()}
             entry = _Entry(account_id, "charge", **given, reference=hold_id, held=-hold.amount)
             return self._post_entry(tx, entry, stamp)
 
-        return self.database.write(lambda tx: self._begin(tx, stamp, account_id) or capture(tx))
+        return self._write_once(stamp, account_id, capture)
 
     def release(self, account_id: str, hold_id: str, *, key: str | None = None,
                 token: str | None = None) -> Hold:
@@ -1061,27 +1106,29 @@ class Wallet:
                 self._post_entry(tx, entry, stamp)
             return replace(self._hold(tx, account_id, hold_id), replayed=bool(earlier))
 
-        return self.database.write(release)
+        return self._write_once(stamp, account_id, release)
 
     def get_hold(self, account_id: str, hold_id: str) -> Hold:
         """Return one hold of this account. Raises NotFound."""
         return self.database.read(lambda tx: self._hold(tx, account_id, hold_id))
 
     def holds(self, account_id: str, *, limit: int = PAGE_LIMIT_DEFAULT,
-              cursor: str | None = None) -> HoldPage:
-        """Return a page of holds, newest first.
+              cursor: str | None = None, status: HoldStatus | None = None) -> HoldPage:
+        """Return a page of holds, newest first: all, or those of one status.
 
         Raises AccountNotFound, CursorBeyondEnd, MalformedRequest.
         """
         limit = _parse_limit(limit)
+        if status not in (None, *HOLD_STATUSES):
+            raise MalformedRequest(f"status must be one of: {', '.join(HOLD_STATUSES)}.")
         below = SEQUENCE_MAX if cursor is None else _parse_cursor("hld", account_id, cursor)
 
         def read(tx: _Execute) -> list[Hold]:
             self._last_sequence(tx, account_id, below)
-            return self._read_holds(tx, account_id, 1, below - 1, limit + 1)
+            return self._read_holds(tx, account_id, 1, below - 1, limit + 1, status)
 
         found = self.database.read(read)
-        return HoldPage(found[:limit], found[limit - 1].id if len(found) > limit else None)
+        return _as_page(HoldPage, found, limit)
 
     def transaction(self, account_id: str, transaction_id: str) -> Transaction:
         """Return one transaction of this account. Raises NotFound."""
@@ -1105,7 +1152,7 @@ class Wallet:
         entries = self._entries(account_id, limit + 1, above=above, below=below,
                                 newest_first=newest_first, **filters)
         found = list(islice(entries, limit + 1))
-        return Page(found[:limit], found[limit - 1].id if len(found) > limit else None)
+        return _as_page(Page, found, limit)
 
     def statement(self, account_id: str, **filters: Unpack[_Filters]) -> Iterator[Transaction]:
         """Return the history as it is now, oldest first, little of it in memory at a time."""
@@ -1219,6 +1266,19 @@ class Wallet:
            status, captured, account_id, _parse_entry_id("hld", account_id, hold_id))
         return hold
 
+    def _write_once(self, stamp: _Stamp, account_id: str, function: Callable[[_Execute], T]) -> T:
+        """Run a write of an account. A key of the issuer has its effect in no other account.
+
+        Raises IdempotencyKeyReused.
+        """
+
+        def write(tx: _Execute) -> T:
+            if stamp.is_issuers and tx(CLAIM_KEY, stamp.key, account_id)[0][0] != account_id:
+                raise IdempotencyKeyReused()
+            return function(tx)
+
+        return self.database.write(write)
+
     def _read(self, sql: str, *parameters: str | int | None) -> list[_Row]:
         return self.database.read(lambda tx: tx(sql, *parameters))
 
@@ -1228,14 +1288,44 @@ class Wallet:
     def _account(self, tx: _Execute, account_id: str,
                  now_us: int | None = None) -> tuple[str, Account]:
         """Return an account and its token's hash. Raises AccountNotFound."""
-        for token_hash, *row in tx(f"{ACCOUNT} WHERE id = ?", now_us or _now_us(), account_id):
+        now_us = now_us or _now_us()
+        for token_hash, *row in tx(f"{ACCOUNT} WHERE id = ?", now_us, now_us, account_id):
             return token_hash, self._as_account(*row)
         raise AccountNotFound()
 
-    def _as_account(self, id: str, name: str, balance: int, available: int, frozen: int,
-                    created_at_us: int) -> Account:
+    def _as_account(self, id: str, name: str, balance: int, available: int, holds_active: int,
+                    frozen: int, created_at_us: int) -> Account:
         return Account(id, name, self.currency, self.currency_digits, balance, available,
-                       bool(frozen), _as_time(created_at_us))
+                       holds_active, bool(frozen), _as_time(created_at_us))
+
+    def _accounts(self, rows_max: int, cursor: str | None, *, name: str | None = None,
+                  since: str | datetime | None = None, until: str | datetime | None = None,
+                  ) -> Iterator[Account]:
+        """Return the accounts within all filters, read `rows_max` at a time."""
+        try:
+            prefix = _text(NAME_CHARACTERS_MAX)(name or "")
+        except ValueError as error:
+            raise MalformedRequest(f"name {error}.") from None
+        since_us = -SEQUENCE_MAX if since is None else _parse_time(since)
+        below = (SEQUENCE_MAX if until is None else _parse_time(until), "")
+        try:
+            last = None if cursor is None else self.account(cursor)
+        except AccountNotFound:
+            raise MalformedRequest("cursor must be one that an earlier page had.") from None
+        if last:
+            below = min(below, (_as_us(last.created_at), last.id))
+
+        def accounts(below: tuple[int, str]) -> Iterator[Account]:
+            while True:
+                now_us = _now_us()
+                rows = self._read(
+                    ACCOUNTS, now_us, now_us, since_us, *below, len(prefix), prefix, rows_max)
+                yield from (self._as_account(*row) for _, *row in rows)
+                if len(rows) < rows_max:
+                    return
+                below = rows[-1][-1], rows[-1][1]
+
+        return accounts(below)
 
     def _transaction(self, tx: _Execute, account_id: str, transaction_id: str) -> Transaction:
         sequence = _parse_entry_id("txn", account_id, transaction_id)
@@ -1252,12 +1342,16 @@ class Wallet:
         raise NotFound("This account has no such hold.")
 
     def _read_holds(self, tx: _Execute, account_id: str, first: int, last: int,
-                    limit: int) -> list[Hold]:
+                    limit: int, status: HoldStatus | None = None) -> list[Hold]:
+        now_us, is_active = _now_us(), status == "active"
+        sql = f"{HOLDS} {ACTIVE_HOLDS * is_active} ORDER BY h.sequence DESC LIMIT ?"
+        rows = tx(sql, now_us, account_id, first, last, now_us, status or "%",
+                  *[account_id] * is_active, limit)
         return [Hold(_make_entry_id("hld", account_id, sequence), amount, status, captured,
                      _as_time(expires_at_us), description, json.loads(metadata or "{}"),
                      _as_time(created_at_us))
                 for sequence, amount, status, captured, expires_at_us, description, metadata,
-                created_at_us in tx(HOLDS, _now_us(), account_id, first, last, limit)]
+                created_at_us in rows]
 
     def _entries(self, account_id: str, rows_max: int, *, above: int = 0,
                  below: int = SEQUENCE_MAX, newest_first: bool = False,
@@ -1462,7 +1556,7 @@ MISSING = ": is its disk mounted? Name another DSN, or let the command init make
 # What is loaded only where it is needed, and how that is installed.
 PARTS = {"postgres": "pip install 'psycopg[binary]' psycopg-pool, and ",
          "metrics": "pip install prometheus-client, and ",
-         "server": "pip install waitress, and ", "cli": ""}
+         "server": "pip install waitress, and ", "cli": "", "cors": ""}
 
 
 def _import_part(name: str) -> Any:
@@ -1848,14 +1942,19 @@ def _unavailable(reason: object) -> Unavailable:
 
 # HTTP #############################################################################################
 
-# Of Bottle only the router is used: App makes every answer, in one place. A route needs an
-# account's token unless it is `public`. Where there is an issuer, a route with `issuer="instead"`
-# needs the issuer's token, and one with `issuer="too"` takes either. A handler gets the wallet, the
-# account that calls (None for the issuer), and by name what the route takes.
-_routes = Bottle()
-BATCH_PATH, STATEMENT_PATH = "/api/transactions/batch", "/api/transactions.csv"
+# Of Bottle only the router is used: App makes every answer, in one place. A handler gets the
+# wallet, the account that calls (None for the issuer), and by name what the route takes.
+#
+# Who may do what to whom: `_routes` are an account's, which its token says. Most of them are twice:
+# once more in `_issuer_routes`, which are there if there is an issuer, need its token, and name the
+# account in their path. `access` tells what is else: "public" needs no token, "issuer" only that
+# of an issuer, if there is one, and "both" takes either. "money" comes in: it is the account's
+# unless there is an issuer.
+_routes, _issuer_routes = Bottle(), Bottle()
+BATCH_PATH, STATEMENT_END = "/api/transactions/batch", "/transactions.csv"
 TRANSACTION_PATH = "/api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>"
 HOLD_PATH = "/api/holds/<hold_id:re:hld_[0-9A-Za-z]{16}_[0-9]+>"
+ACCOUNT_PATH = "/api/accounts/<account_id:re:acc_[0-9A-Za-z]{16}>"
 
 
 class _Response(NamedTuple):
@@ -1872,103 +1971,140 @@ def _fields(rules: _Rules) -> Callable[..., dict[str, Any]]:
     return partial(_parse_fields, rules)
 
 
-@_routes.post("/api/register", body=_fields(NAME), issuer="instead", public=True)
+_Handler = Callable[..., _Response]
+
+
+def _route(path: str, method: str = "GET", **takes: Any) -> Callable[[_Handler], _Handler]:
+    """Route a request twice: of an account for itself, and of the issuer for any account."""
+
+    def route(handle: _Handler) -> _Handler:
+        _routes.route(path, method, **takes)(handle)
+        tail = path.removeprefix("/api").removeprefix("/account")
+        _issuer_routes.route(ACCOUNT_PATH + tail, method, **takes | {"access": "issuer"})(handle)
+        return handle
+
+    return route
+
+
+@_routes.post("/api/register", body=_fields(NAME), access="issuer")
 def _post_register(wallet: Wallet, caller: None, name: str) -> _Response:
     """Make an account. No other answer ever shows its token."""
     account, token = wallet.register(name)
     return _Response(201, {**_to_json(account), "token": token})
 
 
-@_routes.get("/api/account", query=("at",))
-def _get_account(wallet: Wallet, caller: Account, at: str | None = None) -> _Response:
-    if at is None:
-        return _Response(200, caller)
-    balance, moment = wallet.balance_at(caller.id, at), _format_time(_as_time(_parse_time(at)))
-    return _Response(200, {"id": caller.id, "name": caller.name, "currency": caller.currency,
-                           "currency_digits": caller.currency_digits, "balance": balance,
-                           "at": moment})
+@_route("/api/account")
+def _get_account(wallet: Wallet, caller: Account | None, account_id: str) -> _Response:
+    return _Response(200, caller or wallet.account(account_id))
 
 
-@_routes.post("/api/account/token", body=_fields({}), body_optional=True, token=True)
-def _post_token(wallet: Wallet, caller: Account, token: str) -> _Response:
+@_route("/api/account/balance", query=("at",))
+def _get_balance(wallet: Wallet, caller: Account | None, account_id: str,
+                 at: str = "") -> _Response:
+    balance, account = wallet.balance_at(account_id, at), caller or wallet.account(account_id)
+    return _Response(200, {"id": account.id, "name": account.name, "currency": account.currency,
+                           "currency_digits": account.currency_digits, "balance": balance,
+                           "at": _format_time(_as_time(_parse_time(at)))})
+
+
+@_route("/api/account/token", "POST", body=_fields({}), body_optional=True, token=True)
+def _post_token(wallet: Wallet, caller: Account | None, account_id: str,
+                token: str | None = None) -> _Response:
     """Replace the token. No other answer ever shows the new one."""
-    return _Response(201, {**_to_json(caller), "token": wallet.replace_token(caller.id, token)})
+    new_token = wallet.replace_token(account_id, token)
+    return _Response(201, {**_to_json(caller or wallet.account(account_id)), "token": new_token})
 
 
-def _route_post(path: str, method: str, rules: _Rules, **takes: Any) -> None:
-    """Route a request that has its effect once per key to a method of the wallet."""
+def _post(method: str) -> _Handler:
+    """Return the handler of what a method of the wallet does once per key."""
 
-    def handle(wallet: Wallet, caller: str | None, account: str | None = None,
-               **arguments: Any) -> _Response:
-        if caller:
-            account = caller
-        elif "transaction_id" in arguments:  # The issuer refunds the charge of this account.
-            account = f"acc_{arguments['transaction_id'][4:20]}"
-        made = getattr(wallet, method)(account_id=account, **arguments)
+    def handle(wallet: Wallet, caller: object, **arguments: Any) -> _Response:
+        made = getattr(wallet, method)(**arguments)
         is_batch = isinstance(made, list)
         replayed = (made[0] if is_batch else made).replayed
         return _Response(201, {"transactions": made} if is_batch else made,
                          {"Idempotent-Replayed": "true"} if replayed else {})
 
-    _routes.post(path, body=_fields(rules), key=True, **takes)(handle)
+    return handle
 
 
-def _route_get(path: str, method: str, *query: str) -> None:
-    """Route a question to a method of the wallet. A page has a link to the next (RFC 8288)."""
+def _get(method: str) -> _Handler:
+    """Return the handler of a question to the wallet. A page links to the next (RFC 8288)."""
 
-    def handle(wallet: Wallet, caller: Account, **arguments: Any) -> _Response:
-        found = getattr(wallet, method)(caller.id, **arguments)
-        if not isinstance(found, (Page, HoldPage)):
+    def handle(wallet: Wallet, caller: object, **arguments: Any) -> _Response:
+        found = getattr(wallet, method)(**arguments)
+        if not isinstance(found, (Page, HoldPage, AccountPage)):
             return _Response(200, found)
         following = {**arguments, "after" if "after" in arguments else "cursor": found.next_cursor}
+        following.pop("account_id", None)
         link = {"Link": f'<?{urlencode(following)}>; rel="next"'} if found.next_cursor else {}
         return _Response(200, found._asdict(), link)
 
-    _routes.get(path, query=query)(handle)
+    return handle
 
 
-_route_post("/api/transactions/topup", "topup", MOVEMENT, issuer="instead",
-            issuer_body=_fields(TOPUP_BY_ISSUER))
+def _route_post(path: str, method: str, rules: _Rules, **takes: Any) -> None:
+    _route(path, "POST", body=_fields(rules), key=True, **takes)(_post(method))
+
+
+def _route_get(path: str, method: str, *query: str) -> None:
+    _route(path, query=query)(_get(method))
+
+
+_route_post("/api/transactions/topup", "topup", MOVEMENT, access="money")
 _route_post("/api/transactions/charge", "charge", MOVEMENT)
 _route_post("/api/transactions/transfer", "transfer", TRANSFER)
-_route_post(BATCH_PATH, "batch", TRANSACTIONS, issuer="too", body_bytes_max=BATCH_BODY_BYTES_MAX)
-_route_post(f"{TRANSACTION_PATH}/refund", "refund", PART, body_optional=True, issuer="instead")
+_route_post(f"{TRANSACTION_PATH}/refund", "refund", PART, body_optional=True, access="money")
 _route_post("/api/holds", "hold", HOLD)
 _route_post(f"{HOLD_PATH}/capture", "capture", PART, body_optional=True)
 _route_post(f"{HOLD_PATH}/release", "release", {}, body_optional=True)
 _route_get("/api/transactions", "transactions",
            "limit", "cursor", "after", "type", "since", "until")
 _route_get(TRANSACTION_PATH, "transaction")
-_route_get("/api/holds", "holds", "limit", "cursor")
+_route_get("/api/holds", "holds", "limit", "cursor", "status")
 _route_get(HOLD_PATH, "get_hold")
+_routes.post(BATCH_PATH, body=_fields(TRANSACTIONS), key=True, access="both",
+             body_bytes_max=BATCH_BODY_BYTES_MAX)(_post("batch"))
+_issuer_routes.get("/api/accounts", access="issuer",
+                   query=("limit", "cursor", "name", "since", "until"))(_get("account_page"))
 
 
-@_routes.get(STATEMENT_PATH, query=("type", "since", "until"))
-def _get_statement(wallet: Wallet, caller: Account, **filters: Any) -> _Response:
-    chunks = _csv_chunks(wallet, wallet.statement(caller.id, **filters))
+def _route_freeze(end: str, frozen: bool) -> None:
+    _issuer_routes.post(f"{ACCOUNT_PATH}/{end}", access="issuer", body=_fields({}),
+                        body_optional=True)(
+        lambda wallet, caller, account_id: _Response(200, wallet.freeze(account_id, frozen)))
+
+
+_route_freeze("freeze", True)
+_route_freeze("unfreeze", False)
+
+
+@_route(f"/api{STATEMENT_END}", query=("type", "since", "until"))
+def _get_statement(wallet: Wallet, caller: object, **arguments: Any) -> _Response:
+    chunks = _csv_chunks(wallet, wallet.statement(**arguments))
     next(chunks)
     return _Response(200, chunks, {
         "Content-Type": "text/csv; charset=utf-8",
         "Content-Disposition": 'attachment; filename="transactions.csv"'})
 
 
-@_routes.get("/livez", public=True)
+@_routes.get("/livez", access="public")
 def _get_livez(wallet: Wallet, caller: None) -> _Response:
     return _Response(200, {"status": "ok"})
 
 
-@_routes.get("/readyz", public=True)
+@_routes.get("/readyz", access="public")
 def _get_readyz(wallet: Wallet, caller: None) -> _Response:
     wallet.database.ping()
     return _Response(200, {"status": "ok"})
 
 
-@_routes.get("/openapi.yaml", public=True)
+@_routes.get("/openapi.yaml", access="public")
 def _get_openapi(wallet: Wallet, caller: None) -> _Response:
     return _Response(200, _read_file("openapi.yaml"), {"Content-Type": "application/yaml"})
 
 
-@_routes.get("/", public=True)
+@_routes.get("/", access="public")
 def _get_page(wallet: Wallet, caller: None) -> _Response:
     """Serve the page. It may run its own script and style, known by their hashes, and ask us."""
     page = _read_file("wallet.html")
@@ -2150,13 +2286,6 @@ REFUSAL, RECEIVED = "wallet.refusal", "wallet.received"
 ROUTE, CALLER = "wallet.route", "wallet.caller"
 QUIET = "/livez", "/readyz", "/metrics"  # Routes that are asked all day,
 POLLED = "/api/account", "/api/transactions", "/api/holds"  # and those that an open page asks.
-# What pages of allowed origins may read, and send (the Fetch standard, section 3.3).
-EXPOSED = {"Access-Control-Expose-Headers": "Link, X-Request-Id, Idempotent-Replayed, Retry-After"}
-PREFLIGHT = {
-    "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, X-Request-Id",
-    "Access-Control-Max-Age": str(PREFLIGHT_S)}
-
-
 def too_many_statements() -> Unavailable:
     """Return the error of who asks for one statement more than STATEMENTS_MAX."""
     return Unavailable("Enough statements are being sent already, so try again.",
@@ -2170,19 +2299,21 @@ class App:
                  trusted_proxy: str | None = None, cors_origins: Sequence[str] = ()) -> None:
         _check_files("openapi.yaml", "wallet.html")
         _check_issuer_token(issuer_token)
-        self.wallet, self.routes = wallet, _routes
+        self.wallet, self.routes = wallet, Bottle()
         self.has_issuer = issuer_token is not None
         self.stopping = False  # Whoever serves it sets this, and then /readyz says so.
         self._issuer_token_hash = _hash_token(issuer_token) if issuer_token else ""
         if issuer_token:
             _keep_out_of_logs(issuer_token)
         self._trusted_proxy = _parse_proxy(trusted_proxy)
-        self._cors_origins = _parse_origins(cors_origins)
+        self._cors = _import_part("cors").Cors(cors_origins) if cors_origins else None
         self.metrics = _import_part("metrics").Metrics(wallet.database) if metrics else None
+        self.routes.merge(_routes)
+        if self.has_issuer:
+            self.routes.merge(_issuer_routes)
         if self.metrics:
-            self.routes = Bottle()
-            self.routes.merge(_routes)
-            self.routes.get("/metrics", public=True)(self.metrics.get)
+            self.routes.get("/metrics", access="public")(self.metrics.get)
+        self.routes.get("/api/wallet", access="public")(self._get_wallet)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         started = environ.get(RECEIVED) or time.monotonic()
@@ -2197,7 +2328,8 @@ class App:
         except Exception:
             _log_fault(request_id)
             answer = _error_response(InternalError())
-        status, headers, body = _render(answer, request_id, self._cors_headers(environ))
+        cors = self._cors.headers(environ) if self._cors else {}
+        status, headers, body = _render(answer, request_id, cors)
         duration_s, caller = time.monotonic() - started, environ.get(CALLER)
         if not isinstance(caller, Account) and answer.status in (401, 500, 503):
             caller = None  # It is only what the token says, and maybe nobody has looked it up.
@@ -2211,23 +2343,14 @@ class App:
         start_response(status, headers)
         return [] if method == "HEAD" else body
 
+    def _get_wallet(self, wallet: Wallet, caller: None) -> _Response:
+        return _Response(200, {"currency": wallet.currency, "has_issuer": self.has_issuer,
+                               "currency_digits": wallet.currency_digits})
+
     def count_refusal(self, reason: str) -> None:
         """Count what was refused before it was a request."""
         if self.metrics:
             self.metrics.count_refusal(None, reason)
-
-    def _cors_headers(self, environ: WSGIEnvironment) -> dict[str, str]:
-        """Return what lets a page of another origin read the answer, if its origin is allowed.
-
-        /metrics is left out: it has no token, and a page could ask from its visitor's network.
-        """
-        if not self._cors_origins or environ["PATH_INFO"] == "/metrics":
-            return {}
-        if "*" in self._cors_origins:
-            return {"Access-Control-Allow-Origin": "*", **EXPOSED}
-        if (origin := environ.get("HTTP_ORIGIN", "")) not in self._cors_origins:
-            return {"Vary": "Origin"}
-        return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", **EXPOSED}
 
     def _client(self, environ: WSGIEnvironment) -> str:
         """Return the client's address: the peer's, or what the trusted proxy says it is."""
@@ -2255,16 +2378,17 @@ class App:
             if error.status_code != 405:
                 raise NotFound("There is no such route; /openapi.yaml lists them all.") from None
             allow = error.headers["Allow"].replace(",", ", ").replace("GET", "GET, HEAD")
-            asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD")
-            shared = asked and "Access-Control-Allow-Origin" in self._cors_headers(environ)
-            if shared and environ["REQUEST_METHOD"] == "OPTIONS":  # A browser's preflight.
-                return _Response(200, b"", {"Access-Control-Allow-Methods": allow, **PREFLIGHT})
+            if preflight := self._cors and self._cors.preflight(environ, allow):
+                answer: _Response = preflight
+                return answer
             raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
         takes, environ[ROUTE] = route.config, route.rule
         if self.stopping and route.rule == "/readyz":  # No error, so it is not logged as one.
             return _error_response(Unavailable("The wallet is about to stop: ask another one."))
         caller = environ[CALLER] = self._authenticate(environ, takes, arguments)
         arguments["caller"] = caller
+        if caller:
+            arguments["account_id"] = getattr(caller, "id", caller)
         try:
             arguments |= self._parse(environ, takes, caller)
             response: _Response = route.callback(self.wallet, **arguments)
@@ -2285,9 +2409,8 @@ class App:
             # The issuer's keys are its own: no account can take them before it.
             arguments["key"] = key if caller else _reserve_key(f"issuer {key}")
         if "body" in takes:
-            parse = takes["body"] if caller else takes.get("issuer_body", takes["body"])
-            arguments |= parse(_parse_body(environ, takes))
-            if takes.get("issuer") == "too" and caller and self.has_issuer:
+            arguments |= takes["body"](_parse_body(environ, takes))
+            if takes.get("access") == "both" and caller and self.has_issuer:
                 _refuse_topups(arguments["transactions"])
         return arguments
 
@@ -2298,20 +2421,20 @@ class App:
         Else that is an account. Where money moves it is only its id, and the token goes into the
         arguments: it is checked in the transaction that moves the money.
         """
-        issuer_may = takes.get("issuer")
-        if takes.get("public") and not (issuer_may and self.has_issuer):
+        access = takes.get("access")
+        if access == "public" or (access == "issuer" and not self.has_issuer):
             return None
         token = _parse_authorization(environ.get("HTTP_AUTHORIZATION", ""))
         if self.has_issuer:
             by_issuer = secrets.compare_digest(_hash_token(token), self._issuer_token_hash)
-            if by_issuer and not issuer_may:
-                raise Forbidden(
-                    "This route needs the token of an account, and this is the issuer's.")
+            if by_issuer and access not in ("issuer", "both"):
+                raise Forbidden("This route needs the token of an account, and this is the"
+                                " issuer's, whose routes are /api/accounts/{id} and below.")
             if by_issuer:
                 return None
-            if issuer_may == "instead":
+            if access in ("issuer", "money"):
                 self.wallet.authenticate(token)
-                raise Forbidden("This wallet has an issuer, and this route needs its token.")
+                raise Forbidden("This wallet has an issuer, and this needs its token.")
         if takes.get("key") or takes.get("token"):
             arguments["token"] = token
         return _parse_token(token) if takes.get("key") else self.wallet.authenticate(token)
@@ -2386,13 +2509,6 @@ def _loggable(text: str) -> str:
     return re.sub("[^ -~]", "?", _hide_tokens(text))
 
 
-class _SafeLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # 3.10 takes no argument.
-    """A logger for lines that clients have a say in."""
-
-    def process(self, msg: Any, kwargs: Any) -> tuple[str, Any]:
-        return _loggable(str(msg)), kwargs
-
-
 _hidden: list[str] = []  # The issuers' tokens of this process: they may hold anything.
 
 
@@ -2429,20 +2545,6 @@ def _parse_proxy(text: str | None) -> str | None:
         raise ConfigurationError(
             "WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted, as by"
             " *, whoever reaches the wallet could forge an address") from None
-
-
-def _parse_origins(origins: Sequence[str]) -> frozenset[str]:
-    """Return the origins whose pages may use the wallet. Raises ConfigurationError."""
-    # A browser leaves out the port that a scheme has anyway.
-    form = (r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://"
-            r"([a-z0-9_.-]+|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?")
-    wrong = [one for one in origins if not re.fullmatch(form, one)]
-    if wrong and list(origins) != ["*"]:
-        raise ConfigurationError(
-            "--cors-origin or WALLET_CORS_ORIGIN must be * alone, or origins as browsers send them,"
-            " in lower case, without a path or a slash behind, and without :443 or :80: such as"
-            f" https://shop.example or http://127.0.0.1:8000, and not {' '.join(origins)!r}")
-    return frozenset(origins)
 
 
 def _parse_address(text: str) -> str:

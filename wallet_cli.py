@@ -56,7 +56,6 @@ from wallet import (
     _import_part,
     _insert_rows,
     _now_us,
-    _parse_origins,
     _parse_proxy,
     _parse_time,
     _read_sql,
@@ -171,7 +170,8 @@ def load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
     settings = {one.name: one.parse(given.get(one.name, found[one.name])) for one in SETTINGS}
     _check_issuer_token(settings["issuer-token"])
     _parse_proxy(settings["trusted-proxy"])
-    _parse_origins(settings["cors-origin"])
+    if settings["cors-origin"]:
+        _import_part("cors").Cors(settings["cors-origin"])
     return settings
 
 
@@ -641,7 +641,7 @@ def _refuse_memory(dsn: str) -> None:
 
 # Each table's key, which its first columns are.
 KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"),
-               "holds": ("account_id", "sequence")}
+               "holds": ("account_id", "sequence"), "issuer_keys": ("idempotency_key",)}
 
 
 def copy_wallet(source: Wallet, target: Wallet,

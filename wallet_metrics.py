@@ -132,4 +132,4 @@ class Metrics:
 
 
 def _route(rule: str | None) -> str:
-    return re.sub("<.*>", "{id}", rule) if rule else OTHER
+    return re.sub("<.*?>", "{id}", rule) if rule else OTHER

@@ -37,7 +37,7 @@ from wallet import (
     HEADER_BYTES_MAX,
     RECEIVED,
     REFUSAL,
-    STATEMENT_PATH,
+    STATEMENT_END,
     STATEMENTS_MAX,
     App,
     BodyTooLarge,
@@ -48,7 +48,7 @@ from wallet import (
     NotReady,
     Unavailable,
     WalletError,
-    _SafeLogger,
+    _loggable,
     logger,
     too_many_statements,
 )
@@ -153,11 +153,18 @@ class _Task(WSGITask):
         return environ
 
 
+class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # 3.10 takes no argument.
+    """A logger for lines that clients have a say in."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[str, Any]:
+        return _loggable(str(msg)), kwargs
+
+
 class _Channel(HTTPChannel):
     """A connection. `step` is what its client has to do next, since `step_at`."""
 
     parser_class, task_class, error_task_class = _Parser, _Task, _Task
-    logger = _SafeLogger(logging.getLogger("waitress"), {})
+    logger = _Logger(logging.getLogger("waitress"), {})
     will_close = lingering = False
     answered, queued_at, step, step_at = 0, 0.0, (-1, 0), 0.0
 
@@ -253,7 +260,7 @@ def _find_refusal(channel: _Channel, request: _Parser) -> WalletError | None:
         return refusals.get(error.code, malformed)
     if time.monotonic() - channel.queued_at > QUEUE_TIMEOUT_S:
         return Unavailable("Too many requests wait, and nothing was changed.", reason="queue")
-    if request.path == STATEMENT_PATH and is_spooling(channel.server):
+    if request.path.endswith(STATEMENT_END) and is_spooling(channel.server):
         return too_many_statements()
     return None
 

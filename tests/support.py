@@ -1056,11 +1056,15 @@ def shop(wallet):
     app = create_app(wallet, ISSUER_TOKEN)
     issuer = Client(app, ISSUER_TOKEN)
     made = issuer.send("POST", "/api/register", {"name": "Ada"}, status=201).json
-    issuer.send(
-        "POST", "/api/transactions/topup", {"account": made["id"], "amount": 100}, status=201
-    )
+    path = f"/api/accounts/{made['id']}"
+    issuer.send("POST", f"{path}/transactions/topup", {"amount": 100}, status=201)
     return SimpleNamespace(
-        wallet=wallet, issuer=issuer, ada=Client(app, made["token"]), id=made["id"], app=app
+        wallet=wallet,
+        issuer=issuer,
+        ada=Client(app, made["token"]),
+        id=made["id"],
+        app=app,
+        path=path,
     )
 
 
@@ -1604,20 +1608,28 @@ OPEN_ROUTES = {
     "GET /readyz",
     "GET /metrics",
     "GET /openapi.yaml",
+    "GET /api/wallet",
     "GET /",
 }
 
-ROUTES = {
-    f"{route.method} {route.rule}": route
-    for route in create_app(Wallet(), metrics=True).routes.routes
-}
+
+def routes_of(app):
+    return {f"{route.method} {route.rule}": route for route in app.routes.routes}
 
 
-def path_of(rule, transaction_id="txn_0000000000000000_1", hold_id="hld_0000000000000000_1"):
+ROUTES = routes_of(create_app(Wallet(), ISSUER_TOKEN, metrics=True))
+
+
+def path_of(
+    rule,
+    transaction_id="txn_0000000000000000_1",
+    hold_id="hld_0000000000000000_1",
+    account_id="acc_0000000000000000",
+):
     """Return a path that a route's rule matches."""
-    return re.sub(
-        r"<(\w)\w*_id:[^>]*>", lambda match: transaction_id if match[1] == "t" else hold_id, rule
-    )
+    ids = {"transaction_id": transaction_id, "hold_id": hold_id, "account_id": account_id}
+    path = re.sub(r"<(\w+):[^>]*>", lambda match: ids[match[1]], rule)
+    return path + "?at=2026-11-22T09:30:30Z" * path.endswith("/balance")
 
 
 BODIES = {
@@ -1628,6 +1640,8 @@ BODIES = {
     "capture": {"amount": 1},
     "release": {},
     "token": {},
+    "freeze": {},
+    "unfreeze": {},
     "register": {"name": "Somebody"},
     "batch": {"transactions": [{"type": "charge", "amount": 1}]},
 }
@@ -1848,7 +1862,7 @@ def books_by_engine(request, tmp_path_factory):
         connection.close()
     if "postgres" in opened:
         with Wallet(request.getfixturevalue("kept_schema")) as wallet:
-            wallet.database.write(lambda tx: tx("TRUNCATE holds, transactions, accounts"))
+            wallet.database.write(lambda tx: tx("TRUNCATE holds, transactions, accounts, issuer_keys"))
 
 
 @pytest.fixture(params=["file", "postgres"])
