@@ -447,7 +447,7 @@ def wallet(request):
     try:
         check_books(wallet)
     finally:  # To truncate the tables would take twenty times as long.
-        tables = "holds", "transactions", "accounts"
+        tables = "issuer_keys", "holds", "transactions", "accounts"
         wallet.database.write(lambda tx: [tx(f"DELETE FROM {table}") for table in tables])
 
 
@@ -1799,7 +1799,7 @@ def contents(dsn):
     with contextlib.closing(database):
         return [
             sorted(database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")), key=repr)
-            for table in ("wallet", "accounts", "transactions", "holds")
+            for table in ("wallet", "accounts", "transactions", "holds", "issuer_keys")
         ]
 
 
