@@ -10,7 +10,7 @@ RUN groupadd --system --gid 10001 wallet \
 WORKDIR /app
 COPY requirements-image.txt .
 RUN pip install --no-cache-dir --no-compile --require-hashes -r requirements-image.txt
-COPY wallet.py wallet_cli.py wallet_metrics.py wallet_postgres.py wallet_server.py ./
+COPY wallet*.py ./
 COPY schema.sql checks.sql openapi.yaml wallet.html ./
 COPY migrations/ migrations/
 

@@ -40,7 +40,7 @@ CREATE TABLE IF NOT EXISTS accounts (
 
 -- Accounts are listed newest first, and what a name begins with is looked for
 -- here, without the accounts.
-CREATE INDEX IF NOT EXISTS accounts_by_time ON accounts (created_at, id, name);
+CREATE INDEX IF NOT EXISTS accounts_by_time ON accounts (created_at, id, name COLLATE "C");
 
 -- One row per movement of money, and per hold that was made or released: all
 -- that has an idempotency key. Written once and never changed. The sequence

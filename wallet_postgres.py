@@ -60,7 +60,8 @@ COLLATION_VERSIONS = """
     FROM pg_database WHERE datname = current_database()"""
 
 ALONE = "wallet alone"  # The application_name of a copy's sessions, which ignore each other.
-LOCK = "LOCK TABLE wallet, accounts, transactions, holds IN SHARE ROW EXCLUSIVE MODE"
+LOCK = """
+    LOCK TABLE wallet, accounts, transactions, holds, issuer_keys IN SHARE ROW EXCLUSIVE MODE"""
 OTHER_SESSIONS = """
     SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = ?"""
 
@@ -161,7 +162,7 @@ class PostgresDatabase(Database):
         sql = """
             SELECT bt_index_check(indexrelid::regclass, true) FROM pg_index WHERE indrelid IN (
                 'wallet'::regclass, 'accounts'::regclass, 'transactions'::regclass,
-                'holds'::regclass)"""
+                'holds'::regclass, 'issuer_keys'::regclass)"""
         try:
             self.read(lambda tx: tx(sql), wallet.LONG_TIMEOUT_S)
         except Unavailable as error:

@@ -18,6 +18,7 @@ from wallet import (
     Account,
     AccountFrozen,
     AccountNotFound,
+    AccountPage,
     App,
     BalanceLimitExceeded,
     BodyTooLarge,
@@ -133,9 +134,12 @@ def read(wallet: Wallet, account: Account, token: str) -> str:
     assert wallet.balance_at(account.id, datetime.now(timezone.utc)) == account.balance == 601
     holds: HoldPage = wallet.holds(account.id)
     assert [one.captured for one in holds.holds] == [0, 200]
+    assert [one.captured for one in wallet.holds(account.id, status="captured").holds] == [200]
     assert {one.name for one in wallet.accounts()} == {"Ada", "Bob"}
-    wallet.freeze(account.id)
-    wallet.freeze(account.id, False)
+    named: AccountPage = wallet.account_page(limit=1, name="A", since=an_hour_ago)
+    assert (named.accounts, named.next_cursor, account.holds_active) == ([account], None, 0)
+    assert wallet.freeze(account.id).frozen
+    assert not wallet.freeze(account.id, False).frozen
     assert wallet.currency == "USD"
     return wallet.replace_token(account.id, token)
 

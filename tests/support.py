@@ -1602,6 +1602,8 @@ def raw_requests():
 
 PAGE = (HERE / "wallet.html").read_bytes()
 
+MODULES = sorted(path.name for path in HERE.glob("wallet*.py"))
+
 OPEN_ROUTES = {
     "POST /api/register",
     "GET /livez",
@@ -1701,7 +1703,8 @@ def call(app, method, path, headers=()):
 def schema_of(version):
     """Return the statements that made the tables of a version, and its row of `wallet`."""
     tables = (HERE / "tests" / "schemas" / f"{version}.sql").read_text()
-    return [*tables.rstrip("; \n").split(";"), f"INSERT INTO wallet VALUES (1, {version}, 'JPY')"]
+    row = f"1, {version}, 'JPY'" + ", 0" * (version > 2)
+    return [*tables.rstrip("; \n").split(";"), f"INSERT INTO wallet VALUES ({row})"]
 
 
 class Load:
@@ -1794,12 +1797,15 @@ def standby_missing(server):
         yield waiting
 
 
-def contents(dsn):
+TABLES = "wallet", "accounts", "transactions", "holds", "issuer_keys"
+
+
+def contents(dsn, tables=TABLES):
     database = wallet_module.open_database(dsn, 1, False)
     with contextlib.closing(database):
         return [
             sorted(database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")), key=repr)
-            for table in ("wallet", "accounts", "transactions", "holds", "issuer_keys")
+            for table in tables
         ]
 
 

@@ -32,7 +32,8 @@ from wallet import Hold, Transaction, create_app
 HERE = Path(__file__).parent.parent
 EXAMPLE = Path(__file__).with_name("embedding_example.py")
 DATA_FILES = {"checks.sql", "openapi.yaml", "schema.sql", "wallet.html", "migrations/1.sql",
-              "migrations/2.sql"}
+              "migrations/2.sql", "migrations/3.sql"}
+MODULES = {path.name for path in HERE.glob("wallet*.py")}
 TYPES = typing.get_args(wallet_module.TransactionType)
 pytestmark = pytest.mark.xdist_group("packaging")  # One worker builds and installs, once.
 
@@ -154,14 +155,14 @@ def test_wheel_is_one_package_with_every_file_that_the_code_reads(wheel):
         assert archive.read("wallet/__init__.py") == (HERE / "wallet.py").read_bytes()
         for name in DATA_FILES:
             assert archive.read(f"wallet/{name}") == (HERE / name).read_bytes()
-        for name in ("cli.py", "metrics.py", "postgres.py", "server.py"):
+        parts = {name.removeprefix("wallet_") for name in MODULES - {"wallet.py"}}
+        for name in parts:
             assert archive.read(f"wallet/{name}") == (HERE / f"wallet_{name}").read_bytes()
-    sources = "".join((HERE / name).read_text() for name in ("wallet.py", "wallet_cli.py"))
+    sources = "".join((HERE / name).read_text() for name in MODULES)
     read = set(re.findall(r"""["']([\w-]+\.(?:sql|yaml|html))["']""", sources))
     steps = {f"migrations/{version}.sql" for version in wallet_module.MIGRATIONS}
     assert read | steps == DATA_FILES
-    code = {"__init__.py", "__main__.py", "cli.py", "metrics.py", "postgres.py", "server.py"}
-    files = code | {"py.typed"} | DATA_FILES
+    files = {"__init__.py", "__main__.py", "py.typed"} | parts | DATA_FILES
     assert {name for name in names if name.startswith("wallet/")} == {
         f"wallet/{name}" for name in files}
     # Beside the package there is only the plugin, for the reason that it gives.

@@ -27,6 +27,7 @@ import wallet_cli
 import wallet_postgres
 from tests.support import (
     HERE,
+    MODULES,
     SERIALIZABLE,
     Client,
     Load,
@@ -1131,7 +1132,6 @@ def foreign_parts(source):
     return {part for part in found if not part.isupper()} - SQL_PARTS
 
 
-MODULES = "wallet.py", "wallet_cli.py", "wallet_metrics.py", "wallet_postgres.py", "wallet_server.py"
 FUTURE = "from __future__ import annotations\n"
 
 
