@@ -76,7 +76,17 @@ from importlib import import_module
 from ipaddress import ip_address
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    get_args,
+)
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # Bottle has no types. These lines say so to mypy in a project that has this file.
@@ -327,7 +337,6 @@ class WrongBooks(ConfigurationError, status=500, title="The books are wrong."):
 
 TransactionType = Literal["topup", "charge", "refund", "transfer_in", "transfer_out"]
 HoldStatus = Literal["active", "captured", "released", "expired"]
-HOLD_STATUSES: Sequence[HoldStatus] = "active", "captured", "released", "expired"
 # What each type of transaction does to the balance.
 SIGN_BY_TYPE: dict[TransactionType, int] = {
     "topup": +1, "charge": -1, "refund": +1, "transfer_in": +1, "transfer_out": -1}
@@ -422,20 +431,19 @@ class _Options(TypedDict, total=False):
     token: str | None
 
 
-class _Filters(TypedDict, total=False):
-    """What part of a history is asked for: from `since` on, before `until` (RFC 3339 or aware)."""
+class _Times(TypedDict, total=False):
+    """What is asked for: from `since` on, before `until` (RFC 3339 or aware)."""
 
+    since: str | datetime | None
+    until: str | datetime | None
+
+
+class _Filters(_Times, total=False):
     type: TransactionType | None
-    since: str | datetime | None
-    until: str | datetime | None
 
 
-class _AccountFilters(TypedDict, total=False):
-    """Which accounts are asked for: made from `since` on and before `until`, `name` begins so."""
-
-    name: str | None
-    since: str | datetime | None
-    until: str | datetime | None
+class _AccountFilters(_Times, total=False):
+    name: str | None  # What it begins with.
 
 
 class _Stamp(NamedTuple):
@@ -1119,8 +1127,8 @@ class Wallet:
         Raises AccountNotFound, CursorBeyondEnd, MalformedRequest.
         """
         limit = _parse_limit(limit)
-        if status not in (None, *HOLD_STATUSES):
-            raise MalformedRequest(f"status must be one of: {', '.join(HOLD_STATUSES)}.")
+        if status not in (None, *(statuses := get_args(HoldStatus))):
+            raise MalformedRequest(f"status must be one of: {', '.join(statuses)}.")
         below = SEQUENCE_MAX if cursor is None else _parse_cursor("hld", account_id, cursor)
 
         def read(tx: _Execute) -> list[Hold]:
@@ -1343,10 +1351,10 @@ class Wallet:
 
     def _read_holds(self, tx: _Execute, account_id: str, first: int, last: int,
                     limit: int, status: HoldStatus | None = None) -> list[Hold]:
-        now_us, is_active = _now_us(), status == "active"
-        sql = f"{HOLDS} {ACTIVE_HOLDS * is_active} ORDER BY h.sequence DESC LIMIT ?"
-        rows = tx(sql, now_us, account_id, first, last, now_us, status or "%",
-                  *[account_id] * is_active, limit)
+        now_us = _now_us()
+        active, ids = (ACTIVE_HOLDS, [account_id]) if status == "active" else ("", [])
+        rows = tx(f"{HOLDS} {active} ORDER BY h.sequence DESC LIMIT ?", now_us, account_id, first,
+                  last, now_us, status or "%", *ids, limit)
         return [Hold(_make_entry_id("hld", account_id, sequence), amount, status, captured,
                      _as_time(expires_at_us), description, json.loads(metadata or "{}"),
                      _as_time(created_at_us))

@@ -21,6 +21,7 @@ import wallet as wallet_module
 import wallet_cli
 import wallet_server
 from tests.support import (
+    ISSUER_TOKEN,
     ROUTES,
     WRONG_TOKEN,
     check_books,
@@ -183,7 +184,7 @@ def test_every_answer_can_be_read_by_the_origins_that_are_allowed_and_by_no_othe
             status, answered, _ = ask("GET", "/api/transactions.csv", **sent)
             assert (status, dict(answered)["Retry-After"]) == (503, "1")
             assert sharing_of(answered) == sharing(configured, origin)
-            status, answered, _ = ask("GET", "/api/account?at=2026-11-22T09:30:30Z", **sent)
+            status, answered, _ = ask("GET", "/api/account/balance?at=2026-11-22T09:30:30Z", **sent)
             assert (status, sharing_of(answered)) == (500, sharing(configured, origin))
 
 
@@ -193,8 +194,9 @@ def test_preflight_of_an_allowed_origin_is_told_what_it_may_send_and_any_other_g
     sqlite_wallet, configured, way
 ):
     known = {name.partition(" ")[2] for name in ROUTES} - {"/metrics"}
-    assert len(known) > 15
-    with asking(create_app(sqlite_wallet, cors_origins=configured), way) as ask:
+    assert len(known) > 30
+    app = create_app(sqlite_wallet, ISSUER_TOKEN, cors_origins=configured)
+    with asking(app, way) as ask:
         for rule, origin in itertools.product(sorted(known), [o for o in ORIGINS if o is not None]):
             methods = [name.partition(" ")[0] for name in ROUTES if name.endswith(f" {rule}")]
             status, headers, body = ask(

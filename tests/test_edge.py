@@ -254,7 +254,7 @@ def test_issuers_token_may_be_any_printable_text_and_no_log_shows_it(token):
         assert send(server.url, "POST", "/api/register", {"name": "Ada"}, token[:-1])[0] == 401
         # As a client would write it into an address, and as a careless one would.
         for form in (quote(token, safe=""), quote(token, safe=string.punctuation)):
-            for path in (f"/{form}", f"/api/{form}/x", f"/api/account?at={form}", f"/?x={form}"):
+            for path in (f"/{form}", f"/api/{form}/x", f"/api/account/balance?at={form}", f"/?x={form}"):
                 got = send(
                     server.url,
                     "GET",

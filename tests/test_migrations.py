@@ -163,7 +163,8 @@ def test_tables_of_each_version_become_those_of_a_new_wallet_and_keep_their_rows
 ):
     database = wallet_module.open_database(durable_dsn, 1, True)
     for statement in schema_of(version) + ROWS[version]:
-        database.write(lambda tx, sql=database.adapt(statement): tx(sql))
+        adapted = database.adapt(statement)
+        database.write(lambda tx, sql=adapted: tx(sql))
     database.close()
     new = "new_schema" if durable_dsn.startswith("postgresql") else "tmp_path"
     made = request.getfixturevalue(new)

@@ -422,14 +422,14 @@ def test_log_names_the_account_once_its_token_was_found_right(caplog):
         )  # It claims to be hers, and its checksum is right.
         app, topup, charge = (
             create_app(wallet, ISSUER_TOKEN),
-            "/api/transactions/topup",
+            f"/api/accounts/{ada.id}/transactions/topup",
             "/api/transactions/charge",
         )
         hold = {"amount": 1}
         for who, method, path, body, status, known in (
             (token, "GET", "/api/account", None, 200, True),
             (token, "GET", "/api/account?typo=1", None, 400, True),
-            (token, "GET", "/api/account?at=x", None, 500, True),
+            (token, "GET", "/api/account/balance?at=x", None, 500, True),
             (token, "POST", "/api/holds", hold, 402, True),
             (token, "POST", "/api/holds", {"typo": 1}, 422, True),
             (
@@ -447,7 +447,7 @@ def test_log_names_the_account_once_its_token_was_found_right(caplog):
             (wrong, "POST", charge, {"amount": 2}, 500, False),
             (token, "GET", "/nowhere", None, 404, False),
             (None, "GET", "/openapi.yaml", None, 200, False),
-            (ISSUER_TOKEN, "POST", topup, {"account": ada.id, "amount": 5}, 201, False),
+            (ISSUER_TOKEN, "POST", topup, {"amount": 5}, 201, False),
         ):
             caplog.clear()
             Client(app, who).send(method, path, body, status=status)
@@ -561,7 +561,7 @@ def test_log_that_is_no_terminals_is_json_with_the_address_that_the_trusted_prox
             + b"Connection: close\r\nX-Forwarded-For: 192.0.2.66\r\nX-Forwarded-For: 198.51.100.2\r\n"
         )
         raw_exchange(server.url, request + b"Content-Length: 99999\r\n\r\n" + b"x" * 99999)
-        path = f"/api/account?at={ada['token']}"
+        path = f"/api/account/balance?at={ada['token']}"
         assert send(server.url, "GET", path, token=ada["token"], X_Request_Id="req-2")[0] == 500
         server.send_signal(signal.SIGTERM)
         log = server.communicate(timeout=30)[1]
@@ -615,7 +615,7 @@ def test_log_on_a_terminal_is_for_people_and_its_tracebacks_have_no_token():
             os.close(terminal)
             ada = send(server.url, "POST", "/api/register", {"name": "Ada"})[2]
             assert (
-                send(server.url, "GET", f"/api/account?at={ada['token']}", token=ada["token"])[0]
+                send(server.url, "GET", f"/api/account/balance?at={ada['token']}", token=ada["token"])[0]
                 == 500
             )
             server.send_signal(signal.SIGTERM)

@@ -704,7 +704,8 @@ def test_page_says_what_a_dead_token_a_frozen_account_and_an_issuer_mean(kiosk, 
         assert tab.see(".failure").inner_text().startswith("This wallet has an issuer")
         tab.field("Token").fill("issuer-" * 5)
         tab.press("Open")
-        tab.see(".error", "This route needs the token of an account, and this is the issuer's.")
+        tab.see(".error", "This route needs the token of an account, and this is the issuer's, whose routes are"
+            " /api/accounts/{id} and below.")
         tab.field("Token").fill(token)
         tab.press("Open")
         tab.move("Top up", amount="5")

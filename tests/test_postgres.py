@@ -983,7 +983,7 @@ def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(
                 "/api/transactions.csv",
                 f"{history}?after=0&limit=3",
                 f"{history}?since=2001-09-09T01:46:55Z",
-                "/api/account?at=2001-09-09T01:46:55Z",
+                "/api/account/balance?at=2001-09-09T01:46:55Z",
             ):
                 send("GET", path)
             send("GET", f"{history}/{answers[2].json['id']}")
@@ -1092,6 +1092,7 @@ WANTING = [
 # What SQL is put together from, apart from constants: parts of it that are, each, one of a few
 # constants.
 SQL_PARTS = {
+    "active",
     "cache_kb",
     "check",
     "columns",
@@ -1196,11 +1197,14 @@ def test_every_key_begins_with_the_account_id(postgres_wallet):
     )
     account_id = {"accounts": "id", "transactions": "account_id", "holds": "account_id"}
     assert [(table, column) for table, column, _ in keys if table in account_id] == [
+        ("accounts", "created_at"),  # By which they are listed. It is no key.
         ("accounts", "id"),
         *[("holds", "account_id")] * 2,
         *[("transactions", "account_id")] * 4,
     ]
-    assert {table for table, _, _ in keys} - account_id.keys() == {"wallet"}  # It has one row.
+    assert ("accounts", "created_at", False) in keys
+    # The one has one row. The other is for keys that no account has, and looked at for no account's.
+    assert {table for table, _, _ in keys} - account_id.keys() == {"wallet", "issuer_keys"}
     assert postgres_wallet.database.read(lambda tx: tx("SELECT id FROM wallet")) == [(1,)]
 
 

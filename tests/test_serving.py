@@ -494,7 +494,7 @@ CORPUS = [
     ("POST", "/api/register", {"name": "Ada Łovelace"}),
     ("POST", "/api/account/token", None),
     ("GET", "/api/account", None),
-    ("GET", "/api/account?at=2026-11-22T09:30:00.5%2B01:00", None),
+    ("GET", "/api/account/balance?at=2026-11-22T09:30:00.5%2B01:00", None),
     *[("POST", "/api/transactions/topup", MOVED)] * 3,
     ("POST", "/api/transactions/charge", MOVED),
     ("POST", "/api/transactions/transfer", {"to": "acc_OTHER", **MOVED}),

@@ -729,15 +729,15 @@ def test_secrets_are_found_nowhere_but_in_the_answer_that_shows_one(
         assert server.banner.endswith("Only the issuer's token makes and fills accounts.\n")
         made = send(server.url, "POST", "/api/register", {"name": "Ada in the file"}, issuer)[2]
         replaced, id = made["token"], made["id"]
-        topup = {"account": id, "amount": 100}
-        assert send(server.url, "POST", "/api/transactions/topup", topup, issuer)[0] == 201
+        topup = f"/api/accounts/{id}/transactions/topup"
+        assert send(server.url, "POST", topup, {"amount": 100}, issuer)[0] == 201
         token = send(server.url, "POST", "/api/account/token", {}, replaced)[2]["token"]
         for name, who in itertools.product(ROUTES, (token, replaced, issuer)):
             method, rule = name.split()
             if name not in ("POST /api/register", "POST /api/account/token") or who == replaced:
                 body = BODIES.get(rule.split("/")[-1], {}) if method == "POST" else None
                 answers.append(send(server.url, method, path_of(rule), body, who))
-        answers.append(send(server.url, "GET", f"/api/account?at={token}", token=token))
+        answers.append(send(server.url, "GET", f"/api/account/balance?at={token}", token=token))
         assert answers[-1][0] == 500
         with contextlib.ExitStack() as locked:
             if durable_dsn.startswith("sqlite"):

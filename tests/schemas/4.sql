@@ -2,7 +2,8 @@
 --
 -- Statements end with a semicolon, and no semicolon stands anywhere else, so
 -- that the file can be split at them. Every key begins with the account id, so
--- that a sharding database keeps an account's rows together. Amounts are whole
+-- that a sharding database keeps an account's rows together, but for the
+-- issuer's keys, which are looked at for none of an account. Amounts are whole
 -- minor units of the wallet's currency (1250 is $12.50), and times are whole
 -- microseconds since 1970-01-01T00:00:00Z. The CHECKs repeat what wallet.py
 -- enforces, so that no other program can break a promise either.
