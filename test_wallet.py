@@ -2034,7 +2034,7 @@ def test_with_an_issuer_only_its_token_makes_and_fills_accounts(shop):
         (f"/api/transactions/{charge}/refund", {}),
     ):
         refused = shop.ada.send("POST", path, body, status=403).json
-        assert refused["detail"] == "This wallet has an issuer, and this needs its token."
+        assert refused["detail"] == "This wallet has an issuer, and this route needs its token."
     batch = {"transactions": [{"type": "charge", "amount": 5}, {"type": "topup", "amount": 5}]}
     refused = shop.ada.send("POST", "/api/transactions/batch", batch, status=403).json
     assert (refused["code"], refused["index"]) == ("forbidden", 1)

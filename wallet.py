@@ -2442,7 +2442,7 @@ class App:
                 return None
             if access in ("issuer", "money"):
                 self.wallet.authenticate(token)
-                raise Forbidden("This wallet has an issuer, and this needs its token.")
+                raise Forbidden("This wallet has an issuer, and this route needs its token.")
         if takes.get("key") or takes.get("token"):
             arguments["token"] = token
         return _parse_token(token) if takes.get("key") else self.wallet.authenticate(token)

@@ -644,8 +644,8 @@ def test_page_says_what_is_in_holds_that_it_does_not_list(kiosk, visit):
         kiosk.wallet.hold(kiosk.ada.id, amount)
     tab = visit(kiosk.url)
 
-    def handle(route):  # It reads ten pages: of one hold each here, where it asks for a hundred.
-        route.continue_(url=route.request.url.replace("limit=100", "limit=1"))
+    def handle(route):  # It reads one page: of ten holds here, where it asks for a hundred.
+        route.continue_(url=route.request.url.replace("limit=100", "limit=10"))
 
     tab.page.route("**/api/holds*", handle)
     tab.page.evaluate("(token) => signIn(token)", kiosk.token)
@@ -704,8 +704,11 @@ def test_page_says_what_a_dead_token_a_frozen_account_and_an_issuer_mean(kiosk, 
         assert tab.see(".failure").inner_text().startswith("This wallet has an issuer")
         tab.field("Token").fill("issuer-" * 5)
         tab.press("Open")
-        tab.see(".error", "This route needs the token of an account, and this is the issuer's, whose routes are"
-            " /api/accounts/{id} and below.")
+        tab.see(
+            ".error",
+            "This route needs the token of an account, and this is the issuer's, whose routes are"
+            " /api/accounts/{id} and below.",
+        )
         tab.field("Token").fill(token)
         tab.press("Open")
         tab.move("Top up", amount="5")
