@@ -2023,40 +2023,31 @@ def _post_token(wallet: Wallet, caller: Account | None, account_id: str,
     return _Response(201, {**_to_json(caller or wallet.account(account_id)), "token": new_token})
 
 
-def _post(method: str) -> _Handler:
-    """Return the handler of what a method of the wallet does once per key."""
+def _call(method: str, status: int = 200, **more: Any) -> _Handler:
+    """Return what answers with a method of the wallet. A page links to the next (RFC 8288)."""
 
     def handle(wallet: Wallet, caller: object, **arguments: Any) -> _Response:
-        made = getattr(wallet, method)(**arguments)
-        is_batch = isinstance(made, list)
-        replayed = (made[0] if is_batch else made).replayed
-        return _Response(201, {"transactions": made} if is_batch else made,
+        found = getattr(wallet, method)(**arguments, **more)
+        if isinstance(found, (Page, HoldPage, AccountPage)):
+            name = "after" if "after" in arguments else "cursor"
+            following = {**arguments, name: found.next_cursor}
+            following.pop("account_id", None)
+            link = {"Link": f'<?{urlencode(following)}>; rel="next"'} if found.next_cursor else {}
+            return _Response(200, found._asdict(), link)
+        is_batch = isinstance(found, list)
+        replayed = getattr(found[0] if is_batch else found, "replayed", False)
+        return _Response(status, {"transactions": found} if is_batch else found,
                          {"Idempotent-Replayed": "true"} if replayed else {})
 
     return handle
 
 
-def _get(method: str) -> _Handler:
-    """Return the handler of a question to the wallet. A page links to the next (RFC 8288)."""
-
-    def handle(wallet: Wallet, caller: object, **arguments: Any) -> _Response:
-        found = getattr(wallet, method)(**arguments)
-        if not isinstance(found, (Page, HoldPage, AccountPage)):
-            return _Response(200, found)
-        following = {**arguments, "after" if "after" in arguments else "cursor": found.next_cursor}
-        following.pop("account_id", None)
-        link = {"Link": f'<?{urlencode(following)}>; rel="next"'} if found.next_cursor else {}
-        return _Response(200, found._asdict(), link)
-
-    return handle
-
-
 def _route_post(path: str, method: str, rules: _Rules, **takes: Any) -> None:
-    _route(path, "POST", body=_fields(rules), key=True, **takes)(_post(method))
+    _route(path, "POST", body=_fields(rules), key=True, **takes)(_call(method, 201))
 
 
 def _route_get(path: str, method: str, *query: str) -> None:
-    _route(path, query=query)(_get(method))
+    _route(path, query=query)(_call(method))
 
 
 _route_post("/api/transactions/topup", "topup", MOVEMENT, access="money")
@@ -2072,19 +2063,12 @@ _route_get(TRANSACTION_PATH, "transaction")
 _route_get("/api/holds", "holds", "limit", "cursor", "status")
 _route_get(HOLD_PATH, "get_hold")
 _routes.post(BATCH_PATH, body=_fields(TRANSACTIONS), key=True, access="both",
-             body_bytes_max=BATCH_BODY_BYTES_MAX)(_post("batch"))
+             body_bytes_max=BATCH_BODY_BYTES_MAX)(_call("batch", 201))
 _issuer_routes.get("/api/accounts", access="issuer",
-                   query=("limit", "cursor", "name", "since", "until"))(_get("account_page"))
-
-
-def _route_freeze(end: str, frozen: bool) -> None:
-    _issuer_routes.post(f"{ACCOUNT_PATH}/{end}", access="issuer", body=_fields({}),
-                        body_optional=True)(
-        lambda wallet, caller, account_id: _Response(200, wallet.freeze(account_id, frozen)))
-
-
-_route_freeze("freeze", True)
-_route_freeze("unfreeze", False)
+                   query=("limit", "cursor", "name", "since", "until"))(_call("account_page"))
+for _path, _frozen in (("/freeze", True), ("/unfreeze", False)):
+    _issuer_routes.post(ACCOUNT_PATH + _path, access="issuer", body=_fields({}),
+                        body_optional=True)(_call("freeze", frozen=_frozen))
 
 
 @_route(f"/api{STATEMENT_END}", query=("type", "since", "until"))
