@@ -106,7 +106,7 @@ __all__ = [
     "InsufficientFunds", "InternalError", "MalformedRequest", "MethodNotAllowed", "NotFound",
     "NotReady", "NotRefundable", "OutcomeUnknown", "Page", "RefundExceedsCharge", "Transaction",
     "TransactionType", "Unauthorized", "Unavailable", "UnsupportedMediaType", "ValidationFailed",
-    "Wallet", "WalletError", "WrongBooks", "__version__", "create_app", "running",
+    "Wallet", "WalletError", "WrongBooks", "__version__", "connect", "create_app", "running",
 ]
 T = TypeVar("T")
 logger = logging.getLogger("wallet")
@@ -1177,6 +1177,28 @@ class Wallet:
             lambda tx: tx(sql, account_id, self._count_before(tx, account_id, at_us + 1)))
         return int(rows[0][0]) if rows else 0
 
+    def follow(self, account_id: str, after: str | None = None, *,
+               poll_s: float = 1.0) -> Iterator[Transaction]:
+        """Yield for ever what comes from now on, or behind `after`. Unavailable only delays it."""
+        if after is None:
+            newest = self.transactions(account_id, limit=1).transactions
+            after = newest[0].id if newest else "0"
+        return self._feed(account_id, after, poll_s)
+
+    def _feed(self, account_id: str, after: str, poll_s: float) -> Iterator[Transaction]:
+        while True:
+            found: list[Transaction] = []
+            try:
+                found = self.transactions(account_id, after=after).transactions
+            except Unavailable as error:
+                if error.reason == "closed":
+                    raise
+            yield from found
+            if found:
+                after = found[-1].id
+            else:
+                time.sleep(poll_s)
+
     def _post_entry(self, tx: _Execute, entry: _Entry, stamp: _Stamp,
                     later: list[_Row] | None = None) -> Transaction:
         """Change the balance and what is held, and write down why, at most once for a stamp.
@@ -1564,7 +1586,8 @@ MISSING = ": is its disk mounted? Name another DSN, or let the command init make
 # What is loaded only where it is needed, and how that is installed.
 PARTS = {"postgres": "pip install 'psycopg[binary]' psycopg-pool, and ",
          "metrics": "pip install prometheus-client, and ",
-         "server": "pip install waitress, and ", "cli": "", "cors": ""}
+         "server": "pip install waitress, and ", "client": "pip install urllib3, and ",
+         "cli": "", "cors": ""}
 
 
 def _import_part(name: str) -> Any:
@@ -1933,10 +1956,9 @@ def _identify(path: str) -> tuple[int, ...]:
 
 
 def _check_usable(process_id: int, closed: bool) -> None:
-    if closed:
-        raise Unavailable("This wallet is closed.")
-    if os.getpid() != process_id:
-        raise Unavailable("No connection can cross a fork: open the wallet after it.")
+    crossed = "No connection can cross a fork: open the wallet after it."
+    if closed or os.getpid() != process_id:
+        raise Unavailable("This wallet is closed." if closed else crossed, reason="closed")
 
 
 def _execute_on(connection: sqlite3.Connection) -> _Execute:
@@ -2563,6 +2585,12 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
         trusted_proxy = settings["trusted-proxy"] if trusted_proxy is None else trusted_proxy
         cors_origins = settings["cors-origin"] if cors_origins is None else cors_origins
     return App(wallet, issuer_token, metrics, trusted_proxy, cors_origins or ())
+
+
+def connect(url: str, token: str | None = None, *, timeout_s: float = 30.0) -> Wallet:
+    """Return a wallet that is served elsewhere, for the account, or the issuer, of a token."""
+    wallet: Wallet = _import_part("client").RemoteWallet(url, token, timeout_s)
+    return wallet
 
 
 @contextmanager

