@@ -58,6 +58,7 @@ from bottle import Bottle, response
 from waitress import create_server
 
 import wallet
+import wallet_books
 import wallet_cli
 import wallet_server
 from wallet import Wallet
@@ -422,7 +423,7 @@ class Server:
             self.process.terminate()
         if self.dsn:
             with Wallet(self.dsn, read_only=True) as books:
-                wallet_cli.verify(books)
+                wallet_books.verify(books)
 
     def _count(self) -> int:
         """Return the number of transactions, once what was under way has ended."""

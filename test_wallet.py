@@ -32,7 +32,7 @@ import pytest
 from hypothesis import strategies as st
 
 import wallet as wallet_module
-import wallet_cli
+import wallet_books
 import wallet_postgres
 import wallet_server
 from tests.support import (
@@ -1663,7 +1663,7 @@ def test_feed_past_a_restored_backup_is_told_so_and_not_kept_waiting(file_dsn, t
     with Wallet(file_dsn) as wallet:
         ada, _ = wallet.register("Ada")
         wallet.topup(ada.id, 1)
-        wallet_cli.back_up(wallet, f"{tmp_path}/backup.db")
+        wallet_books.back_up(wallet, f"{tmp_path}/backup.db")
         last = wallet.topup(ada.id, 2).id
         assert wallet.transactions(ada.id, after=last).transactions == []
     with Wallet(f"sqlite:///{tmp_path}/backup.db") as restored:

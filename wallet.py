@@ -2,8 +2,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["bottle==0.13.4", "iso4217==1.16.20260101", "prometheus-client==0.26.0",
-#                 "psycopg[binary]==3.3.9", "psycopg-pool==3.3.3", "typing_extensions==4.16.0",
-#                 "waitress==3.0.2"]
+#                 "psycopg[binary]==3.3.9", "psycopg-pool==3.3.3", "shtab==1.13.0",
+#                 "typing_extensions==4.16.0", "waitress==3.0.2", "wcwidth==0.9.4"]
 # ///
 """Wallet: a small service that keeps money balances and is trusted with them.
 
@@ -1457,12 +1457,13 @@ class Wallet:
             self.created = True
             rows = self._read("SELECT schema_version FROM wallet")
         ((version, *_),) = rows
+        self.opened_version: int = version  # Of the tables, as they were found.
         while version in migrations:
             version = self.database.write(
                 partial(_migrate, self.database.adapt), LONG_TIMEOUT_S)
         if version != SCHEMA_VERSION:
             advice = ("use a newer wallet" if version > SCHEMA_VERSION
-                      else "let this wallet serve it once, or use an older one")
+                      else "bring it there by the command migrate, or use an older one")
             raise ConfigurationError(f"the database has schema version {version}, and this wallet"
                                      f" has {SCHEMA_VERSION}: {advice}")
         ((code, digits),) = self._read("SELECT currency, currency_digits FROM wallet")
@@ -1583,20 +1584,19 @@ class Database(Protocol):
 
 
 MISSING = ": is its disk mounted? Name another DSN, or let the command init make a new one"
-# What is loaded only where it is needed, and how that is installed.
-PARTS = {"postgres": "pip install 'psycopg[binary]' psycopg-pool, and ",
-         "metrics": "pip install prometheus-client, and ",
-         "server": "pip install waitress, and ", "client": "pip install urllib3, and ",
-         "cli": "", "cors": ""}
+# What a part that is loaded only where it is needed needs besides.
+NEEDED = {"postgres": "'psycopg[binary]' psycopg-pool", "metrics": "prometheus-client",
+          "server": "waitress", "client": "urllib3"}
 
 
 def _import_part(name: str) -> Any:
-    """Return a module of PARTS. Raises ConfigurationError."""
+    """Return a module that lies beside this one. Raises ConfigurationError."""
     is_package = "__path__" in globals()  # Installed, where the files have other names.
     try:
         return import_module(f"wallet.{name}" if is_package else f"wallet_{name}")
     except ImportError as error:
-        raise ConfigurationError(f"{error.name or error} is not installed: {PARTS[name]}put"
+        install = f"pip install {NEEDED[name]}, and " if name in NEEDED else ""
+        raise ConfigurationError(f"{error.name or error} is not installed: {install}put"
                                  f" wallet_{name}.py beside wallet.py") from error
 
 

@@ -41,6 +41,7 @@ from hypothesis import strategies as st
 from webtest import TestApp
 
 import wallet as wallet_module
+import wallet_books
 import wallet_cli
 import wallet_postgres
 import wallet_server
@@ -142,7 +143,7 @@ def check_books(wallet):
     check_holds(read, rows, {account_id: held for account_id, *_, held in accounts})
     if isinstance(wallet.database, wallet_module.SQLiteDatabase):
         assert read("PRAGMA integrity_check") == [("ok",)]
-    wallet_cli.verify(wallet)
+    wallet_books.verify(wallet)
 
 
 @contextmanager

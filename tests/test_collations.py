@@ -17,6 +17,7 @@ import psycopg
 import pytest
 
 import wallet as wallet_module
+import wallet_books
 import wallet_cli
 import wallet_postgres
 from tests.support import (
@@ -284,7 +285,7 @@ def test_verify_looks_into_the_indexes_of_postgres_where_it_may(debian_server, c
     with Wallet(dsn) as wallet:
         for _ in range(50):
             wallet.topup(wallet.register("Ada")[0].id, 1)
-        wallet_cli.verify(wallet)
+        wallet_books.verify(wallet)
         assert caplog.messages == [
             f"the indexes of {wallet.database.location} were not checked: function"
             " bt_index_check(regclass, boolean) does not exist. That needs CREATE EXTENSION"
@@ -292,7 +293,7 @@ def test_verify_looks_into_the_indexes_of_postgres_where_it_may(debian_server, c
         ]
         caplog.clear()
         ask(dsn, "CREATE EXTENSION amcheck")
-        assert wallet_cli.verify(wallet) == (50, 50)
+        assert wallet_books.verify(wallet) == (50, 50)
         assert caplog.messages == []
         with (
             psycopg.connect(dsn) as other,
@@ -315,8 +316,8 @@ def test_verify_looks_into_the_indexes_of_postgres_where_it_may(debian_server, c
     debian_server.control("start")
     with Wallet(dsn, read_only=True) as wallet:
         with pytest.raises(WrongBooks, match=r"is damaged: .*accounts_pkey"):
-            wallet_cli.verify(wallet)
+            wallet_books.verify(wallet)
         caplog.clear()
         ask(dsn, "REINDEX INDEX accounts_pkey")
-        assert wallet_cli.verify(wallet) == (50, 50)
+        assert wallet_books.verify(wallet) == (50, 50)
         assert caplog.messages == []

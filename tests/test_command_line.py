@@ -47,10 +47,9 @@ from wallet import ConfigurationError, Wallet, create_app, running
 def test_help_names_every_setting_with_its_variable_and_default():
     shown = " ".join(command("--help").stdout.split())
     for setting in wallet_cli.SETTINGS:
-        assert (
-            f"--{setting.name} VALUE {setting.meaning} [{setting.variable}={setting.default}]"
-            in shown
-        )
+        value = "[VALUE]" if setting.is_flag else "VALUE"
+        meaning = f"{setting.meaning} [{setting.variable}={setting.default}]"
+        assert f"--{setting.name} {value} {meaning}" in shown
     assert "Example: python wallet.py" in shown
 
 
@@ -219,7 +218,7 @@ def test_command_line_comes_before_the_environment(monkeypatch):
         "currency": None,
         "issuer-token": None,
         "log-level": "info",
-        "command": None,
+        "command": "serve",
         "metrics": 0,
         "trusted-proxy": None,
         "cors-origin": [],

@@ -1,4 +1,4 @@
-"""The operator's commands: verify, backup, accounts, token, freeze and copy."""
+"""The operator's commands: verify, backup, accounts, token and copy, and what all have in common."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -25,7 +26,9 @@ from pathlib import Path
 import pytest
 
 import wallet as wallet_module
+import wallet_books
 import wallet_cli
+import wallet_commands
 import wallet_postgres
 from tests.support import (
     MODULE,
@@ -101,7 +104,7 @@ def full_dsn(full_file, durable_dsn):
         shutil.copy(full_file, durable_dsn.removeprefix("sqlite:///"))
     else:
         with Wallet(f"sqlite:///{full_file}") as source, Wallet(durable_dsn) as target:
-            wallet_cli.copy_wallet(source, target)
+            wallet_books.copy_wallet(source, target)
     return durable_dsn
 
 
@@ -118,13 +121,9 @@ def test_copy_moves_all_to_another_database_and_tokens_keep_working(
     assert done.returncode == 0, done.stderr
     accounts, transactions, holds = (len(rows) for rows in contents(full_dsn)[1:])
     assert accounts == 41
-    *progress, last, verified = done.stderr.splitlines()
-    assert (
-        last
-        == f"copied {accounts:,} accounts and {transactions:,} transactions and {holds:,} holds"
-    )
-    assert "copied 41 accounts and 500 transactions and 0 holds" in progress
-    assert re.fullmatch(r"verified: \S+ has every row of \S+, in JPY", verified)
+    rows = f"{accounts:,} accounts, {transactions:,} transactions, {holds:,} holds"
+    said = rf"verified: \S+ has every row of \S+, in JPY: {rows}\n"
+    assert (done.stderr, bool(re.fullmatch(said, done.stdout))) == ("", True), done.stdout
     assert contents(target) == contents(full_dsn)
     with Wallet(target) as wallet:
         check_books(wallet)
@@ -185,7 +184,7 @@ def test_wallet_that_cannot_be_read_now_is_not_said_to_be_missing(
 @pytest.mark.slow_on("postgres")
 def test_copy_brings_the_currency_to_an_empty_database(full_dsn, postgres_dsn):
     with Wallet(full_dsn) as source, Wallet(postgres_dsn, currency="EUR") as target:
-        wallet_cli.copy_wallet(source, target)
+        wallet_books.copy_wallet(source, target)
         assert target.currency == "JPY"
         assert {target.account(row[0]).currency for row in contents(postgres_dsn)[1]} == {"JPY"}
     with Wallet(postgres_dsn) as wallet:
@@ -193,10 +192,10 @@ def test_copy_brings_the_currency_to_an_empty_database(full_dsn, postgres_dsn):
 
 
 INTERRUPTED = """
-import os, signal, sys, wallet, wallet_cli
-copy_wallet = wallet_cli.copy_wallet
-interrupt = lambda copied: os.kill(os.getpid(), signal.SIGINT)
-wallet_cli.copy_wallet = lambda source, target, report: copy_wallet(source, target, interrupt)
+import os, signal, sys, wallet, wallet_books, wallet_cli
+copy_wallet = wallet_books.copy_wallet
+interrupt = lambda *done: os.kill(os.getpid(), signal.SIGINT)
+wallet_books.copy_wallet = lambda source, target, report: copy_wallet(source, target, interrupt)
 sys.exit(wallet_cli.main())
 """
 
@@ -256,13 +255,13 @@ def test_copy_whose_commit_was_cut_off_but_happened_is_no_failure(
         ada, token = source.register("Ada")
         source.topup(ada.id, 5)
         with standby_missing(postgres_server) as waiting:
-            future = thread.submit(wallet_cli.copy_wallet, source, target)
+            future = thread.submit(wallet_books.copy_wallet, source, target)
             (first,) = (second,) = waiting()
             postgres_server.query("SELECT pg_terminate_backend(%s)", first)
             while second == first:  # The first commit is that of the target which is no wallet yet.
                 (second,) = waiting()
             postgres_server.query("SELECT pg_terminate_backend(%s)", second)
-            assert future.result(timeout=30) is None
+            assert future.result(timeout=30) == {"accounts": 1, "transactions": 1, "holds": 0}
         assert target.authenticate(token).balance == 5
         check_books(target)
 
@@ -273,8 +272,8 @@ def test_copy_to_a_server_that_went_away_ends(file_dsn, new_schema, postgres_ser
         source.register("Ada")
         try:
             with pytest.raises(Unavailable, match="couldn't get a connection"):
-                wallet_cli.copy_wallet(
-                    source, target, lambda copied: postgres_server.control("stop", "-m", "immediate")
+                wallet_books.copy_wallet(
+                    source, target, lambda *done: postgres_server.control("stop", "-m", "immediate")
                 )
         finally:
             postgres_server.restart()
@@ -299,12 +298,12 @@ def copy_while_another_writes(source_dsn, target_dsn, monkeypatch):
             except WalletError as error:
                 return type(error)
 
-        def report(copied):
+        def report(*done):
             if not outcomes:
                 assert other.account(last.id) == last  # To read is no harm.
                 outcomes.append(thread.submit(topup).result(timeout=30))
 
-        wallet_cli.copy_wallet(source, target, report)
+        wallet_books.copy_wallet(source, target, report)
     return outcomes
 
 
@@ -329,7 +328,7 @@ def test_copy_of_an_engine_without_that_lock_is_undone_where_it_was_changed_unde
         copy_while_another_writes(full_dsn, target, monkeypatch)
     assert contents(target)[1:] == [[], [], []]
     with Wallet(full_dsn) as source, Wallet(target) as copy:
-        wallet_cli.copy_wallet(source, copy)
+        wallet_books.copy_wallet(source, copy)
     assert contents(target) == contents(full_dsn)
 
 
@@ -338,7 +337,7 @@ def test_copy_may_take_longer_than_a_call(full_dsn, postgres_dsn, monkeypatch):
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 1)
     with Wallet(full_dsn) as source, Wallet(postgres_dsn) as target:
         pauses = iter([1.5])
-        wallet_cli.copy_wallet(source, target, lambda copied: time.sleep(next(pauses, 0)))
+        wallet_books.copy_wallet(source, target, lambda *done: time.sleep(next(pauses, 0)))
     assert contents(postgres_dsn) == contents(full_dsn)
 
 
@@ -369,7 +368,7 @@ def test_copy_of_books_that_are_wrong_is_refused_and_names_the_row(full_dsn, pos
         with pytest.raises(
             WrongBooks, match=r"^(accounts|transactions|holds) \(acc_\w{16}(, \d+)?\): "
         ):
-            wallet_cli.copy_wallet(source, target)
+            wallet_books.copy_wallet(source, target)
         assert contents(postgres_dsn)[1:] == [[], [], []]
 
 
@@ -598,23 +597,23 @@ DAMAGES = [
 def test_verify_names_the_damaged_row_and_would_pass_without_the_check_that_finds_it(
     books, monkeypatch, check, wrong, damage
 ):
-    assert wallet_cli._verify_books(books, lambda *done: None) == (4, 14)
+    assert wallet_books._verify_books(books, lambda *done: None) == (4, 14)
     for statement in damage:
         books(statement)
     with pytest.raises(WrongBooks) as found:
-        wallet_cli._verify_books(books, lambda *done: None)
+        wallet_books._verify_books(books, lambda *done: None)
     assert str(found.value) == wrong
     monkeypatch.setattr(
-        wallet_cli, "_read_sql", lambda name: [other for other in CHECKS if other != check]
+        wallet_books, "_read_sql", lambda name: [other for other in CHECKS if other != check]
     )
-    wallet_cli._verify_books(books, lambda *done: None)
+    wallet_books._verify_books(books, lambda *done: None)
 
 
 def test_verify_looks_at_every_part_of_the_accounts(books, monkeypatch):
     for number in (1, 2, 3, 4):
-        monkeypatch.setattr(wallet_cli, "VERIFY_ACCOUNTS", number)
+        monkeypatch.setattr(wallet_books, "VERIFY_ACCOUNTS", number)
         told = []
-        assert wallet_cli._verify_books(books, lambda *done, told=told: told.append(done)) == (
+        assert wallet_books._verify_books(books, lambda *done, told=told: told.append(done)) == (
             4,
             14,
         )
@@ -625,13 +624,13 @@ def test_verify_looks_at_every_part_of_the_accounts(books, monkeypatch):
             books("SAVEPOINT whole")
             books(account(id, balance="balance + 1"))
             with pytest.raises(WrongBooks, match=f"accounts .{id}.: the balance is"):
-                wallet_cli._verify_books(books, lambda *done: None)
+                wallet_books._verify_books(books, lambda *done: None)
             books("ROLLBACK TO whole")
 
 
 def test_verify_of_a_wallet_without_accounts_has_nothing_to_say(dsn):
     with Wallet(dsn) as wallet:
-        assert wallet_cli.verify(wallet) == (0, 0)
+        assert wallet_books.verify(wallet) == (0, 0)
 
 
 def spend_in_every_way(wallet, ids, number, stopped):
@@ -658,7 +657,7 @@ def spend_in_every_way(wallet, ids, number, stopped):
 @pytest.mark.slow_on("postgres")
 @pytest.mark.parametrize("times", [20, torture(300)])
 def test_verify_raises_no_false_alarm_while_others_write(durable_dsn, times, monkeypatch, report):
-    monkeypatch.setattr(wallet_cli, "VERIFY_ACCOUNTS", 3)
+    monkeypatch.setattr(wallet_books, "VERIFY_ACCOUNTS", 3)
     stopped = threading.Event()
     with (
         Wallet(durable_dsn) as wallet,
@@ -670,9 +669,9 @@ def test_verify_raises_no_false_alarm_while_others_write(durable_dsn, times, mon
             threads.submit(spend_in_every_way, wallet, ids, number, stopped) for number in range(4)
         ]
         try:
-            counts = [wallet_cli.verify(looking)]
+            counts = [wallet_books.verify(looking)]
             while len(counts) < times or counts[-1][1] < counts[0][1] + 300:
-                counts.append(wallet_cli.verify(looking))
+                counts.append(wallet_books.verify(looking))
         finally:
             stopped.set()
         operations = sum(one.result(timeout=30) for one in spending)
@@ -781,13 +780,13 @@ def test_verify_and_backup_draw_a_bar_on_a_terminal_only(file_dsn, tmp_path):
             shown = os.read(ours, 65536).decode()
         assert process.returncode == 0
         assert out.startswith(b"verified: ")
-        assert set(shown.split("\r")) == {"[####################]", ""}
+        assert set(shown.split("\r")) == {"[####################] 100 %", " " * 28, ""}
 
 
 # Which leaves out what is still in the log, and may take a page before a change and another one
 # after it.
 COPIES = {
-    "backup": wallet_cli.back_up,
+    "backup": wallet_books.back_up,
     "careless": lambda wallet, path: shutil.copyfile(wallet.database.location, path),
 }
 
@@ -922,21 +921,21 @@ def test_backup_never_takes_the_place_of_a_file_and_leaves_nothing_where_it_fail
         told(2, "n" * 256)
         == f"wallet: cannot back up to {tmp_path}/{'n' * 256}: File name too long\n"
     )
-    verify = wallet_cli.verify
+    verify = wallet_books.verify
 
     def lose_a_race(copy, report):
         Path("raced").write_text("mine")
         before.add("raced")
         return verify(copy, report)
 
-    monkeypatch.setattr(wallet_cli, "verify", lose_a_race)
+    monkeypatch.setattr(wallet_books, "verify", lose_a_race)
     assert told(2, "raced") == f"wallet: cannot back up to {tmp_path}/raced: File exists\n"
     for number in (signal.SIGINT, signal.SIGTERM):
         monkeypatch.setattr(
-            wallet_cli, "verify", lambda *arguments, number=number: signal.raise_signal(number)
+            wallet_books, "verify", lambda *arguments, number=number: signal.raise_signal(number)
         )
         assert told(130, "interrupted") == "wallet: interrupted\n"
-    monkeypatch.setattr(wallet_cli, "verify", verify)
+    monkeypatch.setattr(wallet_books, "verify", verify)
     with Wallet(file_dsn) as wallet:
         wallet.database.write(lambda tx: tx("UPDATE accounts SET balance = 1"))
     assert re.fullmatch(
@@ -970,7 +969,7 @@ def test_only_wrong_books_end_a_command_with_1(file_dsn, monkeypatch, caplog):
         timeout=60,
     )
     assert (silent.returncode, silent.stdout.partition(":")[0]) == (0, "verified")
-    monkeypatch.setattr(wallet_cli, "verify", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(wallet_books, "verify", lambda *arguments: 1 / 0)
     assert wallet_cli.main(["verify", "--dsn", file_dsn]) == 2
     assert "ZeroDivisionError" in caplog.text
 
@@ -991,7 +990,7 @@ def test_backup_to_a_disk_that_is_full_is_one_line_and_leaves_nothing(file_dsn, 
 
 def test_backup_by_a_program_is_for_sqlite_and_says_so(postgres_wallet, tmp_path):
     with pytest.raises(ConfigurationError, match=r"^postgresql://\S+ is backed up by pg_dump$"):
-        wallet_cli.back_up(postgres_wallet, str(tmp_path / "backup.db"))
+        wallet_books.back_up(postgres_wallet, str(tmp_path / "backup.db"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1000,11 +999,10 @@ def test_backup_of_what_is_in_memory_is_refused(capsys):
         Wallet() as wallet,
         pytest.raises(ConfigurationError, match=r"in memory .* there is nothing to back up"),
     ):
-        wallet_cli.back_up(wallet, "backup.db")
+        wallet_books.back_up(wallet, "backup.db")
     assert wallet_cli.main(["backup", "backup.db", "--dsn", "sqlite://"]) == 2
     assert capsys.readouterr().err == (
-        "wallet: there is no wallet in memory, gone when it stops: is its disk mounted? Name another"
-        " DSN, or let the command init make a new one\n"
+        "wallet: what is in memory would be gone at once: name a file\n"
     )
     assert not Path("backup.db").exists()
 
@@ -1053,7 +1051,7 @@ def test_backup_over_postgres_names_the_commands_that_do_it_and_they_do(
 def test_accounts_are_listed_as_a_table_and_as_json_however_odd_their_names(
     durable_dsn, monkeypatch, capsys, code, nothing, amounts
 ):
-    monkeypatch.setattr(wallet_cli, "COPY_ROWS", 2)
+    monkeypatch.setattr(wallet_books, "COPY_ROWS", 2)
     names = ["Ada", "日本 😀", "\u202egnol", "a\u2028b", "Ä" * 100]
     with Wallet(durable_dsn, currency=code) as wallet:
         made = sorted((wallet.register(name)[0] for name in names), key=lambda account: account.id)
@@ -1069,20 +1067,16 @@ def test_accounts_are_listed_as_a_table_and_as_json_however_odd_their_names(
     )
     assert lines == json.loads(json.dumps([wallet_module._to_json(account) for account in shown]))
     assert wallet_cli.main(["accounts", "--dsn", durable_dsn]) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == [
-        *("id", "balance", f"({code})", "available", f"({code})", "frozen", "created_at", "name")
+    header, *rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert header == [
+        *("id", f"balance ({code})", f"available ({code})", "frozen", "created_at", "name")
     ]
-    assert {row[92:] for row in rows} == {"Ada", "日本 😀", "\\u202egnol", "a\\u2028b", "Ä" * 100}
-    assert {(row[:20], row[21:38].strip(), row[39:56].strip(), row[57:63]) for row in rows} == {
-        (
-            id,
-            *(
-                (*amounts, "frozen") if id == rich else (nothing, nothing, " " * 6)
-            ),
-        )
+    assert {row[5] for row in rows} == {"Ada", "日本 😀", "\\u202egnol", "a\\u2028b", "Ä" * 100}
+    assert {tuple(row[:4]) for row in rows} == {
+        (id, *((*amounts, "yes") if id == rich else (nothing, nothing, "no")))
         for id in (account.id for account in made)
     }
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row[4]) for row in rows)
 
 
 @pytest.mark.slow
@@ -1144,38 +1138,53 @@ def test_command_token_prints_a_new_one_alone_and_the_old_one_is_dead(durable_ds
         assert capsys.readouterr() == ("", "wallet: There is no such account.\n")
 
 
-EXAMPLES = {"account": "acc_4fKq0ZbT9xWm2Lr7", "file": "backup.db", "source": "sqlite:///wallet.db"}
+WITH_WALLET = [one for one in wallet_commands.COMMANDS if one.name not in ("serve", "completion")]
 
 
-@pytest.mark.parametrize("one", wallet_cli.COMMANDS, ids=lambda one: one.name)
-def test_every_command_helps_with_an_example_that_works_and_makes_no_database(
-    one, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize("one", wallet_commands.COMMANDS, ids=lambda one: one.name)
+def test_every_command_helps_with_an_example_of_itself(one, capsys):
     with pytest.raises(SystemExit, match="0"):
         wallet_cli.main([one.name, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert f"Example: python wallet.py {one.example}" in shown
-    assert all(options["help"] in shown for options in one.arguments.values())
+    arguments = one.arguments | (wallet_commands.JSON if one.run else {})
+    assert all(options["help"] in shown for options in arguments.values())
+    assert one.example.startswith(one.name)
+    with pytest.raises(SystemExit, match="0"):
+        wallet_cli.main(["--help"])
+    assert re.search(rf"(?m)^ +{one.name} +{one.meaning[:20]}", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("one", WITH_WALLET, ids=lambda one: one.name)
+def test_example_of_every_command_works_and_only_init_makes_a_database(
+    one, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    arguments = one.example.replace("postgresql://db/wallet", "sqlite:///copy.db").split()
+    example = one.example.replace("postgresql://db/wallet", "sqlite:///copy.db")
+    arguments = shlex.split(example.replace("--json", ""))
     if one.name == "init":
         assert wallet_cli.main(arguments) == 0
         return
     assert wallet_cli.main(arguments) == 2
-    assert re.fullmatch(
-        r"wallet: cannot open /\S*/wallet\.db: there is no such file: is its disk mounted\?"
-        r" Name another DSN, or let the command init make a new one\n",
-        capsys.readouterr().err,
+    advice = (
+        r"cannot open /\S*/wallet\.db: there is no such file: is its disk mounted\?"
+        r" Name another DSN, or let the command init make a new one"
     )
+    missing = "backup.db is not there: name a backup" if one.name == "restore" else advice
+    assert re.fullmatch(rf"wallet: {missing}\n", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
-    with Wallet("sqlite:///wallet.db", currency="JPY") as wallet:
-        wallet.database.write(
-            lambda tx: tx(
-                "INSERT INTO accounts VALUES (?, 'Ada', ?, 0, 0, 0, 0, 0, 0)",
-                EXAMPLES["account"],
-                "f" * 64,
-            )
-        )
+    ids = iter(["4fKq0ZbT9xWm2Lr7", "9sXv3HdP1cRy6Nw2", "c" * 16])
+    monkeypatch.setattr(
+        wallet_module, "_random_base62", lambda length: next(ids) if length == 16 else "s" * 32
+    )
+    with Wallet("sqlite:///wallet.db") as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.register("Bob")
+        wallet.topup(ada.id, 2000)
+        wallet.charge(ada.id, 100)
+        wallet.hold(ada.id, 100)
+        if one.name == "restore":
+            wallet_books.back_up(wallet, "backup.db")
     assert wallet_cli.main(arguments) == 0
     assert wallet_cli.main([one.name, "--port", "x", *arguments[1:]]) == 2
     assert "--port or WALLET_PORT must be an integer" in capsys.readouterr().err

@@ -150,6 +150,7 @@ def bare(tmp_path_factory):
 # What is installed ################################################################################
 
 
+
 def test_wheel_is_one_package_with_every_file_that_the_code_reads(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -328,7 +329,8 @@ def test_data_files_that_are_missing_are_said_when_the_wallet_opens(bare, tmp_pa
     said = bare.run("python", "-c", program, cwd=tmp_path, environment=quiet)
     for name in ("openapi.yaml", "wallet.html"):
         assert f"{name} is not installed beside wallet.py" in said
-    shutil.copy(HERE / "wallet_cli.py", tmp_path)
+    for name in ("wallet_books.py", "wallet_cli.py", "wallet_commands.py"):
+        shutil.copy(HERE / name, tmp_path)
     said = bare.run("python", "wallet.py", "accounts", cwd=tmp_path, status=2)
     assert "checks.sql is not installed beside wallet.py" in said
 
@@ -397,7 +399,7 @@ def contributing_lists():
 
 def test_contributing_lists_what_must_change_together():
     lists = contributing_lists()
-    assert set(lists) == {"movement type", "setting", "route", "error", "migration step",
+    assert set(lists) == {"movement type", "setting", "command", "route", "error", "migration step",
                           "member to an answer"}
     for body in lists.values():
         named = re.findall(r"`([\w./]+\.(?:py|sql|yaml|html|md))`", body)
@@ -433,7 +435,7 @@ def test_every_way_to_install_it_works(built, wheel, tmp_path, how):
         "_wallet_pytest.py", "wallet", f"wallet-{wallet_module.__version__}.dist-info"}
     for command in (["wallet"], ["python", "-m", "wallet"]):
         assert environment.run(*command, "--version", cwd="/").startswith("wallet ")
-    program = "from wallet import Wallet; from wallet.cli import verify; print(verify(Wallet()))"
+    program = "from wallet import Wallet; from wallet.books import verify; print(verify(Wallet()))"
     assert run(environment.python, "-c", program, cwd="/") == "(0, 0)\n"
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-import wallet_cli
+import wallet_books
 import wallet_server
 from tests.support import (
     fill_with_topups,
@@ -157,7 +157,7 @@ def soak(dsn, seconds, program=("-m", "wallet")):
     assert crowd.odd == {}
     assert log == ""
     with Wallet(dsn) as wallet:
-        wallet_cli.verify(wallet)
+        wallet_books.verify(wallet)
     early_kb, late_kb = median(sizes_kb[60:100]), median(sizes_kb[-20:])
     connections = int(re.search(r"(?m)^wallet_connections (\d+)", scrape)[1])
     return early_kb, late_kb, (

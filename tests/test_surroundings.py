@@ -23,6 +23,7 @@ import psycopg
 import pytest
 
 import wallet as wallet_module
+import wallet_books
 import wallet_cli
 from tests.support import (
     HERE,
@@ -115,7 +116,7 @@ def test_time_that_no_clock_can_say_is_for_verify_and_keeps_nobody_from_starting
         assert wallet.account(ada.id) == ada
         assert caplog.text == ""
         with pytest.raises(WrongBooks, match=rf"accounts \({ada.id}\): its clock is out of its"):
-            wallet_cli.verify(wallet)
+            wallet_books.verify(wallet)
 
 
 @pytest.mark.parametrize(("ahead_s", "warned"), [(50, False), (70, True)])
@@ -392,9 +393,9 @@ def test_file_that_is_written_to_while_a_mount_shows_it_is_not_read_as_if_it_res
             with pytest.raises(Unavailable, match="was written to: open"):
                 shown.account(account.id)
         with pytest.raises(Unavailable, match="was written to: open"):
-            wallet_cli.verify(shown)
+            wallet_books.verify(shown)
         with pytest.raises(Unavailable, match="was written to: open it again"):
-            wallet_cli.back_up(shown, f"{dsn.removeprefix('sqlite:///')}.backup")
+            wallet_books.back_up(shown, f"{dsn.removeprefix('sqlite:///')}.backup")
     with Wallet(dsn, read_only=True) as shown:
 
         def tear(tx):  # What is read of two states at once may look like anything.
@@ -463,12 +464,12 @@ def test_backup_needs_no_hard_links_and_still_takes_no_other_files_place(mounted
     assert (tmp_path / "backup.db").stat().st_mode & 0o777 == 0o600
     assert wallet_cli.main(["verify", "--dsn", f"sqlite:///{tmp_path}/backup.db"]) == 0
     # Another takes the name while the backup is made.
-    race = f"""import pathlib, sys, wallet_cli
-verify = wallet_cli.verify
+    race = f"""import pathlib, sys, wallet_books, wallet_cli
+verify = wallet_books.verify
 def lose(*arguments):
     pathlib.Path({str(tmp_path / "raced.db")!r}).write_text("mine")
     return verify(*arguments)
-wallet_cli.verify = lose
+wallet_books.verify = lose
 sys.exit(wallet_cli.main())"""
     lost = back_up("raced.db", ("-c", race))
     assert (lost.returncode, lost.stderr) == (
