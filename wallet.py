@@ -76,17 +76,7 @@ from importlib import import_module
 from ipaddress import ip_address
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TypedDict,
-    TypeVar,
-    get_args,
-)
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar, get_args
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # Bottle has no types. These lines say so to mypy in a project that has this file.
@@ -2284,7 +2274,7 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]
     return fields
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 

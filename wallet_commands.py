@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from itertools import chain, islice
-from typing import Any, NamedTuple, NoReturn, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO, get_args
 
 from wallet import (
     AMOUNT_MAX,
@@ -31,6 +31,7 @@ from wallet import (
     BalanceLimitExceeded,
     ConfigurationError,
     Hold,
+    HoldStatus,
     InsufficientFunds,
     MalformedRequest,
     NotFound,
@@ -244,8 +245,8 @@ def _parse_count(name: str, text: str) -> int:
     return int(text)
 
 
-def _parse_filters(given: _Given) -> dict[str, Any]:
-    return {"type": given["type"], "since": _begin(given["since"]), "until": _begin(given["until"])}
+def _parse_filters(given: _Given, name: str = "type") -> dict[str, Any]:
+    return {name: given[name], "since": _begin(given["since"]), "until": _begin(given["until"])}
 
 
 def _begin(time: str | None) -> str | None:
@@ -284,10 +285,9 @@ def _run_money(wallet: Wallet, given: _Given, output: Output) -> None:
 
 
 def _run_freeze(wallet: Wallet, given: _Given, output: Output) -> None:
-    frozen = given["command"] == "freeze"
-    wallet.freeze(given["account"], frozen)
-    output.tell(f"{given['account']} is {'frozen' if frozen else 'not frozen'}",
-                **_to_json(wallet.account(given["account"])))
+    account = wallet.freeze(given["account"], given["command"] == "freeze")
+    output.tell(f"{account.id} is {'frozen' if account.frozen else 'not frozen'}",
+                **_to_json(account))
 
 
 def _run_token(wallet: Wallet, given: _Given, output: Output) -> None:
@@ -326,7 +326,7 @@ def _look_up(wallet: Wallet, id: str) -> _Record:
 
 
 def _run_accounts(wallet: Wallet, given: _Given, output: Output) -> None:
-    output.list(wallet.accounts(), ACCOUNT_COLUMNS)
+    output.list(wallet.accounts(**_parse_filters(given, "name")), ACCOUNT_COLUMNS)
 
 
 def _run_find(wallet: Wallet, given: _Given, output: Output) -> None:
@@ -362,8 +362,8 @@ def _run_statement(wallet: Wallet, given: _Given, output: Output) -> None:
 
 
 def _run_holds(wallet: Wallet, given: _Given, output: Output) -> None:
-    _show_newest(partial(wallet.holds, given["account"]), given, output,
-                 partial(output.list, columns=HOLD_COLUMNS))
+    read = partial(wallet.holds, given["account"], status=given["status"])
+    _show_newest(read, given, output, partial(output.list, columns=HOLD_COLUMNS))
 
 
 def _show_newest(read: Callable[..., Any], given: _Given, output: Output,
@@ -512,12 +512,13 @@ MONEY: _Arguments = {
     "--metadata": {"metavar": "NAME=VALUE", "action": "append",
                    "help": "something to keep with it; may be given several times"},
     **KEY}
-FILTERS: _Arguments = {
-    "--type": {"metavar": "TYPE", "choices": list(SIGN_BY_TYPE),
-               "help": f"only these: {', '.join(SIGN_BY_TYPE)}"},
+TIMES: _Arguments = {
     "--since": {"metavar": "TIME", "help": "from this time on, such as 2026-11-22 or"
                 " 2026-11-22T09:30:00Z"},
     "--until": {"metavar": "TIME", "help": "before this time"}}
+FILTERS: _Arguments = {
+    "--type": {"metavar": "TYPE", "choices": list(SIGN_BY_TYPE),
+               "help": f"only these: {', '.join(SIGN_BY_TYPE)}"}, **TIMES}
 LIMIT: _Arguments = {"--limit": {"metavar": "NUMBER", "default": str(PAGE_LIMIT_DEFAULT),
                      "help": f"at most so many; {PAGE_LIMIT_DEFAULT}, if left out"}}
 COMMANDS = (
@@ -553,7 +554,9 @@ COMMANDS = (
             _run_show, READ, {
                 "id": {"metavar": "ID", "help": "the id of any of them"},
                 "--at": {"metavar": "TIME", "help": "the balance that the account had then"}}),
-    Command("accounts", "list all accounts", "accounts --json", _run_accounts, READ),
+    Command("accounts", "list all accounts, newest first", "accounts --name A --json",
+            _run_accounts, READ, {
+                "--name": {"metavar": "TEXT", "help": "only those whose name begins so"}, **TIMES}),
     Command("find", "list the accounts with this in their name, in any case, or in their id, or the"
             " transaction or hold with this id", "find ada", _run_find, READ,
             {"text": {"metavar": "TEXT", "help": "a part of a name or id"}}),
@@ -565,7 +568,10 @@ COMMANDS = (
             " moment", "statement acc_4fKq0ZbT9xWm2Lr7 --since 2026-11-01", _run_statement, READ,
             ACCOUNT | FILTERS),
     Command("holds", "list the holds of an account, newest first",
-            "holds acc_4fKq0ZbT9xWm2Lr7", _run_holds, READ, ACCOUNT | LIMIT),
+            "holds acc_4fKq0ZbT9xWm2Lr7 --status active", _run_holds, READ, {
+                **ACCOUNT, **LIMIT,
+                "--status": {"metavar": "STATUS", "choices": list(get_args(HoldStatus)),
+                             "help": f"only these: {', '.join(get_args(HoldStatus))}"}}),
     Command("token", "print a new token of an account, whose old one is dead from then on",
             "token acc_4fKq0ZbT9xWm2Lr7", _run_token, WRITE, ACCOUNT),
     Command("freeze", "let an account receive nothing and spend nothing",

@@ -1832,7 +1832,7 @@ def fill_books(dsn, monkeypatch):
         wallet.release(ada, wallet.hold(ada, 5).id)
         wallet.hold(ada, 7)
         wallet.transfer(ada, bob, 4)
-        wallet.topup(dan, 50)
+        wallet.topup(dan, 50, key=wallet_module._reserve_key("issuer gift"))
         wallet.topup(dan, 50)
         check_books(wallet)
 

@@ -117,18 +117,20 @@ def test_copy_moves_all_to_another_database_and_tokens_keep_working(
     with Wallet(full_dsn) as wallet:
         ada, token = wallet.register("Ada")
         topup = wallet.topup(ada.id, 5, key="k")
+        wallet.topup(ada.id, 1, key=wallet_module._reserve_key("issuer k"))
     done = command("copy", "--from", full_dsn, "--to", target)
     assert done.returncode == 0, done.stderr
-    accounts, transactions, holds = (len(rows) for rows in contents(full_dsn)[1:])
+    accounts, transactions, holds, keys = (len(rows) for rows in contents(full_dsn)[1:])
+    assert keys == 1
     assert accounts == 41
-    rows = f"{accounts:,} accounts, {transactions:,} transactions, {holds:,} holds"
+    rows = f"{accounts:,} accounts, {transactions:,} transactions, {holds:,} holds, 1 issuer_keys"
     said = rf"verified: \S+ has every row of \S+, in JPY: {rows}\n"
     assert (done.stderr, bool(re.fullmatch(said, done.stdout))) == ("", True), done.stdout
     assert contents(target) == contents(full_dsn)
     with Wallet(target) as wallet:
         check_books(wallet)
         assert wallet.currency == "JPY"
-        assert wallet.authenticate(token).balance == 5
+        assert wallet.authenticate(token).balance == 6
         assert wallet.topup(ada.id, 5, key="k") == topup
         assert wallet.topup(ada.id, 5, key="k").replayed
         assert wallet.charge(ada.id, 5).balance == 0
@@ -241,7 +243,7 @@ def test_interrupted_copy_says_so_and_leaves_the_target_empty(full_dsn, postgres
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (130, "wallet: interrupted\n")
-    assert contents(postgres_dsn)[1:] == [[], [], []]
+    assert contents(postgres_dsn)[1:] == [[], [], [], []]
 
 
 def test_copy_whose_commit_was_cut_off_but_happened_is_no_failure(
@@ -261,7 +263,7 @@ def test_copy_whose_commit_was_cut_off_but_happened_is_no_failure(
             while second == first:  # The first commit is that of the target which is no wallet yet.
                 (second,) = waiting()
             postgres_server.query("SELECT pg_terminate_backend(%s)", second)
-            assert future.result(timeout=30) == {"accounts": 1, "transactions": 1, "holds": 0}
+            assert future.result(timeout=30) == {"accounts": 1, "transactions": 1, "holds": 0, "issuer_keys": 0}
         assert target.authenticate(token).balance == 5
         check_books(target)
 
@@ -326,7 +328,7 @@ def test_copy_of_an_engine_without_that_lock_is_undone_where_it_was_changed_unde
     target = new_schema()
     with pytest.raises(ConfigurationError, match="the copy is not what was copied: stop both"):
         copy_while_another_writes(full_dsn, target, monkeypatch)
-    assert contents(target)[1:] == [[], [], []]
+    assert contents(target)[1:] == [[], [], [], []]
     with Wallet(full_dsn) as source, Wallet(target) as copy:
         wallet_books.copy_wallet(source, copy)
     assert contents(target) == contents(full_dsn)
@@ -369,14 +371,15 @@ def test_copy_of_books_that_are_wrong_is_refused_and_names_the_row(full_dsn, pos
             WrongBooks, match=r"^(accounts|transactions|holds) \(acc_\w{16}(, \d+)?\): "
         ):
             wallet_books.copy_wallet(source, target)
-        assert contents(postgres_dsn)[1:] == [[], [], []]
+        assert contents(postgres_dsn)[1:] == [[], [], [], []]
 
 
 # The operator's commands ##########################################################################
 
 A, B, C, D = ("acc_" + letter * 16 for letter in "ABCD")
 
-CHECKS = FOLLOWS, OWNED, KEPT, HELD, REFUNDED, TRANSFERRED = wallet_module._read_sql("checks.sql")
+CHECKS = wallet_module._read_sql("checks.sql")
+FOLLOWS, OWNED, KEPT, HELD, REFUNDED, TRANSFERRED, CLAIMED = CHECKS
 
 changed_entry, changed_hold = partial(changed, "transactions"), partial(changed, "holds")
 
@@ -585,6 +588,13 @@ DAMAGES = [
         changed_entry(B, 1, amount=3, balance=3),
         account(B, balance=3),
     ),
+    *[
+        (CLAIMED, f"issuer_keys ({id}): no entry of this account has its key", damage)
+        for id, damage in (
+            (C, f"UPDATE issuer_keys SET account_id = '{C}'"),
+            (D, changed_entry(D, 1, idempotency_key="'k'")),
+        )
+    ],
 ]
 
 

@@ -28,6 +28,7 @@ import wallet_cli
 import wallet_commands
 from tests.support import (
     MODULE,
+    TABLES,
     check_books,
     command,
     contents,
@@ -52,7 +53,7 @@ def dsn(request):
             yield dsn
             check_books(wallet)
         return
-    wallet, tables = request.getfixturevalue("kept_wallet"), ("holds", "transactions", "accounts")
+    wallet, tables = request.getfixturevalue("kept_wallet"), TABLES[:0:-1]
     wallet.database._pool.check()
     yield request.getfixturevalue("kept_schema")
     try:
@@ -119,7 +120,7 @@ def test_session_of_all_money_commands_shows_tables(run):
                       "description"]
     assert [row[0].rpartition("_")[2] for row in rows] == ["7", "5", "4", "3", "2", "1"]
     assert [row[1] for row in in_columns(run("holds", ada).out)] == ["status", "released", "captured"]
-    assert [row[0] for row in in_columns(run("accounts").out)][1:] in ([ada, bob], [bob, ada])
+    assert [row[0] for row in in_columns(run("accounts").out)][1:] == [bob, ada]
 
 
 def test_json_of_every_command_is_what_http_answers(dsn, ask, run):
@@ -409,6 +410,28 @@ def test_command_whose_output_cannot_be_written_tells_its_key(file_dsn):
 # Looking at it ####################################################################################
 
 
+def test_accounts_are_filtered_by_name_and_time_and_holds_by_status(run, ask):
+    made = [ask("register", name) for name in ("Ada", "Adam", "Bob")]
+    ada, second = made[0]["id"], made[1]["created_at"]
+    ask("topup", ada, "5")
+    held = [ask("hold", ada, "1")["id"] for _ in range(3)]
+    ask("release", held[1])
+    assert ask("show", ada)["holds_active"] == 2
+
+    def listed(*arguments):
+        return [row[0] for row in in_columns(run(*arguments).out)[1:]]
+
+    newest_first = [one["id"] for one in made[::-1]]
+    assert listed("accounts") == newest_first
+    assert listed("accounts", "--name", "Ada") == newest_first[1:]
+    assert listed("accounts", "--since", second) == newest_first[:2]
+    assert listed("accounts", "--until", second, "--name", "A") == [ada]
+    assert listed("accounts", "--until", "2026-01-01") == []
+    assert listed("holds", ada, "--status", "active") == [held[2], held[0]]
+    assert listed("holds", ada, "--status", "released") == [held[1]]
+    assert listed("holds", ada, "--status", "captured") == []
+
+
 def test_history_is_filtered_and_says_when_there_is_more(run, ask):
     ada = ask("register", "Ada")["id"]
     for number in range(1, 4):
@@ -602,8 +625,8 @@ def test_long_work_draws_nothing_in_a_pipe_and_has_json(file_dsn, tmp_path, monk
          {"file": restored, "bytes": None, **books}),
         (["copy", "--from", file_dsn, "--to", f"sqlite:///{copied}"],
          {"source": location, "database": copied, "currency": "USD", "accounts": 4,
-          "transactions": 14, "holds": None}),
-        (["migrate"], {"database": location, "from": 3, "to": 3}),
+          "transactions": 14, "holds": None, "issuer_keys": 1}),
+        (["migrate"], {"database": location, "from": 4, "to": 4}),
     ]:
         if "--dsn" not in arguments:
             arguments += ["--dsn", file_dsn]
@@ -705,7 +728,7 @@ def test_restore_of_wrong_books_or_of_an_older_version_leaves_nothing(backup, tm
     for sql, reason in [
         ("UPDATE accounts SET balance = balance + 1", r"accounts \(acc_\w+\): the balance is \d+, "),
         ("UPDATE wallet SET schema_version = 2",
-         "the database has schema version 2, and this wallet has 3: bring it there by the command"
+         "the database has schema version 2, and this wallet has 4: bring it there by the command"
          " migrate, or use an older one"),
     ]:
         with closing(sqlite3.connect(backup)) as connection:
@@ -736,19 +759,19 @@ def test_restore_over_postgres_names_the_command_that_does_it(tmp_path, postgres
 def test_migrate_brings_an_older_database_here_and_says_from_where(durable_dsn, version, capsys):
     database = wallet_module.open_database(durable_dsn, 1, True)
     location = database.location
-    for statement in schema_of(version):
+    for statement in map(database.adapt, schema_of(version)):
         database.write(lambda tx, sql=statement: tx(sql))
     database.close()
     assert wallet_cli.main(["accounts", "--dsn", durable_dsn]) == 2
     assert "bring it there by the command migrate" in capsys.readouterr().err
     assert wallet_cli.main(["migrate", "--dsn", durable_dsn]) == 0
     assert capsys.readouterr() == (
-        f"{location} was brought from version {version} of the tables to version 3\n", "")
+        f"{location} was brought from version {version} of the tables to version 4\n", "")
     assert wallet_cli.main(["migrate", "--dsn", durable_dsn]) == 0
     assert capsys.readouterr() == (
-        f"{location} has version 3 of the tables already, and nothing was to do\n", "")
+        f"{location} has version 4 of the tables already, and nothing was to do\n", "")
     assert wallet_cli.main(["migrate", "--dsn", durable_dsn, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"database": location, "from": 3, "to": 3}
+    assert json.loads(capsys.readouterr().out) == {"database": location, "from": 4, "to": 4}
 
 
 # The command line #################################################################################
