@@ -11,7 +11,7 @@ WORKDIR /app
 COPY requirements-image.txt .
 RUN pip install --no-cache-dir --no-compile --require-hashes -r requirements-image.txt
 COPY wallet*.py ./
-COPY schema.sql checks.sql openapi.yaml wallet.html ./
+COPY schema.sql checks.sql openapi.json openapi.yaml docs.html wallet.html ./
 COPY migrations/ migrations/
 
 # As a number, by which Kubernetes sees that it is not root.

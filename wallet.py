@@ -49,6 +49,7 @@ from __future__ import annotations
 import base64
 import codecs
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -70,7 +71,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from functools import partial
+from functools import lru_cache, partial
 from http.client import responses as REASONS
 from importlib import import_module
 from ipaddress import ip_address
@@ -117,6 +118,7 @@ PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 100  # A page stays under 100 KiB, meta
 BATCH_MAX = 1000  # Movements: a tenth of a second on SQLite, and as many round trips on Postgres.
 HOLD_DEFAULT_S, HOLD_MAX_S = 7 * 24 * 3600, 30 * 24 * 3600  # As with card networks.
 STATEMENTS_MAX = 2  # Long answers at once: each takes a thread while it is made, then disk space.
+PAGE_BYTES_MAX = 2**20  # A longer one is compressed.
 STATEMENT_ROWS = 100  # Read at once: a statement never takes more than 4 MB of memory.
 ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
 HIDDEN_CHARACTERS_MIN = 8  # A part of a token with fewer tells little, and may be any word.
@@ -2103,22 +2105,33 @@ def _get_readyz(wallet: Wallet, caller: None) -> _Response:
     return _Response(200, {"status": "ok"})
 
 
-@_routes.get("/openapi.yaml", access="public")
-def _get_openapi(wallet: Wallet, caller: None) -> _Response:
-    return _Response(200, _read_file("openapi.yaml"), {"Content-Type": "application/yaml"})
+def _route_file(path: str, name: str, media_type: str = "") -> None:
+    @_routes.get(path, access="public")
+    def serve(wallet: Wallet, caller: None) -> _Response:
+        content = _read_file(name)
+        return (_Response(200, content, {"Content-Type": media_type}) if media_type
+                else _make_page(content))
 
 
-@_routes.get("/", access="public")
-def _get_page(wallet: Wallet, caller: None) -> _Response:
-    """Serve the page. It may run its own script and style, known by their hashes, and ask us."""
-    page = _read_file("wallet.html")
+@lru_cache(2)
+def _make_page(page: bytes) -> _Response:
+    """Return a page. It may run its own script and style, known by their hashes, and ask us."""
     policy = SECURITY_HEADERS["Content-Security-Policy"] + "; connect-src 'self'"
     for tag in ("script", "style"):
         source = page.partition(f"<{tag}>".encode())[2].partition(f"</{tag}>".encode())[0]
         digest = base64.b64encode(hashlib.sha256(source).digest()).decode()
         policy += f"; {tag}-src 'sha256-{digest}'"
-    return _Response(200, page, {"Content-Type": "text/html; charset=utf-8",
-                                 "Content-Security-Policy": policy})
+    headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
+    if len(page) > PAGE_BYTES_MAX:
+        page, headers["Content-Encoding"] = gzip.compress(page), "gzip"
+    return _Response(200, page, headers)
+
+
+# As text, browsers show it. What is application/yaml they save.
+_route_file("/openapi.yaml", "openapi.yaml", "text/plain; charset=utf-8")
+_route_file("/openapi.json", "openapi.json", "application/json")
+_route_file("/docs", "docs.html")
+_route_file("/", "wallet.html")
 
 
 def _to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
@@ -2301,7 +2314,7 @@ class App:
 
     def __init__(self, wallet: Wallet, issuer_token: str | None = None, metrics: bool = False,
                  trusted_proxy: str | None = None, cors_origins: Sequence[str] = ()) -> None:
-        _check_files("openapi.yaml", "wallet.html")
+        _check_files("docs.html", "openapi.json", "openapi.yaml", "wallet.html")
         _check_issuer_token(issuer_token)
         self.wallet, self.routes = wallet, Bottle()
         self.has_issuer = issuer_token is not None

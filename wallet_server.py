@@ -130,6 +130,8 @@ class _Task(WSGITask):
         super().start()
         self.channel.answered += 1
         is_last = self.channel.server.application.stopping and len(self.channel.requests) == 1
+        # Who sends many requests and reads no answer gets no more of them kept.
+        is_last = is_last or self.channel.total_outbufs_len > UNREAD_BYTES_MAX
         # Of a body in chunks, waitress ignores trailers: a proxy may see its end elsewhere.
         if is_last or self.request.error or self.request.chunked:
             self.set_close_on_finish()

@@ -122,6 +122,8 @@ def cases_of(token):
     topup = "/api/transactions/topup"
     return [
         ("GET", "/", None, {}, 200),
+        ("GET", "/docs", None, {}, 200),
+        ("GET", "/openapi.json", None, {}, 200),
         ("GET", "/openapi.yaml", None, {}, 200),
         ("GET", "/livez", None, {}, 200),
         ("HEAD", "/livez", None, {}, 200),

@@ -31,8 +31,8 @@ from wallet import Hold, Transaction, create_app
 
 HERE = Path(__file__).parent.parent
 EXAMPLE = Path(__file__).with_name("embedding_example.py")
-DATA_FILES = {"checks.sql", "openapi.yaml", "schema.sql", "wallet.html", "migrations/1.sql",
-              "migrations/2.sql", "migrations/3.sql"}
+DATA_FILES = {"checks.sql", "docs.html", "openapi.json", "openapi.yaml", "schema.sql",
+              "wallet.html", "migrations/1.sql", "migrations/2.sql", "migrations/3.sql"}
 MODULES = {path.name for path in HERE.glob("wallet*.py")}
 TYPES = typing.get_args(wallet_module.TransactionType)
 pytestmark = pytest.mark.xdist_group("packaging")  # One worker builds and installs, once.
@@ -161,7 +161,7 @@ def test_wheel_is_one_package_with_every_file_that_the_code_reads(wheel):
         for name in parts:
             assert archive.read(f"wallet/{name}") == (HERE / f"wallet_{name}").read_bytes()
     sources = "".join((HERE / name).read_text() for name in MODULES)
-    read = set(re.findall(r"""["']([\w-]+\.(?:sql|yaml|html))["']""", sources))
+    read = set(re.findall(r"""["']([\w-]+\.(?:sql|yaml|json|html))["']""", sources))
     steps = {f"migrations/{version}.sql" for version in wallet_module.MIGRATIONS}
     assert read | steps == DATA_FILES
     files = {"__init__.py", "__main__.py", "py.typed"} | parts | DATA_FILES
@@ -207,7 +207,7 @@ def test_metadata_names_the_licence_what_is_needed_and_the_entry_points(wheel):
 @pytest.mark.slow
 def test_installed_wallet_serves_all_its_files_from_any_folder(installed, tmp_path):
     with served(installed, tmp_path) as url:
-        for path in ("/", "/openapi.yaml", "/readyz"):
+        for path in ("/", "/docs", "/openapi.json", "/openapi.yaml", "/readyz"):
             with urllib.request.urlopen(url + path) as answer:
                 assert answer.status == 200
     assert "verified: " in installed.run("python", "-m", "wallet", "verify", cwd=tmp_path)
@@ -327,7 +327,7 @@ def test_data_files_that_are_missing_are_said_when_the_wallet_opens(bare, tmp_pa
     shutil.copy(HERE / "schema.sql", tmp_path)
     quiet = {"PYTHONWARNINGS": "ignore"}  # The program closes nothing.
     said = bare.run("python", "-c", program, cwd=tmp_path, environment=quiet)
-    for name in ("openapi.yaml", "wallet.html"):
+    for name in ("docs.html", "openapi.json", "openapi.yaml", "wallet.html"):
         assert f"{name} is not installed beside wallet.py" in said
     for name in ("wallet_books.py", "wallet_cli.py", "wallet_commands.py"):
         shutil.copy(HERE / name, tmp_path)
@@ -352,9 +352,11 @@ def test_a_new_movement_type_must_be_added_everywhere():
     assert set(re.findall(r"'(\w+)'", allowed)) == {*TYPES, "hold", "release"}
 
     contract = yaml.safe_load((HERE / "openapi.yaml").read_text())
-    assert tuple(contract["components"]["schemas"]["Type"]["enum"]) == TYPES
-    assert all(re.search(rf"\b{name}\b", contract["components"]["schemas"]["Type"]["description"])
-               for name in TYPES)
+    schemas = contract["components"]["schemas"]
+    asked, answered = schemas["TransactionType"], schemas["Transaction"]["properties"]["type"]
+    assert tuple(asked["enum"]) == tuple(answered["x-extensible-enum"]) == TYPES
+    assert all(re.search(rf"\b{name}\b", one["description"])
+               for name in TYPES for one in (asked, answered))
 
     page = (HERE / "wallet.html").read_text()
     shown = re.search(r"(?s)const TYPES = \{(.*?)\};", page)[1]
@@ -368,7 +370,9 @@ def test_a_new_hold_status_must_be_added_everywhere():
     assert tuple(re.findall(r"'(\w+)'", re.search(r"CHECK \(status IN \(([^)]*)\)\)", schema)[1])) \
         == statuses
     contract = yaml.safe_load((HERE / "openapi.yaml").read_text())
-    assert tuple(contract["components"]["schemas"]["HoldStatus"]["enum"]) == statuses
+    schemas = contract["components"]["schemas"]
+    answered = schemas["Hold"]["properties"]["status"]["x-extensible-enum"]
+    assert tuple(schemas["HoldStatus"]["enum"]) == tuple(answered) == statuses
     checks = (HERE / "checks.sql").read_text()
     assert all(f"'{status}'" in checks for status in statuses)
 

@@ -520,6 +520,8 @@ CORPUS = [
     ("POST", "/api/holds/hld_ME_N/release", None),
     ("GET", "/livez", None),
     ("HEAD", "/readyz", None),
+    ("HEAD", "/docs", None),
+    ("GET", "/openapi.json", None),
     ("GET", "/openapi.yaml", None),
     ("GET", "/", None),
 ]
@@ -892,7 +894,7 @@ def test_client_that_reads_slowly_but_reads_is_served(serving, monkeypatch):
 
     plain_bind = wallet_server.bind
     monkeypatch.setattr(wallet_server, "bind", bind)
-    request, body = b"GET /openapi.yaml HTTP/1.1\r\nHost: x\r\n\r\n", (HERE / "openapi.yaml").read_bytes()
+    request, body = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", (HERE / "wallet.html").read_bytes()
     with serving(ANSWER_TIMEOUT_S=1) as url, connect(url, receive_buffer_bytes=4096) as connection:
         sent, received, until = 0, 0, time.monotonic() + 2.5
         while time.monotonic() < until or received <= wallet_server.UNREAD_BYTES_MAX:
