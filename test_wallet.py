@@ -35,6 +35,7 @@ import wallet as wallet_module
 import wallet_books
 import wallet_postgres
 import wallet_server
+import wallet_statements
 from tests.support import (
     ANY_BODY,
     ANY_TEXT,
@@ -1866,10 +1867,10 @@ def test_statement_of_any_length_takes_little_memory(wallet, ada):
     fill_with_topups(wallet, ada.id, 5500)
     tracemalloc.start()
     try:
-        length = sum(map(len, wallet_module._csv_chunks(wallet, wallet.statement(ada.id))))
+        length = sum(map(len, wallet_statements.to_csv(wallet, wallet.statement(ada.id))))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
-        assert len(b"".join(wallet_module._csv_chunks(wallet, wallet.statement(ada.id)))) == length
+        assert len(b"".join(wallet_statements.to_csv(wallet, wallet.statement(ada.id)))) == length
         control = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

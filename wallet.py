@@ -48,10 +48,8 @@ from __future__ import annotations
 
 import base64
 import codecs
-import csv
 import gzip
 import hashlib
-import io
 import json
 import logging
 import math
@@ -2087,7 +2085,8 @@ for _path, _frozen in (("/freeze", True), ("/unfreeze", False)):
 
 @_route(f"/api{STATEMENT_END}", query=("type", "since", "until"))
 def _get_statement(wallet: Wallet, caller: object, **arguments: Any) -> _Response:
-    chunks = _csv_chunks(wallet, wallet.statement(**arguments))
+    statement = wallet.statement(**arguments)
+    chunks = _take_turn(_import_part("statements").to_csv(wallet, statement))
     next(chunks)
     return _Response(200, chunks, {
         "Content-Type": "text/csv; charset=utf-8",
@@ -2147,45 +2146,15 @@ def _format_time(moment: datetime) -> str:
 _statements = threading.BoundedSemaphore(STATEMENTS_MAX)
 
 
-def _csv_chunks(wallet: Wallet, transactions: Iterator[Transaction]) -> Iterator[bytes]:
-    """Yield nothing, and then a statement as CSV (RFC 4180), some lines at a time.
-
-    Its last line counts them: without that, it was broken off.
-    """
+def _take_turn(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield nothing once there is room for one more long answer, and then its chunks."""
     if not _statements.acquire(blocking=False):
         raise too_many_statements()
     try:
         yield b""
-        columns = ("id", "created_at", "type", "amount", "balance", "description", "reference",
-                   "metadata", "currency", "currency_digits")
-        unit, count = {name: getattr(wallet, name) for name in columns[-2:]}, 0
-        yield _to_csv([columns])
-        while found := list(islice(transactions, STATEMENT_ROWS)):
-            count += len(found)
-            rows = (_to_json(one) | unit for one in found)
-            yield _to_csv([row[column] for column in columns] for row in rows)
-        yield _to_csv([[f"transactions in this statement: {count}", *[""] * (len(columns) - 1)]])
+        yield from chunks
     finally:
         _statements.release()
-
-
-def _to_csv(lines: Iterable[Iterable[object]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text).writerows(map(_spreadsheet_cell, line) for line in lines)
-    return text.getvalue().encode()
-
-
-def _spreadsheet_cell(value: object) -> object:
-    """Return a value of which no spreadsheet makes a formula.
-
-    An apostrophe goes before what a formula begins with, where a cell begins: also behind a
-    semicolon, which separates cells in countries that have a decimal comma.
-    See https://owasp.org/www-community/attacks/CSV_Injection.
-    """
-    if isinstance(value, dict):
-        value = json.dumps(value, ensure_ascii=False) if value else None
-    formula = r"(^|;)(?=[\s\"]*[-=+@\uff0d\uff1d\uff0b\uff20])"
-    return re.sub(formula, r"\1'", value) if isinstance(value, str) else value
 
 
 def _error_response(error: WalletError) -> _Response:

@@ -42,7 +42,6 @@ from wallet import (
     Wallet,
     WalletError,
     _as_time,
-    _csv_chunks,
     _error_response,
     _format_time,
     _hide_tokens,
@@ -387,7 +386,7 @@ def _show_newest(read: Callable[..., Any], given: _Given, output: Output,
 
 
 def _write_csv(wallet: Wallet, transactions: Iterator[Transaction]) -> None:
-    for chunk in _csv_chunks(wallet, transactions):
+    for chunk in _import_part("statements").to_csv(wallet, transactions):
         sys.stdout.buffer.write(chunk)
 
 

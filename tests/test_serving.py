@@ -181,15 +181,15 @@ def test_slow_readers_of_statements_leave_even_a_wallet_of_one_thread_to_the_oth
 
 
 BREAKING = """
-import sys, wallet, wallet_cli
+import sys, wallet, wallet_cli, wallet_statements
 breaks = iter({breaks})
-def break_off(wallet_, transactions, chunks=wallet._csv_chunks):
+def break_off(wallet_, transactions, chunks=wallet_statements.to_csv):
     last = next(breaks, 1)
-    for number, chunk in enumerate(chunks(wallet_, transactions)):
+    for number, chunk in enumerate(chunks(wallet_, transactions), 1):
         if number == last:
             raise wallet.Unavailable("broken")
         yield chunk
-wallet._csv_chunks = break_off
+wallet_statements.to_csv = break_off
 sys.exit(wallet_cli.main())
 """
 

@@ -728,15 +728,15 @@ def test_workers_that_share_a_file_are_warned_of(tmp_path):
 # A statement that breaks off ######################################################################
 
 BREAKS_OFF = """
-import sys, wallet, wallet_cli
-make = wallet._csv_chunks
+import sys, wallet, wallet_cli, wallet_statements
+make = wallet_statements.to_csv
 def break_off(of_wallet, transactions):
-    for number, chunk in enumerate(make(of_wallet, transactions)):
+    for number, chunk in enumerate(make(of_wallet, transactions), 1):
         if number == 4:
             raise wallet.Unavailable("broken")
         yield chunk
 if {broken}:
-    wallet._csv_chunks = break_off
+    wallet_statements.to_csv = break_off
 sys.exit(wallet_cli.main())
 """
 NGINX = """

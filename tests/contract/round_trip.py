@@ -6,7 +6,6 @@ It is run with the address of a wallet, and of one of a later version: see tests
 import sys
 from datetime import timedelta
 
-from wallet_client import AuthenticatedClient, Client
 from wallet_client.api.accounts import get_account, get_balance, register
 from wallet_client.api.holds import capture, hold, list_holds
 from wallet_client.api.service import get_contract_as_json
@@ -24,6 +23,8 @@ from wallet_client.models import (
     Transaction,
     TransactionType,
 )
+
+from wallet_client import AuthenticatedClient, Client
 
 
 def go_round(url: str) -> None:
