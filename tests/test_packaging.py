@@ -190,7 +190,7 @@ def test_metadata_names_the_licence_what_is_needed_and_the_entry_points(wheel):
         metadata = archive.read(f"{folder}/METADATA").decode()
         entry_points = archive.read(f"{folder}/entry_points.txt").decode()
         assert f"{folder}/licenses/LICENSE" in archive.namelist()
-    assert "\nLicense-Expression: MIT\n" in metadata
+    assert "\nLicense-Expression: MIT AND Apache-2.0\n" in metadata
     assert "\nRequires-Python: >=3.10\n" in metadata
     assert re.findall(r"(?m)^Provides-Extra: (.*)$", metadata) == [
         "client", "metrics", "postgres"]
