@@ -311,7 +311,7 @@ class OutcomeUnknown(Unavailable, status=503, title="It is not known whether thi
               " once.")
 
 
-class ConfigurationError(WalletError, status=500, title="The wallet cannot start like this."):
+class ConfigurationError(WalletError, status=500, title="This cannot be done like this."):
     """It cannot be opened, started or copied as it was asked to. No request raises it."""
 
 
@@ -565,7 +565,7 @@ def _parse_entry_id(kind: str, account_id: str, value: object) -> int:
     match = re.fullmatch(pattern, value) if isinstance(value, str) else None
     if match and match[1] == _make_entry_id(kind, _parse_account_id(account_id), 0)[:-1]:
         return int(match[2])
-    raise NotFound("This account has no such transaction or hold.")
+    raise NotFound(f"This account has no such {'hold' if kind == 'hld' else 'transaction'}.")
 
 
 def _parse_cursor(kind: str, account_id: str, value: str) -> int:
@@ -608,11 +608,12 @@ def _parse_time(value: str | datetime) -> int:
 
 def _parse_key(value: object) -> str:
     """Return an idempotency key, sent or reserved. Raises MalformedRequest."""
-    pattern = f"[ -~]{{1,{KEY_CHARACTERS_MAX}}}|§[0-9a-f]{{64}}"
+    pattern = f"(?! )[ -~]{{1,{KEY_CHARACTERS_MAX}}}(?<! )|§[0-9a-f]{{64}}"
     if isinstance(value, str) and re.fullmatch(pattern, value):
         return value
     raise MalformedRequest(
-        f"Idempotency-Key must be 1 to {KEY_CHARACTERS_MAX} printable ASCII characters.")
+        f"Idempotency-Key must be 1 to {KEY_CHARACTERS_MAX} printable ASCII characters, with no"
+        " space at its ends.")
 
 
 def _make_key() -> str:
@@ -815,8 +816,10 @@ HOLDS = f"""
     SELECT h.sequence, h.amount, {HOLD_STATUS}, captured, expires_at, description, metadata,
         created_at
     FROM holds h JOIN transactions t ON t.account_id = h.account_id AND t.sequence = h.sequence
-    WHERE h.account_id = ? AND h.sequence BETWEEN ? AND ? AND {HOLD_STATUS} LIKE ?"""
-ACTIVE_HOLDS = """
+    WHERE h.account_id = ? AND {HOLD_STATUS} LIKE ? AND h.sequence BETWEEN ? AND ?"""
+# The plus lets SQLite begin with what is active, which is little of all.
+ACTIVE_HOLDS = f"""
+    {HOLDS.replace("h.sequence BETWEEN", "+h.sequence BETWEEN")}
     AND h.sequence IN (SELECT sequence FROM holds WHERE account_id = ? AND status = 'active')"""
 # Of two that send one key of the issuer, the second waits here, and learns which account was first.
 CLAIM_KEY = """
@@ -1364,9 +1367,9 @@ class Wallet:
     def _read_holds(self, tx: _Execute, account_id: str, first: int, last: int,
                     limit: int, status: HoldStatus | None = None) -> list[Hold]:
         now_us = _now_us()
-        active, ids = (ACTIVE_HOLDS, [account_id]) if status == "active" else ("", [])
-        rows = tx(f"{HOLDS} {active} ORDER BY h.sequence DESC LIMIT ?", now_us, account_id, first,
-                  last, now_us, status or "%", *ids, limit)
+        holds, ids = (ACTIVE_HOLDS, [account_id]) if status == "active" else (HOLDS, [])
+        rows = tx(f"{holds} ORDER BY h.sequence DESC LIMIT ?", now_us, account_id, now_us,
+                  status or "%", first, last, *ids, limit)
         return [Hold(_make_entry_id("hld", account_id, sequence), amount, status, captured,
                      _as_time(expires_at_us), description, json.loads(metadata or "{}"),
                      _as_time(created_at_us))
@@ -1585,9 +1588,9 @@ def _import_part(name: str) -> Any:
     try:
         return import_module(f"wallet.{name}" if is_package else f"wallet_{name}")
     except ImportError as error:
-        install = f"pip install {NEEDED[name]}, and " if name in NEEDED else ""
-        raise ConfigurationError(f"{error.name or error} is not installed: {install}put"
-                                 f" wallet_{name}.py beside wallet.py") from error
+        has_file = error.name not in (f"wallet.{name}", f"wallet_{name}")
+        way = f"pip install {NEEDED.get(name)}" if has_file else f"put wallet_{name}.py beside wallet.py"
+        raise ConfigurationError(f"{error.name or error} is not installed: {way}") from error
 
 
 def open_database(dsn: str, connections: int, create: bool, **options: bool) -> Database:
@@ -2270,6 +2273,8 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
 # complete; and what App notes there for the log and the metrics.
 REFUSAL, RECEIVED = "wallet.refusal", "wallet.received"
 ROUTE, CALLER = "wallet.route", "wallet.caller"
+NO_ROUTE = ("There is no such route. /openapi.yaml lists all, and without an issuer there are none"
+            " below /api/accounts.")
 QUIET = "/livez", "/readyz", "/metrics"  # Routes that are asked all day,
 POLLED = "/api/account", "/api/transactions", "/api/holds"  # and those that an open page asks.
 def too_many_statements() -> Unavailable:
@@ -2362,7 +2367,7 @@ class App:
             route, arguments = self.routes.match(environ)
         except HTTPError as error:
             if error.status_code != 405:
-                raise NotFound("There is no such route; /openapi.yaml lists them all.") from None
+                raise NotFound(NO_ROUTE) from None
             allow = error.headers["Allow"].replace(",", ", ").replace("GET", "GET, HEAD")
             if preflight := self._cors and self._cors.preflight(environ, allow):
                 answer: _Response = preflight

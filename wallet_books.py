@@ -127,12 +127,12 @@ def restore(backup: str, dsn: str, report: Report = _ignore) -> tuple[int, int]:
 
     Where there is a wallet, this changes nothing. Raises WrongBooks, and ConfigurationError.
     """
-    match = re.fullmatch("sqlite:///([^?]+)", dsn)
+    match = re.fullmatch("sqlite:///([^?]*[^?/])", dsn)
     if not match or match[1] == ":memory:":
         raise ConfigurationError(
             "a backup is restored to a file of SQLite: name it as sqlite:///FILE")
-    if not os.path.exists(backup):
-        raise ConfigurationError(f"{backup} is not there: name a backup")
+    if not os.path.isfile(backup):
+        raise ConfigurationError(f"{backup} is no file that is there: name a backup")
     with Wallet(f"sqlite:///{backup}", read_only=True) as wallet:
         return _copy_file(wallet, match[1], report, "restore",
                           "stop its wallet and move it away, or name another DSN")

@@ -19,12 +19,13 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from difflib import get_close_matches
 from functools import partial
 from ipaddress import ip_address
+from itertools import takewhile
 from logging.handlers import QueueHandler
 from socket import socket
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -392,7 +393,9 @@ def _configure_logging(level: str, is_served: bool) -> None:
 
 class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        message = message.replace("argument COMMAND: invalid choice:", "there is no command")
+        if wrong := re.match("argument COMMAND: invalid choice: '([^']*)'", message):
+            names = [command.name for command in commands.COMMANDS]
+            message = f"there is no command {wrong[1]!r}{_suggest(wrong[1], names)}"
         message = re.sub("^argument (--[a-z-]+):", r"\1", message)
         raise ConfigurationError(f"{_hide_tokens(message)}; see --help")
 
@@ -459,12 +462,18 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _refuse_unknown_options(arguments: Sequence[str]) -> None:
     """Raise ConfigurationError, which names the option that may have been meant."""
+    given = [one for one in commands.COMMANDS if one.name in arguments] or commands.COMMANDS
     known = {"--help", "--version", *(f"--{one.name}" for one in SETTINGS),
-             *(name for command in commands.COMMANDS for name in _arguments_of(command))}
-    for option in (one.partition("=")[0] for one in arguments if one.startswith("--")):
+             *(name for one in given for name in _arguments_of(one) if name.startswith("--"))}
+    options = [one for one in takewhile("--".__ne__, arguments) if one.startswith("--")]
+    for option in (one.partition("=")[0] for one in options):
         if option not in known:
-            near = "".join(f" (is it {one}?)" for one in get_close_matches(option, known, 1))
+            near = _suggest(option, known)
             raise ConfigurationError(f"there is no option {_hide_tokens(option)}{near}; see --help")
+
+
+def _suggest(wrong: str, names: Iterable[str]) -> str:
+    return "".join(f" (is it {one}?)" for one in get_close_matches(wrong, names, 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -61,6 +61,7 @@ from wallet import (
     WalletError,
     __version__,
     _as_time,
+    _as_us,
     _check_issuer_token,
     _format_time,
     _hide_tokens,
@@ -99,6 +100,7 @@ BY_STATUS: Mapping[int, type[WalletError]] = {
     400: MalformedRequest, 401: Unauthorized, 403: Forbidden, 404: NotFound, 500: InternalError,
     503: Unavailable}
 REPEATED = (429, 502, 503, 504)  # That the wallet answers, or a proxy in its form.
+SENDER = "wallet-client-"  # What the id of each request begins with.
 OWN_TAILS = "", "/balance", "/token"  # Behind /api/account. All others are behind /api.
 
 
@@ -212,20 +214,20 @@ class _Request(Generic[T]):
         return None if self.body is None else json.dumps(self.body, ensure_ascii=False).encode()
 
 
-def _exchange(pool: HTTPConnectionPool, request: _Request[T], sender: str, limit_s: float) -> T:
+def _exchange(pool: HTTPConnectionPool, request: _Request[T], limit_s: float) -> T:
     """Send a request once. Return the value of its answer, or raise the error that it tells.
 
     Raises _Failed where the wallet has not answered it.
     """
     _mark.is_sent = False
-    request_id = f"{sender}{secrets.token_hex(4)}"
+    request_id = f"{SENDER}{secrets.token_hex(8)}"
     try:
         answer = pool.urlopen(  # Half of the time to connect, since a name may have two addresses.
             request.method, request.path, request.content,
             {**request.headers, "X-Request-Id": request_id}, retries=False, redirect=False,
             timeout=Timeout(limit_s, limit_s / 2), preload_content=False,
             decode_content=False)  # None was asked for, and one could be a bomb.
-        content = _read(answer, sender, request_id)
+        content = _read(answer, request_id)
     except (HTTPError, OSError, ValueError) as error:
         is_final = isinstance(error.args[-1] if error.args else None, ssl.SSLCertVerificationError)
         raise _Failed(f"{error}", harmless=not _mark.is_sent, final=is_final) from error
@@ -239,16 +241,16 @@ def _exchange(pool: HTTPConnectionPool, request: _Request[T], sender: str, limit
     raise _as_error(answer, content)
 
 
-def _read(answer: BaseHTTPResponse, sender: str, request_id: str) -> bytes:
-    """Return the body of an answer, unless that is to another request of the same sender.
+def _read(answer: BaseHTTPResponse, request_id: str) -> bytes:
+    """Return the body of an answer, unless that is to another request of such a client.
 
-    Something on the way may send an answer twice, and then each that follows is one too late. An
-    id of somebody else is a proxy's, which has put it in the place of ours.
+    Something on the way may send an answer twice, and then each that follows is one too late, or
+    mix up two clients. An id of another form is a proxy's, which has put it in the place of ours.
     """
     content = bytearray()
     try:
         answered_id = answer.headers.get("X-Request-Id", "")
-        if answered_id.startswith(sender) and answered_id != request_id:
+        if answered_id.startswith(SENDER) and answered_id != request_id:
             raise HTTPError("the answer is to another request")
         while piece := answer.read(PIECE_BYTES):
             content += piece
@@ -283,7 +285,7 @@ def _rebuild(problem: Any, status: int) -> WalletError:
     kind = known.get(code) or BY_STATUS.get(status, WalletError)
     error = kind(_hide_tokens(problem["detail"]))
     error.code, error.status, error.title = code, status, str(problem["title"])
-    told = {"reason", "self", "title", "status", "detail", "code"}
+    told = {"reason", "self", "members", "key", "title", "status", "detail", "code"}
     # No member takes the place of what every error has.
     return error.add(**{name: value for name, value in problem.items()
                         if name not in told and not hasattr(WalletError, name)})
@@ -358,7 +360,11 @@ def _as_unit(document: Any, replayed: bool) -> _Unit:
 
 def _query_time(value: str | datetime | None) -> str | None:
     """Return a time as a query has it. Raises MalformedRequest."""
-    return None if value is None else _format_time(_as_time(_parse_time(value)))
+    if value is None:
+        return None
+    first_us, last_us = (_as_us(one.replace(tzinfo=timezone.utc))
+                         for one in (datetime.min, datetime.max))
+    return _format_time(_as_time(min(max(_parse_time(value), first_us), last_us)))
 
 
 # The wallet #######################################################################################
@@ -383,7 +389,6 @@ class RemoteWallet(Wallet):
             raise ConfigurationError(f"timeout_s must be above 0, and {TIMEOUT_MAX_S} at most")
         self._secure, self._host, self._port = parts.scheme == "https", parts.host, parts.port
         self._prefix, self._timeout_s = (parts.path or "").rstrip("/"), timeout_s
-        self._sender = f"client-{secrets.token_hex(6)}-"  # What its request ids begin with.
         self._tokens: dict[str, str] = {}  # By the ids of their accounts.
         self._issuer_token: str | None = None
         if token is not None:
@@ -510,9 +515,9 @@ class RemoteWallet(Wallet):
         limit_s = min(until - time.monotonic(), self._timeout_s / TRIES_MIN)
         path = replace(request, path=self._prefix + request.path)
         if request.is_repeatable:
-            return _exchange(self._pool(), path, self._sender, limit_s)
+            return _exchange(self._pool(), path, limit_s)
         with self._make_pool() as fresh:  # One that was idle may be closed just now, unseen.
-            return _exchange(fresh, path, self._sender, limit_s)
+            return _exchange(fresh, path, limit_s)
 
     # Accounts #####################################################################################
 

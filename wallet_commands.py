@@ -15,6 +15,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from itertools import chain, islice
@@ -53,10 +54,10 @@ from wallet import (
 books = _import_part("books")
 
 AMOUNTS = "balance", "available", "amount", "captured"  # Members that are amounts.
-ACCOUNT_COLUMNS = "id", "balance", "available", "frozen", "created_at", "name"
+ACCOUNT_COLUMNS = "id", "balance", "available", "name", "frozen", "created_at"
 TRANSACTION_COLUMNS = (
-    "id", "type", "amount", "balance", "created_at", "reference", "description")
-HOLD_COLUMNS = "id", "status", "amount", "captured", "created_at", "expires_at", "description"
+    "id", "type", "amount", "balance", "created_at", "description", "reference")
+HOLD_COLUMNS = "id", "status", "amount", "captured", "expires_at", "description", "created_at"
 COLUMNS = {Account: ACCOUNT_COLUMNS, Transaction: TRANSACTION_COLUMNS, Hold: HOLD_COLUMNS}
 ROWS_MEASURED = 1000  # Of a table, before its first line is printed: the columns fit all of these.
 SHOWN_CHARACTERS_MAX = 40  # Of a value that is refused.
@@ -83,6 +84,8 @@ class Output:
 
     def note(self, sentence: str) -> None:
         """Say something besides on stderr, so that it is no part of the data."""
+        if sys.stderr is None:  # Closed before the start: print would take stdout instead.
+            return
         shown = "wallet: " + _make_printable(sentence, kept="\n")
         print(json.dumps({"detail": sentence}) if self.as_json else shown, file=sys.stderr)
 
@@ -109,8 +112,18 @@ class Output:
         measured = [header, *islice(rows, ROWS_MEASURED)]
         width = import_library("wcwidth").width
         widths = [max(map(width, cells)) for cells in zip(*measured, strict=True)]
+        columns = columns[: self._count_columns(columns, widths)]
         for row in chain(measured, rows):
             print(self._line(columns, row, widths))
+
+    def _count_columns(self, columns: Sequence[str], widths: Sequence[int]) -> int:
+        """Return how many columns there is room for. Text is cut, but no amount and no time."""
+        end = -2
+        for number, (name, width) in enumerate(zip(columns, widths, strict=True)):
+            end += 2 + width
+            if 0 < self._width < end and (name in AMOUNTS or name.endswith("_at")):
+                return number
+        return len(columns)
 
     def report(self, done: int, total: int) -> None:
         """Draw how much is done on stderr, if that is a terminal."""
@@ -131,7 +144,7 @@ class Output:
         self.end_report()
         if isinstance(error, str):
             self.note(error)
-        elif self.as_json:
+        elif self.as_json and sys.stderr is not None:
             print(json.dumps(_error_response(error).body), file=sys.stderr)
         else:
             self.note(self._explain(error))
@@ -165,7 +178,7 @@ class Output:
         """Return a line of a table, which a terminal shows as one line."""
         wcwidth = import_library("wcwidth")
         cells = [wcwidth.rjust(text, width) if name in AMOUNTS else wcwidth.ljust(text, width)
-                 for name, text, width in zip(columns, row, widths, strict=True)]
+                 for name, text, width in zip(columns, row, widths, strict=False)]
         line = "  ".join(cells).rstrip()
         if 0 < self._width < wcwidth.width(line):
             line = wcwidth.clip(line, 0, self._width - 1) + "…"
@@ -244,14 +257,23 @@ def _parse_count(name: str, text: str) -> int:
     return int(text)
 
 
-def _parse_filters(given: _Given, name: str = "type") -> dict[str, Any]:
-    return {name: given[name], "since": _begin(given["since"]), "until": _begin(given["until"])}
+def _parse_filters(given: _Given, other: str = "type") -> dict[str, Any]:
+    times = {name: _parse_moment(name, given[name]) for name in ("since", "until")}
+    return {other: given[other], **times}
 
 
-def _begin(time: str | None) -> str | None:
-    """Return a time. A day alone begins at midnight, in UTC."""
-    is_day = time and re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", time)
-    return f"{time}T00:00:00Z" if is_day else time
+def _parse_moment(name: str, text: str | None) -> str | None:
+    """Return a time. A day alone begins at midnight, in UTC. Raises ValidationFailed."""
+    if text is None:
+        return None
+    is_day = re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text, re.ASCII)
+    time = f"{text}T00:00:00Z" if is_day else text
+    try:
+        _parse_time(time)
+    except MalformedRequest:
+        _refuse(name, "must be a day such as 2026-11-22, or a time such as 2026-11-22T09:30:00Z",
+                text)
+    return time
 
 
 # Accounts and money ###############################################################################
@@ -301,10 +323,12 @@ def _run_token(wallet: Wallet, given: _Given, output: Output) -> None:
 
 
 def _run_show(wallet: Wallet, given: _Given, output: Output) -> None:
-    at = _begin(given["at"])
+    at = _parse_moment("at", given["at"])
     if at is None:
         output.show(_to_json(_look_up(wallet, given["id"])))
         return
+    if not given["id"].startswith("acc_"):
+        _refuse("at", "must come with the id of an account", given["id"])
     account = wallet.account(given["id"])
     balance, moment = wallet.balance_at(account.id, at), _format_time(_as_time(_parse_time(at)))
     output.show({"id": account.id, "name": account.name, "currency": account.currency,
@@ -414,8 +438,8 @@ def _run_verify(wallet: Wallet, given: _Given, output: Output) -> None:
     location = wallet.database.location
     accounts, entries = books.verify(wallet, output.report)
     output.end_report()
-    output.tell(f"verified: {location} has {accounts:,} accounts and {entries:,} entries that"
-                " agree", database=location, accounts=accounts, entries=entries)
+    output.tell(f"verified: {location} has {_count_rows(accounts, entries)} that agree",
+                database=location, accounts=accounts, entries=entries)
 
 
 def _run_backup(wallet: Wallet, given: _Given, output: Output) -> None:
@@ -427,17 +451,30 @@ def _run_backup(wallet: Wallet, given: _Given, output: Output) -> None:
 def _run_restore(wallet: None, given: _Given, output: Output) -> None:
     dsn = given["dsn"]
     if re.match("postgres(ql)?://", dsn):
+        _refuse_backup_of_sqlite(given["file"])
         raise ConfigurationError(_advise_pg_dump(dsn, given["file"]))
     _tell_of_file(output, dsn.removeprefix("sqlite:///"),
                   *books.restore(given["file"], dsn, output.report))
 
 
+def _refuse_backup_of_sqlite(path: str) -> None:
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(6) == b"SQLite":
+            source = shlex.quote(f"sqlite:///{os.path.abspath(path)}")
+            raise ConfigurationError(f"{path} is a backup of SQLite: copy --from {source} --to ..."
+                                     " puts it into Postgres")
+
+
 def _tell_of_file(output: Output, file: str, accounts: int, entries: int) -> None:
     output.end_report()
     size = os.path.getsize(file)
-    output.tell(f"verified: {file} has {size:,} bytes, {accounts:,} accounts and {entries:,}"
-                " entries", file=os.path.abspath(file), bytes=size, accounts=accounts,
-                entries=entries)
+    output.tell(f"verified: {file} has {size:,} bytes, with {_count_rows(accounts, entries)}",
+                file=os.path.abspath(file), bytes=size, accounts=accounts, entries=entries)
+
+
+def _count_rows(accounts: int, entries: int) -> str:
+    return (f"{accounts:,} account{'s' * (accounts != 1)} and"
+            f" {entries:,} {'entry' if entries == 1 else 'entries'}")
 
 
 def _advise_pg_dump(dsn: str, path: str) -> str:
@@ -469,7 +506,7 @@ def _run_copy(wallet: None, given: _Given, output: Output) -> None:
           Wallet(given["target"], alone=True) as target):
         counts = books.copy_wallet(source, target, output.report)
         output.end_report()
-        rows = ", ".join(f"{count:,} {table}" for table, count in counts.items())
+        rows = _count_rows(counts["accounts"], counts["transactions"])
         output.tell(f"verified: {target.database.location} has every row of"
                     f" {source.database.location}, in {source.currency}: {rows}",
                     source=source.database.location, database=target.database.location,
@@ -544,7 +581,7 @@ COMMANDS = (
             "hold acc_4fKq0ZbT9xWm2Lr7 5 --expires-in-s 3600", _run_money, WRITE, {
                 **ACCOUNT, **AMOUNT, **MONEY,
                 "--expires-in-s": {"metavar": "NUMBER", "dest": "expires_in_s",
-                                   "help": f"for how long; {HOLD_DEFAULT_S}, if left out"}}),
+                                   "help": f"for how many seconds; {HOLD_DEFAULT_S} if not said"}}),
     Command("capture", "charge a hold, or a part of it, and release the rest",
             "capture hld_4fKq0ZbT9xWm2Lr7_3", _run_money, WRITE, HOLD | PART | MONEY),
     Command("release", "make what is held available again", "release hld_4fKq0ZbT9xWm2Lr7_3",

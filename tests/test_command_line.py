@@ -94,9 +94,9 @@ def test_version_is_told():
         ([], {"WALLET_CURRENCY": "Dollar"}, "three capital letters"),
         (["--por"], {}, "wallet: there is no option --por (is it --port?); see --help"),
         (["--frobnicate=1"], {}, "wallet: there is no option --frobnicate; see --help"),
-        (["seve"], {}, "wallet: there is no command 'seve' (choose from "),
+        (["seve"], {}, "wallet: there is no command 'seve' (is it serve?); see --help"),
         (["--issuer-tokn", "s" * 40], {}, "there is no option --issuer-tokn (is it --issuer-token?)"),
-        (["s" * 40], {}, "there is no command '***' (choose from "),
+        (["s" * 40], {}, "there is no command '***'; see --help"),
         (
             ["--por", "4000"],
             {},

@@ -551,7 +551,7 @@ def test_docs_are_light_or_dark_as_the_browser_is(read, chromium, scheme):
 @in_browser
 @pytest.mark.slow
 def test_control_docs_that_load_something_are_noted(read):
-    main, image = '<main id="docs">', '<img src="http://127.0.0.2/x.png" alt="">'
+    main, image = '<div id="docs">', '<img src="http://127.0.0.2/x.png" alt="">'
     page = (HERE / "docs.html").read_text()
     assert page.count(main) == 1
     elsewhere = page.replace(main, image + main)

@@ -877,8 +877,7 @@ def test_missing_prometheus_client_is_one_line_with_the_command_that_installs_it
     )
     assert done.returncode == 2
     assert (
-        done.stderr == "wallet: prometheus_client is not installed: pip install prometheus-client,"
-        " and put wallet_metrics.py beside wallet.py\n"
+        done.stderr == "wallet: prometheus_client is not installed: pip install prometheus-client\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -896,8 +895,7 @@ def test_missing_driver_is_one_line_with_the_command_that_installs_it(missing):
     assert done.returncode == 2
     assert (
         done.stderr
-        == f"wallet: {missing} is not installed: pip install 'psycopg[binary]' psycopg-pool,"
-        " and put wallet_postgres.py beside wallet.py\n"
+        == f"wallet: {missing} is not installed: pip install 'psycopg[binary]' psycopg-pool\n"
     )
 
 
@@ -1092,7 +1090,6 @@ WANTING = [
 # What SQL is put together from, apart from constants: parts of it that are, each, one of a few
 # constants.
 SQL_PARTS = {
-    "active",
     "cache_kb",
     "check",
     "columns",

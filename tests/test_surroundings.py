@@ -342,7 +342,7 @@ def test_commands_that_read_work_on_a_mount_that_only_reads(mounted, tmp_path, s
         done = on_read_only_mount(folder, view, "verify", "--dsn", shown)
         assert (done.returncode, done.stdout) == (
             0,
-            f"verified: {view}/wallet.db has {count} accounts and 1 entries that agree\n",
+            f"verified: {view}/wallet.db has {count} {'account' if count == 1 else 'accounts'} and 1 entry that agree\n",
         ), done.stderr
         done = on_read_only_mount(folder, view, "accounts", "--json", "--dsn", shown)
         assert sum(json.loads(line)["balance"] for line in done.stdout.splitlines()) == 5

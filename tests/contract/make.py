@@ -44,6 +44,7 @@ html.dark-mode { color-scheme: dark; }
 noscript { display: block; padding: 2em; font-family: sans-serif; }
 .swagger-ui select { appearance: auto; }
 .swagger-ui .servers, .swagger-ui .servers-title { display: none; }
+.swagger-ui .responses-table { display: block; overflow-x: auto; }
 .swagger-ui .copy-to-clipboard button::after { content: ""; display: block; width: 6px; height: 8px;
   margin: -2px auto 0; border: 1px solid #fff; box-shadow: 3px 3px 0 -1px #fff; }
 .swagger-ui .model-toggle::after { content: "\203a"; text-align: center; line-height: 20px; }
@@ -85,7 +86,7 @@ def make_docs() -> str:
 </head>
 <body>
 <noscript>This page needs JavaScript. The contract is <a href="openapi.yaml">openapi.yaml</a>.</noscript>
-<main id="docs"></main>
+<div id="docs"></div>
 <script>{script}</script>
 </body>
 </html>
