@@ -329,7 +329,8 @@ def test_key_may_be_1_to_255_printable_characters(api, wallet, ada):
             "POST", "/api/transactions/topup", {"amount": 5}, Idempotency_Key=key, status=400
         )
         assert "Idempotency-Key must be" in answer.json["detail"]
-    for key in ("", "line\n", "\ud800", 5, b"k", True):
+    # A header has no spaces at its ends, so that no key has, however it is sent.
+    for key in ("", "line\n", "\ud800", 5, b"k", True, " ", " k", "k "):
         with pytest.raises(MalformedRequest, match="Idempotency-Key must be"):
             wallet.topup(ada.id, 5, key=key)
     assert wallet.account(ada.id).balance == 0
@@ -2080,6 +2081,7 @@ def test_issuer_does_for_an_account_all_that_the_account_does_for_itself(shop):
     refused = send("POST", "/transactions/topup", {"amount": 5}, 403).json
     assert refused["code"] == "account_frozen"
     assert send("POST", "/unfreeze", {}).json == shop.ada.send("GET", "/api/account").json
+    assert send("GET", "").json["frozen"] is False
     replaced = send("POST", "/token", status=201).json
     shop.ada.send("GET", "/api/account", status=401)
     shop.ada.token = replaced.pop("token")
@@ -2176,6 +2178,33 @@ def test_key_of_the_issuer_has_its_effect_in_one_account_however_it_is_sent(shop
     check_books(shop.wallet)
 
 
+def test_key_of_the_issuer_that_had_its_effect_has_none_elsewhere_whatever_is_asked_with_it(shop):
+    bob, cleo = (shop.wallet.register(name)[0].id for name in ("Bob", "Cleo"))
+    shop.wallet.topup(bob, 1000)
+    own, topup = f"/api/accounts/{bob}", f"{shop.path}/transactions/topup"
+    charge = shop.wallet.charge(bob, 10).id
+    held, other = (shop.wallet.hold(bob, 5).id for _ in range(2))
+    batch = [{"account": one, "type": "topup", "amount": 1} for one in (bob, cleo)]
+    for path, body in {
+        f"{own}/transactions/topup": {"amount": 1}, f"{own}/transactions/charge": {"amount": 1},
+        f"{own}/transactions/transfer": {"to": shop.id, "amount": 1},
+        f"{own}/transactions/{charge}/refund": {"amount": 1}, f"{own}/holds": {"amount": 1},
+        f"{own}/holds/{held}/capture": {"amount": 1}, f"{own}/holds/{other}/release": None,
+        "/api/transactions/batch": {"transactions": batch},
+    }.items():
+        shop.issuer.send("POST", topup, {"amount": 1}, Idempotency_Key=f"1 {path}", status=201)
+        before = shop.wallet.account(bob), shop.wallet.account(shop.id)
+        refused = shop.issuer.send("POST", path, body, Idempotency_Key=f"1 {path}", status=422).json
+        assert refused["code"] == "idempotency_key_reused", path
+        assert (shop.wallet.account(bob), shop.wallet.account(shop.id)) == before
+        shop.issuer.send("POST", path, body, Idempotency_Key=f"2 {path}", status=201)
+        before = shop.wallet.account(shop.id)
+        refused = shop.issuer.send("POST", topup, {"amount": 2}, Idempotency_Key=f"2 {path}", status=422).json
+        assert refused["code"] == "idempotency_key_reused", path
+        assert shop.wallet.account(shop.id) == before
+    check_books(shop.wallet)
+
+
 def test_account_cannot_take_the_issuers_keys_before_it(shop):
     reserved = wallet_module._reserve_key("issuer k")
     for key in ("k", "issuer k", reserved, reserved.encode().decode("latin-1"), reserved[1:]):
@@ -2240,6 +2269,26 @@ def test_accounts_that_were_made_in_one_microsecond_are_all_listed(wallet):
         if not (cursor := page.next_cursor):
             break
     assert listed == sorted(made, reverse=True)
+
+
+def test_a_cursor_widens_no_filter(wallet):
+    old, middle, new = (wallet.register(name)[0] for name in ("A", "B", "C"))
+    assert [one.id for one in wallet.account_page(cursor=new.id, until=middle.created_at).accounts] == [old.id]
+
+
+def test_accounts_of_one_microsecond_are_all_yielded(wallet, monkeypatch):
+    monkeypatch.setattr(wallet_module, "ACCOUNTS_ROWS", 2)
+    made = {wallet.register(f"Account {number}")[0].id for number in range(7)}
+    wallet.database.write(lambda tx: tx("UPDATE accounts SET created_at = 1"))
+    assert [one.id for one in wallet.accounts()] == sorted(made, reverse=True)
+
+
+def test_feed_of_an_empty_account_is_in_order():
+    with Wallet() as wallet:
+        ada = wallet.register("Ada")[0].id
+        feed = wallet.follow(ada, poll_s=0.01)
+        made = [wallet.topup(ada, 1).id for _ in range(3)]
+        assert [next(feed).id for _ in range(3)] == made
 
 
 def test_holds_are_listed_by_status(wallet, ada, monkeypatch):

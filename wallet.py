@@ -305,8 +305,12 @@ class Unavailable(WalletError, status=503, title="The wallet cannot do this now.
 
 
 class OutcomeUnknown(Unavailable, status=503, title="It is not known whether this was done."):
-    """The commit failed in a way that does not tell whether it is kept."""
+    """The commit failed in a way that does not tell whether it is kept.
 
+    `key` is that of the call, if it had one and came from `connect`.
+    """
+
+    key: str | None = None
     advice = ("Send the same request again, with the same Idempotency-Key: it has its effect"
               " once.")
 
@@ -390,21 +394,21 @@ class Hold:
 
 
 class Page(NamedTuple):
-    """A part of an account's history, and the cursor of the next part, if there is one."""
+    """A part of an account's history, and the cursor of the next part, if any."""
 
     transactions: list[Transaction]
     next_cursor: str | None
 
 
 class HoldPage(NamedTuple):
-    """A part of an account's holds, newest first, and the cursor of the next part, if any."""
+    """The same of an account's holds, newest first."""
 
     holds: list[Hold]
     next_cursor: str | None
 
 
 class AccountPage(NamedTuple):
-    """A part of all accounts, newest first, and the cursor of the next part, if there is one."""
+    """The same of all accounts, newest first."""
 
     accounts: list[Account]
     next_cursor: str | None
@@ -812,15 +816,17 @@ ACCOUNTS = f"""
     {ACCOUNT} WHERE created_at >= ? AND (created_at, id) < (?, ?) AND substr(name, 1, ?) = ?
     ORDER BY created_at DESC, id DESC LIMIT ?"""
 HOLD_STATUS = "CASE WHEN status = 'active' AND expires_at <= ? THEN 'expired' ELSE status END"
-HOLDS = f"""
+HOLDS_OF = f"""
     SELECT h.sequence, h.amount, {HOLD_STATUS}, captured, expires_at, description, metadata,
         created_at
     FROM holds h JOIN transactions t ON t.account_id = h.account_id AND t.sequence = h.sequence
-    WHERE h.account_id = ? AND {HOLD_STATUS} LIKE ? AND h.sequence BETWEEN ? AND ?"""
+    WHERE h.account_id = ? AND {HOLD_STATUS} LIKE ?"""
+HOLDS = f"{HOLDS_OF} AND h.sequence BETWEEN ? AND ? ORDER BY h.sequence DESC LIMIT ?"
 # The plus lets SQLite begin with what is active, which is little of all.
 ACTIVE_HOLDS = f"""
-    {HOLDS.replace("h.sequence BETWEEN", "+h.sequence BETWEEN")}
-    AND h.sequence IN (SELECT sequence FROM holds WHERE account_id = ? AND status = 'active')"""
+    {HOLDS_OF} AND +h.sequence BETWEEN ? AND ?
+        AND h.sequence IN (SELECT sequence FROM holds WHERE account_id = ? AND status = 'active')
+    ORDER BY h.sequence DESC LIMIT ?"""
 # Of two that send one key of the issuer, the second waits here, and learns which account was first.
 CLAIM_KEY = """
     INSERT INTO issuer_keys VALUES (?, ?) ON CONFLICT (idempotency_key)
@@ -900,11 +906,11 @@ class Wallet:
         new_token = _make_token(_parse_account_id(account_id))
         if token is not None and self.authenticate(token).id != account_id:
             raise Unauthorized(headers=INVALID_TOKEN)
-        new_hash, condition, hashes = _hash_token(new_token), "", []
-        if token:  # The new one may be there already, if an earlier COMMIT was not answered.
-            condition, hashes = " AND token_hash IN (?, ?)", [_hash_token(token), new_hash]
-        sql = f"UPDATE accounts SET token_hash = ? WHERE id = ?{condition} RETURNING id"
-        if not self._write(sql, new_hash, account_id, *hashes):
+        new_hash, old_hash = _hash_token(new_token), _hash_token(token) if token else None
+        # The new one may be there already, if an earlier COMMIT was not answered.
+        sql = """UPDATE accounts SET token_hash = ?
+                 WHERE id = ? AND token_hash IN (coalesce(?, token_hash), ?) RETURNING id"""
+        if not self._write(sql, new_hash, account_id, old_hash, new_hash):
             raise Unauthorized(headers=INVALID_TOKEN) if token else AccountNotFound()
         return new_token
 
@@ -924,8 +930,8 @@ class Wallet:
                      **filters: Unpack[_AccountFilters]) -> AccountPage:
         """Return a page of accounts, newest first. Raises MalformedRequest."""
         limit = _parse_limit(limit)
-        found = list(islice(self._accounts(limit + 1, cursor, **filters), limit + 1))
-        return _as_page(AccountPage, found, limit)
+        found = self._accounts(limit + 1, cursor, **filters)
+        return _as_page(AccountPage, list(islice(found, limit + 1)), limit)
 
     def freeze(self, account_id: str, frozen: bool = True) -> Account:
         """Let an account receive and spend nothing, or with False let it again. Return it.
@@ -1128,8 +1134,7 @@ class Wallet:
             self._last_sequence(tx, account_id, below)
             return self._read_holds(tx, account_id, 1, below - 1, limit + 1, status)
 
-        found = self.database.read(read)
-        return _as_page(HoldPage, found, limit)
+        return _as_page(HoldPage, self.database.read(read), limit)
 
     def transaction(self, account_id: str, transaction_id: str) -> Transaction:
         """Return one transaction of this account. Raises NotFound."""
@@ -1152,8 +1157,7 @@ class Wallet:
         above = 0 if after in (None, "0") else _parse_cursor("txn", account_id, str(after))
         entries = self._entries(account_id, limit + 1, above=above, below=below,
                                 newest_first=newest_first, **filters)
-        found = list(islice(entries, limit + 1))
-        return _as_page(Page, found, limit)
+        return _as_page(Page, list(islice(entries, limit + 1)), limit)
 
     def statement(self, account_id: str, **filters: Unpack[_Filters]) -> Iterator[Transaction]:
         """Return the history as it is now, oldest first, little of it in memory at a time."""
@@ -1368,8 +1372,7 @@ class Wallet:
                     limit: int, status: HoldStatus | None = None) -> list[Hold]:
         now_us = _now_us()
         holds, ids = (ACTIVE_HOLDS, [account_id]) if status == "active" else (HOLDS, [])
-        rows = tx(f"{holds} ORDER BY h.sequence DESC LIMIT ?", now_us, account_id, now_us,
-                  status or "%", first, last, *ids, limit)
+        rows = tx(holds, now_us, account_id, now_us, status or "%", first, last, *ids, limit)
         return [Hold(_make_entry_id("hld", account_id, sequence), amount, status, captured,
                      _as_time(expires_at_us), description, json.loads(metadata or "{}"),
                      _as_time(created_at_us))
@@ -1589,7 +1592,8 @@ def _import_part(name: str) -> Any:
         return import_module(f"wallet.{name}" if is_package else f"wallet_{name}")
     except ImportError as error:
         has_file = error.name not in (f"wallet.{name}", f"wallet_{name}")
-        way = f"pip install {NEEDED.get(name)}" if has_file else f"put wallet_{name}.py beside wallet.py"
+        way = (f"pip install {NEEDED.get(name)}" if has_file
+               else f"put wallet_{name}.py beside wallet.py")
         raise ConfigurationError(f"{error.name or error} is not installed: {way}") from error
 
 
@@ -1968,11 +1972,10 @@ def _unavailable(reason: object) -> Unavailable:
 # Of Bottle only the router is used: App makes every answer, in one place. A handler gets the
 # wallet, the account that calls (None for the issuer), and by name what the route takes.
 #
-# Who may do what to whom: `_routes` are an account's, which its token says. Most of them are twice:
-# once more in `_issuer_routes`, which are there if there is an issuer, need its token, and name the
-# account in their path. `access` tells what is else: "public" needs no token, "issuer" only that
-# of an issuer, if there is one, and "both" takes either. "money" comes in: it is the account's
-# unless there is an issuer.
+# Who may do what: an account calls `_routes`, with its token. Where there is an issuer, its token
+# calls `_issuer_routes`, which have the account in their path. `access` names the exceptions:
+# "public" needs no token, "issuer" the issuer's, if there is one, "both" takes either, and "money",
+# by which money comes in, is an account's only without an issuer.
 _routes, _issuer_routes = Bottle(), Bottle()
 BATCH_PATH, STATEMENT_END = "/api/transactions/batch", "/transactions.csv"
 TRANSACTION_PATH = "/api/transactions/<transaction_id:re:txn_[0-9A-Za-z]{16}_[0-9]+>"
@@ -1987,11 +1990,6 @@ class _Response(NamedTuple):
     body: dict[str, Any] | Account | Transaction | Hold | bytes | Iterator[bytes]
     headers: Mapping[str, str] = {}
     reason: str = ""  # For which it was refused.
-
-
-def _fields(rules: _Rules) -> Callable[..., dict[str, Any]]:
-    """Return what parses a body by these rules. (Bottle would take a plain dict apart.)"""
-    return partial(_parse_fields, rules)
 
 
 _Handler = Callable[..., _Response]
@@ -2009,7 +2007,7 @@ def _route(path: str, method: str = "GET", **takes: Any) -> Callable[[_Handler],
     return route
 
 
-@_routes.post("/api/register", body=_fields(NAME), access="issuer")
+@_routes.post("/api/register", body=partial(_parse_fields, NAME), access="issuer")
 def _post_register(wallet: Wallet, caller: None, name: str) -> _Response:
     """Make an account. No other answer ever shows its token."""
     account, token = wallet.register(name)
@@ -2025,12 +2023,11 @@ def _get_account(wallet: Wallet, caller: Account | None, account_id: str) -> _Re
 def _get_balance(wallet: Wallet, caller: Account | None, account_id: str,
                  at: str = "") -> _Response:
     balance, account = wallet.balance_at(account_id, at), caller or wallet.account(account_id)
-    return _Response(200, {"id": account.id, "name": account.name, "currency": account.currency,
-                           "currency_digits": account.currency_digits, "balance": balance,
-                           "at": _format_time(_as_time(_parse_time(at)))})
+    return _Response(200, _to_balance(account, balance, at))
 
 
-@_route("/api/account/token", "POST", body=_fields({}), body_optional=True, token=True)
+@_route("/api/account/token", "POST", body=partial(_parse_fields, {}), body_optional=True,
+        token=True)
 def _post_token(wallet: Wallet, caller: Account | None, account_id: str,
                 token: str | None = None) -> _Response:
     """Replace the token. No other answer ever shows the new one."""
@@ -2058,7 +2055,7 @@ def _call(method: str, status: int = 200, **more: Any) -> _Handler:
 
 
 def _route_post(path: str, method: str, rules: _Rules, **takes: Any) -> None:
-    _route(path, "POST", body=_fields(rules), key=True, **takes)(_call(method, 201))
+    _route(path, "POST", body=partial(_parse_fields, rules), key=True, **takes)(_call(method, 201))
 
 
 def _route_get(path: str, method: str, *query: str) -> None:
@@ -2077,23 +2074,21 @@ _route_get("/api/transactions", "transactions",
 _route_get(TRANSACTION_PATH, "transaction")
 _route_get("/api/holds", "holds", "limit", "cursor", "status")
 _route_get(HOLD_PATH, "get_hold")
-_routes.post(BATCH_PATH, body=_fields(TRANSACTIONS), key=True, access="both",
+_routes.post(BATCH_PATH, body=partial(_parse_fields, TRANSACTIONS), key=True, access="both",
              body_bytes_max=BATCH_BODY_BYTES_MAX)(_call("batch", 201))
 _issuer_routes.get("/api/accounts", access="issuer",
                    query=("limit", "cursor", "name", "since", "until"))(_call("account_page"))
 for _path, _frozen in (("/freeze", True), ("/unfreeze", False)):
-    _issuer_routes.post(ACCOUNT_PATH + _path, access="issuer", body=_fields({}),
+    _issuer_routes.post(ACCOUNT_PATH + _path, access="issuer", body=partial(_parse_fields, {}),
                         body_optional=True)(_call("freeze", frozen=_frozen))
 
 
 @_route(f"/api{STATEMENT_END}", query=("type", "since", "until"))
 def _get_statement(wallet: Wallet, caller: object, **arguments: Any) -> _Response:
-    statement = wallet.statement(**arguments)
-    chunks = _take_turn(_import_part("statements").to_csv(wallet, statement))
+    part = _import_part("statements")
+    chunks = part.take_turn(part.to_csv(wallet, wallet.statement(**arguments)))
     next(chunks)
-    return _Response(200, chunks, {
-        "Content-Type": "text/csv; charset=utf-8",
-        "Content-Disposition": 'attachment; filename="transactions.csv"'})
+    return _Response(200, chunks, part.HEADERS)
 
 
 @_routes.get("/livez", access="public")
@@ -2141,23 +2136,15 @@ def _to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
             for name, value in vars(record).items() if name != "replayed"}
 
 
+def _to_balance(account: Account, balance: int, at: str) -> dict[str, Any]:
+    names = "id", "name", "currency", "currency_digits"
+    return {name: getattr(account, name) for name in names} | {
+        "balance": balance, "at": _format_time(_as_time(_parse_time(at)))}
+
+
 def _format_time(moment: datetime) -> str:
     """Return a time in UTC, ending in Z (RFC 3339)."""
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-_statements = threading.BoundedSemaphore(STATEMENTS_MAX)
-
-
-def _take_turn(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield nothing once there is room for one more long answer, and then its chunks."""
-    if not _statements.acquire(blocking=False):
-        raise too_many_statements()
-    try:
-        yield b""
-        yield from chunks
-    finally:
-        _statements.release()
 
 
 def _error_response(error: WalletError) -> _Response:
@@ -2277,10 +2264,6 @@ NO_ROUTE = ("There is no such route. /openapi.yaml lists all, and without an iss
             " below /api/accounts.")
 QUIET = "/livez", "/readyz", "/metrics"  # Routes that are asked all day,
 POLLED = "/api/account", "/api/transactions", "/api/holds"  # and those that an open page asks.
-def too_many_statements() -> Unavailable:
-    """Return the error of who asks for one statement more than STATEMENTS_MAX."""
-    return Unavailable("Enough statements are being sent already, so try again.",
-                       reason="statements")
 
 
 class App:
@@ -2521,7 +2504,7 @@ def _hide_tokens(text: str) -> str:
 
 def _check_issuer_token(token: str | None) -> None:
     """Raise ConfigurationError, without showing it, for a token that is too short or unsendable."""
-    inner = f"[ -~]{{{ISSUER_TOKEN_CHARACTERS_MIN - 2},}}"
+    inner = f"(?<!wlt_)[ -~]{{{ISSUER_TOKEN_CHARACTERS_MIN - 2},}}"
     if token is not None and not re.fullmatch(f"[!-~]{inner}[!-~]", token):
         raise ConfigurationError(
             f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"

@@ -132,7 +132,7 @@ def restore(backup: str, dsn: str, report: Report = _ignore) -> tuple[int, int]:
         raise ConfigurationError(
             "a backup is restored to a file of SQLite: name it as sqlite:///FILE")
     if not os.path.isfile(backup):
-        raise ConfigurationError(f"{backup} is no file that is there: name a backup")
+        raise ConfigurationError(f"there is no file {backup}: name a backup")
     with Wallet(f"sqlite:///{backup}", read_only=True) as wallet:
         return _copy_file(wallet, match[1], report, "restore",
                           "stop its wallet and move it away, or name another DSN")

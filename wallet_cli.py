@@ -504,7 +504,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         may_pass = isinstance(error, (NotReady, Unavailable)) and not damage
         return _choose_code(settings) if may_pass else 2
     except KeyboardInterrupt:
-        output.fail(_tell_key(settings) if "key" in settings else "interrupted")
+        interrupted = f"interrupted{_tell_lost(settings)}"
+        output.fail(_tell_key(settings) if "key" in settings else interrupted)
         return 130  # As a shell has it: 128 and the number of SIGINT.
     except OSError as error:  # Of the output, which Python would try to write again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -512,7 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "key" in settings:
             output.fail(_tell_key(settings))
         elif not is_enough:
-            output.fail(str(error))
+            output.fail(f"{error}{_tell_lost(settings)}")
         return 141 if is_enough else _choose_code(settings)  # 128 and the number of SIGPIPE.
     except Exception:  # Python would exit with 1, as if the books were wrong.
         logger.exception("a fault of the wallet")
@@ -549,6 +550,13 @@ def _tell_key(settings: Mapping[str, Any]) -> OutcomeUnknown:
     key = settings["key"]
     return OutcomeUnknown("It is not known whether this was done. Run the same command again with"
                           f" --key {shlex.quote(key)}: it has its effect once.", key=key)
+
+
+def _tell_lost(settings: Mapping[str, Any]) -> str:
+    """Return what a command may have done whose output is lost."""
+    return {"token": ": the old token may be dead, so run this again",
+            "register": ": there may be an account whose token nobody has",
+            }.get(settings.get("command", ""), "")
 
 
 def _choose_code(settings: Mapping[str, Any]) -> int:

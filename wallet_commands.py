@@ -42,12 +42,12 @@ from wallet import (
     ValidationFailed,
     Wallet,
     WalletError,
-    _as_time,
     _error_response,
     _format_time,
     _hide_tokens,
     _import_part,
     _parse_time,
+    _to_balance,
     _to_json,
 )
 
@@ -330,9 +330,7 @@ def _run_show(wallet: Wallet, given: _Given, output: Output) -> None:
     if not given["id"].startswith("acc_"):
         _refuse("at", "must come with the id of an account", given["id"])
     account = wallet.account(given["id"])
-    balance, moment = wallet.balance_at(account.id, at), _format_time(_as_time(_parse_time(at)))
-    output.show({"id": account.id, "name": account.name, "currency": account.currency,
-                 "currency_digits": account.currency_digits, "balance": balance, "at": moment})
+    output.show(_to_balance(account, wallet.balance_at(account.id, at), at))
 
 
 def _look_up(wallet: Wallet, id: str) -> _Record:

@@ -48,9 +48,9 @@ from wallet import (
     NotReady,
     Unavailable,
     WalletError,
+    _import_part,
     _loggable,
     logger,
-    too_many_statements,
 )
 
 CONNECTIONS_MAX = 2000  # At once. Each costs a file descriptor and a few kilobytes.
@@ -263,7 +263,8 @@ def _find_refusal(channel: _Channel, request: _Parser) -> WalletError | None:
     if time.monotonic() - channel.queued_at > QUEUE_TIMEOUT_S:
         return Unavailable("Too many requests wait, and nothing was changed.", reason="queue")
     if request.path.endswith(STATEMENT_END) and is_spooling(channel.server):
-        return too_many_statements()
+        refusal: WalletError = _import_part("statements").too_many_statements()
+        return refusal
     return None
 
 

@@ -1,4 +1,4 @@
-"""Writes statements for spreadsheets (RFC 4180). wallet.py loads this module for the first one."""
+"""Writes statements for spreadsheets, as CSV (RFC 4180). wallet.py loads this for the first one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,34 @@ import csv
 import io
 import json
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from wallet import STATEMENT_ROWS, Transaction, Wallet, _to_json
+from wallet import STATEMENT_ROWS, STATEMENTS_MAX, Transaction, Unavailable, Wallet, _to_json
 
 COLUMNS = ("id", "created_at", "type", "amount", "balance", "description", "reference", "metadata",
            "currency", "currency_digits")
+HEADERS = {"Content-Type": "text/csv; charset=utf-8",
+           "Content-Disposition": 'attachment; filename="transactions.csv"'}
+statements = threading.BoundedSemaphore(STATEMENTS_MAX)
+
+
+def too_many_statements() -> Unavailable:
+    """Return the error of who asks for one statement more than STATEMENTS_MAX."""
+    return Unavailable("Enough statements are being sent already, so try again.",
+                       reason="statements")
+
+
+def take_turn(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield nothing once there is room for one more long answer, and then its chunks."""
+    if not statements.acquire(blocking=False):
+        raise too_many_statements()
+    try:
+        yield b""
+        yield from chunks
+    finally:
+        statements.release()
 
 
 def to_csv(wallet: Wallet, transactions: Iterator[Transaction]) -> Iterator[bytes]:

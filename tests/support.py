@@ -762,11 +762,11 @@ def serving(monkeypatch):
     """A function that serves a wallet, or a new one, with other limits."""
 
     @contextmanager
-    def serve(wallet=None, **limits):
+    def serve(wallet=None, issuer_token=None, **limits):
         for name, value in {"WATCH_INTERVAL_S": 0.1, **limits}.items():
             module = wallet_server if hasattr(wallet_server, name) else wallet_module
             monkeypatch.setattr(module, name, value)
-        with running(wallet) as url:
+        with running(wallet, issuer_token) as url:
             yield url
 
     return serve

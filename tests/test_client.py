@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import gzip
 import inspect
 import itertools
+import json
 import logging
 import os
 import re
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -1167,3 +1170,77 @@ def test_control_a_naive_client_loses_or_doubles_charges_through_the_same_proxy(
     lost, surplus = count_faults(file_wallet, ada.id, told)
     assert lost + surplus > 0
     report(f"{count:,} charges: {lost} lost, {surplus} more than there should be")
+
+
+def test_a_batch_without_a_key_is_sent_again_under_the_one_that_was_made_for_it():
+    with scripted(None, http_answer(201, {"transactions": [DONE]})) as (server, wallet):
+        wallet.batch([{"type": "charge", "amount": 1}], account_id=NOBODY)
+    first, second = (re.search(rb"\r\nIdempotency-Key: (\S+)", one)[1] for one in server.requests)
+    assert first == second
+
+
+def test_a_batch_with_an_accounts_token_is_not_sent_as_the_issuers():
+    with Wallet() as books, running(books, ISSUER_TOKEN) as url, connect(url, ISSUER_TOKEN) as wallet:
+        ada, token = books.register("Ada")
+        books.topup(ada.id, 10)
+        books.replace_token(ada.id)
+        with pytest.raises(Unauthorized):
+            wallet.batch([{"type": "charge", "amount": 1}], account_id=ada.id, token=token)
+        assert books.account(ada.id).balance == 10
+
+
+@pytest.mark.slow
+def test_the_last_try_ends_with_the_time_limit(monkeypatch):
+    monkeypatch.setattr(wallet_client.random, "uniform", lambda low, high: 3.0)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        connect(f"http://127.0.0.1:{silent.getsockname()[1]}", TOKEN, timeout_s=6) as wallet,
+    ):
+        started = time.monotonic()
+        with pytest.raises(OutcomeUnknown):
+            wallet.charge(NOBODY, 1)
+        assert time.monotonic() - started < 6.7  # Begun after 5 s, a whole one ends after 7.
+
+
+def test_retry_after_is_not_the_same_moment_for_all(monkeypatch):
+    monkeypatch.setattr(wallet_client.random, "uniform", lambda low, high: 1.0)
+    with scripted(problem(503, "unavailable", sent_with={"Retry-After": "1"}), TAKEN) as (server, wallet):
+        wallet.charge(NOBODY, 1)
+    assert server.times[1] - server.times[0] >= 2
+
+
+def test_retry_after_that_is_past_asks_for_no_wait_and_ends_no_call():
+    past = {"Retry-After": "Sun, 22 Nov 2020 09:30:00 GMT"}
+    with scripted(problem(503, "unavailable", sent_with=past), TAKEN) as (_, wallet):
+        assert wallet.charge(NOBODY, 1).id == DONE["id"]
+
+
+def test_an_issuers_token_that_is_echoed_is_not_told():
+    token = "a pass phrase, of the issuer! 17"
+    document = {"status": 403, "code": "forbidden", "title": "", "detail": token}
+    with (
+        Scripted(http_answer(403, document)) as server,
+        connect(server.url, token) as wallet,
+        pytest.raises(Forbidden) as caught,
+    ):
+        wallet.account(NOBODY)
+    assert "phrase" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        http_answer(404, {"status": 402, "code": "insufficient_funds", "title": "", "detail": ""}),
+        http_answer(202, {"status": 202, "code": "odd", "title": "", "detail": ""}),
+        http_answer(201, gzip.compress(json.dumps(DONE).encode()), Content_Encoding="gzip"),
+    ],
+    ids=["two statuses", "no error", "compressed"],
+)
+def test_what_contradicts_itself_is_no_answer(answer):
+    with scripted(answer, TAKEN) as (server, wallet):
+        assert wallet.charge(NOBODY, 1).id == DONE["id"]
+    assert len(server.requests) == 2
+
+
+def test_whatever_is_unknown_has_a_key_or_none():
+    assert OutcomeUnknown().key is None

@@ -94,6 +94,10 @@ def test_version_is_told():
         ([], {"WALLET_CURRENCY": "Dollar"}, "three capital letters"),
         (["--por"], {}, "wallet: there is no option --por (is it --port?); see --help"),
         (["--frobnicate=1"], {}, "wallet: there is no option --frobnicate; see --help"),
+        # Only what this command takes is proposed.
+        (["topup", "x", "--amount", "5"], {}, "wallet: there is no option --amount; see --help"),
+        (["verify", "--typ"], {}, "wallet: there is no option --typ; see --help"),
+        (["history", "x", "--typ"], {}, "there is no option --typ (is it --type?); see --help"),
         (["seve"], {}, "wallet: there is no command 'seve' (is it serve?); see --help"),
         (["--issuer-tokn", "s" * 40], {}, "there is no option --issuer-tokn (is it --issuer-token?)"),
         (["s" * 40], {}, "there is no command '***'; see --help"),

@@ -980,6 +980,17 @@ def test_only_wrong_books_end_a_command_with_1(file_dsn, monkeypatch, caplog):
         timeout=60,
     )
     assert (silent.returncode, silent.stdout.partition(":")[0]) == (0, "verified")
+    # Nor does what is for stderr, where that is closed, get into the data.
+    for arguments, lines in (["token", ada.id], 1), (["charge", ada.id, "5", "--json"], 0):
+        program = [*MODULE, *arguments, "--dsn", file_dsn]
+        silent = subprocess.run(
+            ["sh", "-c", '"$@" 2>&-', "sh", sys.executable, *program],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            timeout=60,
+        )
+        assert silent.stdout.count("\n") == lines, silent.stdout
     monkeypatch.setattr(wallet_books, "verify", lambda *arguments: 1 / 0)
     assert wallet_cli.main(["verify", "--dsn", file_dsn]) == 2
     assert "ZeroDivisionError" in caplog.text
@@ -1181,7 +1192,7 @@ def test_example_of_every_command_works_and_only_init_makes_a_database(
         r"cannot open /\S*/wallet\.db: there is no such file: is its disk mounted\?"
         r" Name another DSN, or let the command init make a new one"
     )
-    missing = "backup.db is not there: name a backup" if one.name == "restore" else advice
+    missing = "there is no file backup.db: name a backup" if one.name == "restore" else advice
     assert re.fullmatch(rf"wallet: {missing}\n", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
     ids = iter(["4fKq0ZbT9xWm2Lr7", "9sXv3HdP1cRy6Nw2", "c" * 16])

@@ -20,6 +20,7 @@ from webtest import TestApp
 import wallet as wallet_module
 import wallet_cli
 import wallet_server
+import wallet_statements
 from tests.support import (
     ISSUER_TOKEN,
     ROUTES,
@@ -179,7 +180,7 @@ def test_every_answer_can_be_read_by_the_origins_that_are_allowed_and_by_no_othe
             assert status == expected, (case, origin)
             assert sharing_of(answered) == sharing(configured, origin, path), (case, origin)
         for _ in range(wallet_module.STATEMENTS_MAX):
-            stack.enter_context(wallet_module._statements)
+            stack.enter_context(wallet_statements.statements)
         for origin in ORIGINS:
             sent = {"Authorization": f"Bearer {token}"}
             sent |= {} if origin is None else {"Origin": origin}
@@ -474,7 +475,7 @@ def test_page_of_an_allowed_origin_moves_money_and_reads_every_answer(shops, is_
         assert "transactions in this statement: 2," in statement["text"]
         with contextlib.ExitStack() as stack:
             for _ in range(wallet_module.STATEMENTS_MAX):
-                stack.enter_context(wallet_module._statements)
+                stack.enter_context(wallet_statements.statements)
             busy = shops.ask("GET", "/api/transactions.csv", **token)
         assert (busy["status"], busy["headers"]["retry-after"]) == (503, "1")
         for method, path, status in (

@@ -30,6 +30,7 @@ from waitress.adjustments import Adjustments
 import wallet as wallet_module
 import wallet_cli
 import wallet_server
+import wallet_statements
 from tests.support import (
     BUGGY,
     PAGES,
@@ -422,10 +423,10 @@ def test_refusals_are_counted_by_their_reason(file_wallet, monkeypatch):
         assert send(url, "GET", "/api/account", token=token)[0] == 503
         monkeypatch.setattr(wallet_server, "QUEUE_TIMEOUT_S", 5)
         for _ in range(wallet_module.STATEMENTS_MAX):
-            wallet_module._statements.acquire()
+            wallet_statements.statements.acquire()
         assert send(url, "GET", "/api/transactions.csv", token=token)[0] == 503
         for _ in range(wallet_module.STATEMENTS_MAX):
-            wallet_module._statements.release()
+            wallet_statements.statements.release()
         assert send(url, "GET", "/api/account")[0] == 401
         text = scrape(app)
     counted = dict(re.findall(r"(?m)^wallet_refusals_total\{(.*)\} (\S+)$", text))

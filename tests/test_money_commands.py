@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sqlite3
 import struct
@@ -220,7 +221,7 @@ def test_refused_command_says_why_with_amounts_as_people_write_them_and_changes_
         (["topup", ada, "1", "--metadata", "a=1", "--metadata", "a=2"],
          "metadata must be NAME=VALUE, with each name once, and not 'a=2'."),
         (["topup", ada, "1", "--key", "ä"],
-         "Idempotency-Key must be 1 to 255 printable ASCII characters."),
+         "Idempotency-Key must be 1 to 255 printable ASCII characters, with no space at its ends."),
         (["hold", ada, "1", "--expires-in-s", ""],
          "expires_in_s must be an integer from 1 to 999999999, and not ''."),
         (["hold", ada, "1", "--expires-in-s", "999999999"],
@@ -409,6 +410,29 @@ def test_command_whose_output_cannot_be_written_tells_its_key(file_dsn):
                 (key,) = re.findall(r"again with --key (\S+): it has", done.stderr)
                 assert command(*program[3:], "--key", key).returncode == 0
                 assert wallet.account(ada.id).balance == 500 * count
+
+
+def test_lost_output_of_what_has_no_key_says_what_may_have_been_done(file_dsn):
+    with Wallet(file_dsn) as wallet:
+        ada, _ = wallet.register("Ada")
+    for arguments, told in [
+        (["token", ada.id], "the old token may be dead, so run this again"),
+        (["register", "Bob"], "there may be an account whose token nobody has"),
+    ]:
+        program = [sys.executable, *MODULE, *arguments, "--dsn", file_dsn]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True,
+                                  env=environment(), timeout=60)
+        assert done.returncode == 2
+        assert done.stderr.endswith(f"No space left on device: {told}\n")
+
+
+def test_what_begins_with_a_dash_is_text_behind_two(file_dsn, capsys):
+    Wallet(file_dsn).close()
+    assert wallet_cli.main(["register", "--dsn", file_dsn, "--", "--Ada"]) == 0
+    assert "name   --Ada\n" in capsys.readouterr().out
+    assert wallet_cli.main(["find", "--dsn", file_dsn, "--", "--ada"]) == 0
+    assert "  --Ada  " in capsys.readouterr().out
 
 
 # Looking at it ####################################################################################
@@ -700,11 +724,16 @@ def test_restore_never_takes_the_place_of_a_wallet_or_gets_into_its_log(
     (tmp_path / "new.db-journal").unlink()
     assert told(dsn="sqlite://") == "what is in memory would be gone at once: name a file"
     form = "a backup is restored to a file of SQLite: name it as sqlite:///FILE"
-    for dsn in ("sqlite:///new.db?mode=ro", "mysql://db", "new.db"):
+    for dsn in ("sqlite:///new.db?mode=ro", "mysql://db", "new.db", "sqlite:///new/"):
         assert told(dsn=dsn) == form
     with pytest.raises(ConfigurationError, match="name it as sqlite:///FILE"):
         wallet_books.restore(backup, "sqlite:///:memory:")
-    assert told(tmp_path / "none.db", new) == f"{tmp_path}/none.db is not there: name a backup"
+    assert told(tmp_path / "none.db", new) == f"there is no file {tmp_path}/none.db: name a backup"
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes/one")  # Nobody writes to it: to read it would take for ever.
+    with pytest.raises(ConfigurationError, match=r"there is no file .*: name a backup"):
+        wallet_books.restore(f"{tmp_path}/pipes/one", new)
+    shutil.rmtree(tmp_path / "pipes")
     (tmp_path / "text.db").write_text("no database at all, but a text" * 100)
     assert "file is not a database" in told(tmp_path / "text.db", new)
     nowhere = f"sqlite:///{tmp_path}/none/new.db"

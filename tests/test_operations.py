@@ -403,6 +403,15 @@ def test_metrics_count_what_may_have_been_done(file_wallet):
     assert samples[("wallet_commit_writes_count",)] == 0
 
 
+def test_metrics_name_the_route_of_the_issuer_whole():
+    with Wallet() as wallet:
+        app, ada = create_app(wallet, ISSUER_TOKEN, metrics=True), wallet.register("Ada")[0].id
+        wallet.topup(ada, 5)
+        path = f"/api/accounts/{ada}/transactions/{wallet.charge(ada, 5).id}/refund"
+        Client(app, ISSUER_TOKEN).send("POST", path, None, status=201)
+        assert 'route="/api/accounts/{id}/transactions/{id}/refund"' in Client(app).send("GET", "/metrics").text
+
+
 class BreakingWallet(Wallet):
     """Cannot say what a balance was, and has no room."""
 

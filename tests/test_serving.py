@@ -30,9 +30,11 @@ from waitress.parser import HTTPRequestParser
 
 import wallet as wallet_module
 import wallet_server
+import wallet_statements
 from tests.support import (
     DAY_S,
     HERE,
+    ISSUER_TOKEN,
     PAGE,
     PARSERS,
     POST,
@@ -98,45 +100,43 @@ def long_history():
         yield SimpleNamespace(wallet=wallet, id=ada.id, token=token)
 
 
-def get_statement(url, token, receive_buffer_bytes=4096):
+def get_statement(url, token, receive_buffer_bytes=4096, path="/api/transactions.csv"):
     """Ask for a statement and read nothing of it but its first bytes. Return the connection."""
     connection = connect(url, receive_buffer_bytes)
     connection.sendall(
-        f"GET /api/transactions.csv HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+        f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
     )
     assert connection.recv(12) == b"HTTP/1.1 200"
     return connection
 
 
 @pytest.mark.slow
-def test_readers_of_statements_never_take_all_threads(long_history, serving, caplog):
-    statements, most = wallet_module._statements, wallet_module.STATEMENTS_MAX
+@pytest.mark.parametrize("issuer", [None, ISSUER_TOKEN], ids=["account", "issuer"])
+def test_readers_of_statements_never_take_all_threads(long_history, serving, caplog, issuer):
+    statements, most = wallet_statements.statements, wallet_module.STATEMENTS_MAX
+    below = f"/api/accounts/{long_history.id}" if issuer else "/api"
+    token, path = issuer or long_history.token, f"{below}/transactions.csv"
 
     def is_refused(url):
-        status, headers, problem = send(
-            url, "GET", "/api/transactions.csv", token=long_history.token
-        )
+        status, headers, problem = send(url, "GET", path, token=token)
         assert (status, headers["Retry-After"], problem["code"]) == (503, "1", "unavailable")
         assert send(url, "GET", "/api/account", token=long_history.token)[0] == 200
 
-    with serving(long_history.wallet) as url, contextlib.ExitStack() as stack:
+    with serving(long_history.wallet, issuer_token=issuer) as url, contextlib.ExitStack() as stack:
         for change in (statements.acquire, statements.release):
             for _ in range(most):
                 change()
             if change == statements.acquire:  # As while so many are being made.
                 is_refused(url)
         for _ in range(most):
-            stack.enter_context(get_statement(url, long_history.token))
+            stack.enter_context(get_statement(url, token, path=path))
         for change in (statements.acquire, statements.release):
             for _ in range(most):
                 change()
         is_refused(url)  # All are made by now, and wait for their readers.
         stack.close()  # Who goes away in the middle is no error of the service.
         deadline = time.monotonic() + 20
-        while (
-            send(url, "GET", "/api/transactions.csv?type=charge", token=long_history.token)[0]
-            != 200
-        ):
+        while send(url, "GET", f"{path}?type=charge", token=token)[0] != 200:
             assert time.monotonic() < deadline
     assert [record for record in caplog.records if record.name == "waitress"] == []
 
