@@ -1244,3 +1244,27 @@ def test_what_contradicts_itself_is_no_answer(answer):
 
 def test_whatever_is_unknown_has_a_key_or_none():
     assert OutcomeUnknown().key is None
+
+
+def test_the_answer_to_another_client_is_none():
+    """As a proxy may give it that mixes up two of them: this would believe that it was charged."""
+    other = http_answer(201, {**DONE, "amount": 77}, X_Request_Id=f"{wallet_client.SENDER}0123abcd")
+    with scripted(other, TAKEN) as (server, wallet):
+        assert wallet.charge(NOBODY, 1).amount == 1
+    assert len(server.requests) == 2
+
+
+def test_no_member_of_a_problem_takes_the_place_of_what_an_error_has():
+    odd = {"members": 5, "key": "k", "reason": 5, "headers": 5, "balance": 7}
+    answer = problem(402, "insufficient_funds", **odd)
+    with scripted(answer) as (_, wallet), pytest.raises(InsufficientFunds) as refused:
+        wallet.charge(NOBODY, 1)
+    assert (refused.value.members, refused.value.balance) == ({"balance": 7}, 7)
+
+
+def test_a_time_beyond_all_others_is_the_last_one_near_and_far():
+    with Wallet() as books, running(books) as url, connect(url) as wallet:
+        ada = wallet.register("Ada")[0].id
+        for hours, edge in ((-14, datetime.max), (14, datetime.min)):
+            beyond = edge.replace(tzinfo=timezone(timedelta(hours=hours)))
+            assert wallet.balance_at(ada, beyond) == books.balance_at(ada, beyond) == 0

@@ -11,7 +11,7 @@ import pytest
 
 import wallet as wallet_module
 from tests.support import HERE, check_books, command, contents, schema_of, together
-from wallet import Wallet
+from wallet import IdempotencyKeyReused, Wallet
 
 # Opening a database ###############################################################################
 
@@ -154,7 +154,12 @@ ROWS = {  # Of each version: what its tables hold before the step to the next.
         *[f"INSERT INTO holds VALUES ('{one}', 3, 2, {4 * 10**15}, 'active', 0)" for one in ACCOUNT_IDS],
     ],
 }
-ROWS[3] = ROWS[2]
+KEY, SHARED = ("§" + letter * 64 for letter in "ab")
+ROWS[3] = [  # And what the issuer sent, of which a batch over both accounts has one key in each.
+    *ROWS[2],
+    f"UPDATE transactions SET idempotency_key = '{SHARED}' WHERE sequence = 2",
+    f"UPDATE transactions SET idempotency_key = '{KEY}' WHERE sequence = 1 AND account_id = '{ACCOUNT_IDS[0]}'",
+]
 
 
 @pytest.mark.parametrize("version", wallet_module.MIGRATIONS)
@@ -181,3 +186,8 @@ def test_tables_of_each_version_become_those_of_a_new_wallet_and_keep_their_rows
                 ("charge", 5, 7, None),
             ]
         assert [one.id for one in migrated.accounts()] == ACCOUNT_IDS[::-1]
+        used = migrated.database.read(lambda tx: tx("SELECT * FROM issuer_keys"))
+        assert used == ([(KEY, ACCOUNT_IDS[0])] if version == 3 else [])
+        if version == 3:
+            with pytest.raises(IdempotencyKeyReused):
+                migrated.topup(ACCOUNT_IDS[1], 12, "x", key=KEY)
