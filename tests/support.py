@@ -332,8 +332,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.name.startswith("test_control_"):
             item.add_marker("slow")
+        parameters = item.callspec.id if hasattr(item, "callspec") else ""
         for mark in item.iter_markers("slow_on"):
-            if {item.callspec.id, *item.callspec.id.split("-")} & set(mark.args):
+            if {parameters, *parameters.split("-")} & set(mark.args):
                 item.add_marker("slow")
 
 

@@ -71,6 +71,7 @@ from wallet import (
 )
 
 NOBODY = "acc_" + "0" * 16
+pytestmark = pytest.mark.slow_on("postgres")  # CI runs these over Postgres too.
 
 
 @contextmanager
@@ -723,6 +724,7 @@ def hasty(monkeypatch):
     monkeypatch.setattr(wallet_client, "PAUSE_MAX_S", 0.02)
 
 
+@pytest.mark.slow
 def test_a_read_is_asked_for_again_and_in_the_end_is_unavailable(hasty):
     page = http_answer(200, {"transactions": [DONE], "next_cursor": None})
     with scripted(None, html(502), BUSY, page) as (server, wallet):
@@ -858,6 +860,7 @@ def test_a_code_that_came_later_is_the_error_of_its_status(status, code, kind):
     assert (error.limit, error.members) == (7, {"limit": 7, "errors": []})
 
 
+@pytest.mark.slow
 def test_retry_after_is_kept_in_seconds_and_as_a_date_and_within_the_time_that_is_left():
     soon = email.utils.format_datetime(datetime.now(timezone.utc) + timedelta(seconds=4), usegmt=True)
     for asked, least_s in ((soon, 1), ("1", 1), ("soon", 0), ("-5", 0), ("0", 0),
@@ -1070,6 +1073,7 @@ def test_no_token_is_in_an_exception_a_repr_or_a_log(far, caplog):
 # Through a proxy that cuts ########################################################################
 
 
+@pytest.mark.slow
 def test_each_fate_of_a_request_ends_in_one_effect(far):
     fates = ["cut before", "cut after", "cut in the middle", "doubled", "refused with 502",
              "refused with 503", "done and answered with 502"]  # fmt: skip
@@ -1202,6 +1206,7 @@ def test_the_last_try_ends_with_the_time_limit(monkeypatch):
         assert time.monotonic() - started < 6.7  # Begun after 5 s, a whole one ends after 7.
 
 
+@pytest.mark.slow
 def test_retry_after_is_not_the_same_moment_for_all(monkeypatch):
     monkeypatch.setattr(wallet_client.random, "uniform", lambda low, high: 1.0)
     with scripted(problem(503, "unavailable", sent_with={"Retry-After": "1"}), TAKEN) as (server, wallet):

@@ -224,6 +224,7 @@ def test_target_of_a_copy_that_was_killed_is_no_wallet(full_dsn, kind, new_schem
         assert send(server.url, "GET", "/readyz")[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("durable_dsn", ["postgres"], indirect=True)
 def test_copy_to_the_same_database_by_another_name_leaves_it_a_wallet(durable_dsn):
     assert command("init", "--currency", "EUR", "--dsn", durable_dsn).returncode == 0

@@ -482,7 +482,8 @@ def read(chromium):
 
 
 @in_browser
-@pytest.mark.parametrize("path", [pytest.param("", marks=pytest.mark.slow), "/money"])
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["", "/money"])
 def test_docs_list_all_operations_and_send_requests_and_keep_no_token(read, path):
     with Wallet() as wallet:
         ada, token = wallet.register("Ada")

@@ -43,6 +43,7 @@ from tests.support import (
 from wallet import AMOUNT_MAX, ConfigurationError, ValidationFailed, Wallet
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+pytestmark = pytest.mark.slow_on("postgres")  # CI runs these on both engines.
 
 
 @pytest.fixture(params=["file", "postgres"])
