@@ -691,6 +691,7 @@ def scripted(*answers, timeout_s=20, **options):
         yield server, wallet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [
     None, [b"HTTP/1.1"], [b"SSH-2.0-OpenSSH_9.9\r\n\r\n"], [b"HTTP/1.1 999999999999 No\r\n\r\n"],
     [b"\x16\x03\x01\x00"], [b"HTTP/1.1 201 Created\r\nContent-Length: x\r\n\r\n"],
@@ -743,6 +744,7 @@ def test_a_read_is_asked_for_again_and_in_the_end_is_unavailable(hasty):
 RETRYING = {"the key is the caller's": "mine", "the key was made here": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", RETRYING.values(), ids=RETRYING)
 @pytest.mark.parametrize("answers", [
     [None], [html(503)], [problem(502, "unavailable")], [problem(503, "outcome_unknown")], [b"junk"],
@@ -760,6 +762,7 @@ def test_where_a_try_may_have_had_its_effect_the_outcome_is_unknown_and_the_key_
     assert len(server.requests) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [
     [BUSY], [problem(429, "unavailable")], [problem(503, "unavailable", sent_with={"Retry-After": "99"})],
 ], ids=["busy", "too many", "later"])  # fmt: skip
@@ -898,6 +901,7 @@ DRIPS = {
 FLOOD = itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drips", DRIPS.values(), ids=DRIPS)
 def test_an_answer_that_trickles_does_not_outlast_the_time_limit(drips):
     with scripted(drips, timeout_s=0.6, pause_s=0.05) as (_, wallet):

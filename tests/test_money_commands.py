@@ -254,6 +254,7 @@ ODD = ("", "x", "acc_", "txn_", "hld_\u0661_1", "txn_0000000000000000_1", "hld_"
        "acc_0000000000000000", "\x00", "\udcff", "-", "=", "\u202e")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))
 def test_nothing_that_is_given_is_a_fault(file_dsn, capsys, caplog, value):
     with Wallet(file_dsn) as wallet:
@@ -593,6 +594,7 @@ def on_a_terminal(columns, *arguments, stream="stdout"):
     return shown.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [20, 80, 100, 400])
 def test_tables_are_aligned_by_width_and_cut_to_the_terminal(crowd, file_dsn, columns):
     for arguments in (["accounts"], ["history", crowd]):

@@ -498,7 +498,7 @@ def test_backup_that_cannot_get_its_name_leaves_nothing(mounted, tmp_path, monke
 # A copy of a wallet that serves ###################################################################
 
 
-@pytest.mark.slow_on("postgres", "target")
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["source", "target"])
 def test_copy_refuses_a_wallet_that_is_served(durable_dsn, tmp_path, role):
     other = f"sqlite:///{tmp_path}/other.db"
