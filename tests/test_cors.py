@@ -442,6 +442,7 @@ def shops(chromium, file_wallet, caplog):
         chromium.goto("about:blank")
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize("is_any", [False, True], ids=["named", "all"])
 def test_page_of_an_allowed_origin_moves_money_and_reads_every_answer(shops, is_any):

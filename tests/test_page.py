@@ -544,6 +544,7 @@ def test_page_that_stays_open_fills_no_log(kiosk, visit, caplog):
 KEY_EACH_TIME = ("if (text) headers", "if (key) key = makeKey();\n  if (text) headers")
 
 
+@pytest.mark.slow
 @pytest.mark.slow_on("True")
 @in_browser
 @pytest.mark.parametrize("careless", [False, True])

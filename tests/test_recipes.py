@@ -258,6 +258,7 @@ def test_recipes_for_systemd_start_back_up_and_restore_twice_in_a_row(machine):
     machine.run("systemctl stop wallet")
 
 
+@pytest.mark.slow
 def test_recipes_for_containers_start_back_up_and_restore_twice_in_a_row(machine):
     init, start, back_up, restore = RECIPES[0], RECIPES[1], RECIPES[4], RECIPES[5]
     for told in ("is now a wallet in USD", "was already a wallet in USD"):

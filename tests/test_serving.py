@@ -886,6 +886,7 @@ def test_client_that_never_reads_is_let_go(serving):
         assert send(url, "GET", "/livez")[0] == 200
 
 
+@pytest.mark.slow
 def test_client_that_reads_slowly_but_reads_is_served(serving, monkeypatch):
     def bind(host, port):
         bound = plain_bind(host, port)

@@ -328,6 +328,7 @@ def kill_while_open(folder, dsn):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["stopped", "served", "killed"])
 def test_commands_that_read_work_on_a_mount_that_only_reads(mounted, tmp_path, state):
     folder, view, dsn = mounted
