@@ -41,6 +41,8 @@ from tests.support import (
 )
 from wallet import ConfigurationError, Wallet, create_app, running
 
+pytestmark = pytest.mark.slow_on("postgres")  # CI runs these on both engines.
+
 # Settings and the command line ####################################################################
 
 

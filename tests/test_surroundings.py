@@ -57,6 +57,8 @@ from wallet import (
     create_app,
 )
 
+pytestmark = pytest.mark.slow_on("postgres")  # CI runs these on both engines.
+
 # A clock that was ahead ###########################################################################
 
 
