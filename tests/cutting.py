@@ -89,8 +89,7 @@ class Listener:
 class CuttingProxy(Listener):
     """A proxy in front of a wallet that decides by a seed what happens to a request.
 
-    The fate of a request follows from its body, its key, and how often it came: so it does not
-    depend on which thread is first. `fates` may be a list instead, for one request after another.
+    `fates` may be a list instead, for one request after another.
     """
 
     def __init__(self, url, fates=1, late_s=0.5):

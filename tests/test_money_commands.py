@@ -791,6 +791,13 @@ def test_restore_over_postgres_names_the_command_that_does_it(tmp_path, postgres
     assert capsys.readouterr().err == "wallet: the DSN is malformed\n"
 
 
+def test_restore_of_a_backup_of_sqlite_to_postgres_names_the_way(backup, capsys):
+    assert wallet_cli.main(["restore", backup, "--dsn", "postgresql://db/wallet"]) == 2
+    assert capsys.readouterr().err == (
+        f"wallet: {backup} is a backup of SQLite: copy --from sqlite:///{backup} --to ... puts it"
+        " into Postgres\n")
+
+
 # Migrating ########################################################################################
 
 
