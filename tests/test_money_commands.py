@@ -796,6 +796,11 @@ def test_restore_of_a_backup_of_sqlite_to_postgres_names_the_way(backup, capsys)
     assert capsys.readouterr().err == (
         f"wallet: {backup} is a backup of SQLite: copy --from sqlite:///{backup} --to ... puts it"
         " into Postgres\n")
+    with open(backup, "wb") as file:
+        file.write(b"PGDMP")  # As a dump begins.
+    assert wallet_cli.main(["restore", backup, "--dsn", "postgresql://db/wallet"]) == 2
+    assert f"pg_restore --exit-on-error --single-transaction --dbname='dbname=wallet host=db' {backup}" in (
+        capsys.readouterr().err)
 
 
 # Migrating ########################################################################################
