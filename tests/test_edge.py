@@ -56,6 +56,7 @@ SERVERS = {
     "gunicorn": ["-m", "gunicorn", "wallet:create_app()", "--threads", "2", "--bind"],
     "granian": [
         *("-m", "granian", "--interface", "wsgi", "--factory", "wallet:create_app"),
+        # Its worker misses a SIGTERM that comes as it begins, and without this it waits for ever.
         *("--workers-kill-timeout", "5", "--port"),
     ],
 }
@@ -225,11 +226,8 @@ def test_host_of_all_addresses_listens_on_both_families(server, tmp_path):
             wait_for_answer(f"http://{host}:{port}", process)
             assert send(f"http://{host}:{port}", "GET", "/openapi.yaml")[0] == 200
     finally:
-        for _ in range(3):  # Where all is busy, Granian was seen to go on after a SIGTERM.
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)
-        assert process.poll() is not None
+        process.terminate()
+        process.wait(timeout=30)
     if server == "waitress":  # IPv4's addresses look as they do elsewhere.
         lines = map(json.loads, log.read_text().splitlines())
         assert [line["client"] for line in lines if "client" in line] == ["127.0.0.1", "::1"]
