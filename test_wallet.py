@@ -629,7 +629,7 @@ def test_opposing_transfers_never_deadlock_and_conserve_the_total(
             wallet.topup(account, 1000)
 
         def work(sender, to):
-            for amount in range(1, 16 if kind is Wallet else 3):
+            for amount in range(1, 16 if kind is Wallet else 9):
                 with contextlib.suppress(InsufficientFunds):
                     wallet.transfer(sender, to, amount)
 
