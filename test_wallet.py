@@ -2372,8 +2372,8 @@ def test_without_an_issuer_its_token_and_an_account_in_the_body_mean_nothing(api
 @pytest.mark.slow_on("spaced", "ended")
 @pytest.mark.parametrize(
     "issuer_token",
-    ["x" * 31, "x" * 31 + " ", "ü" * 40, "x" * 40 + "\n"],
-    ids=["short", "spaced", "foreign", "ended"],
+    ["x" * 31, "x" * 31 + " ", "ü" * 40, "x" * 40 + "\n", "wlt_" + "x" * 40],
+    ids=["short", "spaced", "foreign", "ended", "an account's"],
 )
 def test_issuer_token_that_is_weak_or_no_bearer_can_send_is_refused_and_not_shown(
     tmp_path, issuer_token

@@ -1176,7 +1176,10 @@ class Wallet:
 
     def follow(self, account_id: str, after: str | None = None, *,
                poll_s: float = 1.0) -> Iterator[Transaction]:
-        """Yield for ever what comes from now on, or behind `after`. Unavailable only delays it."""
+        """Yield for ever what comes from now on, or behind `after`. Unavailable only delays it.
+
+        It asks each `poll_s` seconds. Raises AccountNotFound, CursorBeyondEnd, MalformedRequest.
+        """
         if after is None:
             newest = self.transactions(account_id, limit=1).transactions
             after = newest[0].id if newest else "0"
@@ -2504,11 +2507,12 @@ def _hide_tokens(text: str) -> str:
 
 def _check_issuer_token(token: str | None) -> None:
     """Raise ConfigurationError, without showing it, for a token that is too short or unsendable."""
-    inner = f"(?<!wlt_)[ -~]{{{ISSUER_TOKEN_CHARACTERS_MIN - 2},}}"
-    if token is not None and not re.fullmatch(f"[!-~]{inner}[!-~]", token):
+    inner = f"[ -~]{{{ISSUER_TOKEN_CHARACTERS_MIN - 2},}}"
+    if token is not None and not re.fullmatch(f"(?!wlt_)[!-~]{inner}[!-~]", token):
         raise ConfigurationError(
             f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
-            " printable ASCII with no space at its ends, as from: openssl rand -hex 32")
+            " printable ASCII with no space at its ends, and not begin with wlt_, as an account's"
+            " does. Make one with: openssl rand -hex 32")
 
 
 def _parse_proxy(text: str | None) -> str | None:
@@ -2548,7 +2552,10 @@ def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,
 
 
 def connect(url: str, token: str | None = None, *, timeout_s: float = 30.0) -> Wallet:
-    """Return a wallet that is served elsewhere, for the account, or the issuer, of a token."""
+    """Return a wallet that is served elsewhere, for the account, or the issuer, of a token.
+
+    Each call ends within `timeout_s`. Raises ConfigurationError, Unauthorized.
+    """
     wallet: Wallet = _import_part("client").RemoteWallet(url, token, timeout_s)
     return wallet
 
