@@ -1698,7 +1698,7 @@ class Visit:
         self.page.unroute_all()
         if self.page.url != "about:blank":
             # The page would warn before it is left, as long as a token is not kept.
-            self.page.evaluate("kept === sessionStorage && sessionStorage.clear(); showFresh()")
+            self.page.evaluate("kept.isForgetful || sessionStorage.clear(); showFresh()")
             self.page.goto("about:blank")
 
     def note(self, message):
@@ -1790,13 +1790,13 @@ class Visit:
 def visit(chromium):
     """A function that visits a page.
 
-    With `context` it does so in a tab of its own, which has these options of Playwright's contexts,
-    and in which `script` runs before the page's own. At the end nothing may have gone wrong there,
-    and nothing else have been asked.
+    With `context` it does so in a tab of its own, which has these options of Playwright's contexts.
+    There `script` runs before the page's own, and with `has_clock` time is the test's to move. At
+    the end nothing may have gone wrong there, and nothing else have been asked.
     """
     visits = []
 
-    def make(*arguments, context=None, script="", **options):
+    def make(*arguments, context=None, script="", has_clock=False, **options):
         for before in visits[-1:]:
             before.close()
         page = chromium
@@ -1807,6 +1807,8 @@ def visit(chromium):
             page = apart.new_page()
             if script:
                 page.add_init_script(script)
+            if has_clock:
+                page.clock.install()
         visits.append(Visit(page, *arguments, **options))
         return visits[-1]
 
