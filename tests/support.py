@@ -1730,6 +1730,11 @@ class Visit:
     def press(self, name):
         self.place().get_by_role("button", name=name, exact=True).click()
 
+    def open(self, name):
+        """Press the button whose name begins so, and wait for the dialog that it opens."""
+        self.place().get_by_role("button", name=re.compile(f"^{re.escape(name)}")).click()
+        self.see("dialog[open]")
+
     def choose(self, name):
         self.page.get_by_role("radio", name=name).check()
 
@@ -1817,6 +1822,20 @@ def visit(chromium):
         for last in visits[-1:]:
             last.close()
     assert [one.faults for one in visits] == [[]] * len(visits)
+
+
+@pytest.fixture
+def change_page(monkeypatch):
+    """A function that changes the source of the page, for a control."""
+
+    def change(before, after):
+        before, after, read = before.encode(), after.encode(), wallet_module._read_file
+        assert PAGE.count(before) == 1
+        monkeypatch.setattr(
+            wallet_module, "_read_file", lambda name: read(name).replace(before, after)
+        )
+
+    return change
 
 
 @pytest.fixture
