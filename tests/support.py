@@ -373,11 +373,23 @@ def playwright():
 
 @contextmanager
 def opened_tab(browser, **context_options):
-    """Open a tab in a browser, which waits 30 s for what it is asked to find."""
+    """Open a tab in a browser, which waits 30 s for what it is asked to find, and close both."""
     with contextlib.closing(browser):
         context = browser.new_context(**context_options)
         context.set_default_timeout(30_000)
         yield context.new_page()
+
+
+@contextmanager
+def opened_chromium(playwright, **context_options):
+    """Start Chromium, and open a tab."""
+    arguments = [
+        "--no-sandbox",
+        "--disable-gpu",
+    ]  # As root there is no sandbox, and on servers no GPU.
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+    with opened_tab(browser, locale="en", **context_options) as tab:
+        yield tab
 
 
 @pytest.fixture(scope="session")
@@ -385,14 +397,8 @@ def chromium(request):
     """A tab of Chromium for all tests that are `in_browser`."""
     if not CHROMIUM:
         pytest.skip("there is no browser here: apt-get install chromium")
-    launch = request.getfixturevalue("playwright").chromium.launch
-    arguments = [
-        "--no-sandbox",
-        "--disable-gpu",
-    ]  # As root there is no sandbox, and on servers no GPU.
-    browser = launch(executable_path=CHROMIUM, args=arguments)
     permissions = ["clipboard-read", "clipboard-write"]
-    with opened_tab(browser, locale="en", permissions=permissions) as tab:
+    with opened_chromium(request.getfixturevalue("playwright"), permissions=permissions) as tab:
         yield tab
 
 
