@@ -70,5 +70,5 @@ def test_control_page_that_asks_for_more_before_it_is_seen_is_found(
         "_read_file",
         lambda name: read(name).replace(script, script + careless.encode() + b";"),
     )
-    with running(kiosk.wallet) as url, pytest.raises(AssertionError, match="api/holds|livez"):
+    with running(kiosk.wallet) as url, pytest.raises(AssertionError, match=r"api/holds|livez"):
         check_first_paint(browser, url, kiosk.token)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import subprocess
 import time
 
 import pytest
@@ -174,6 +173,16 @@ def test_firefox_without_site_data_has_no_session_storage(kiosk, started_firefox
         assert page.evaluate(look) == "SecurityError"
 
 
+def processes_of(group):
+    """Return the processes of a process group."""
+    found = []
+    for process in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        with contextlib.suppress(ProcessLookupError):  # It has ended since.
+            if os.getpgid(process) == group:
+                found.append(process)
+    return found
+
+
 @pytest.mark.slow
 @in_browser
 def test_nothing_is_left_of_a_firefox_that_was_closed(started_firefox, tmp_path_factory):
@@ -181,7 +190,6 @@ def test_nothing_is_left_of_a_firefox_that_was_closed(started_firefox, tmp_path_
         page.goto("data:text/html,<title>here</title>")
         folders = tmp_path_factory.getbasetemp().glob("firefox*")
         group = max(folders, key=os.path.getmtime) / "pid"
-        listed = subprocess.run(["pgrep", "-g", group.read_text().strip()], capture_output=True)
-        processes = [int(process) for process in listed.stdout.split()]
+        processes = processes_of(int(group.read_text()))
         assert len(processes) > 2  # The relay, Firefox, and those in which it shows pages.
     wait_until_gone(processes)
