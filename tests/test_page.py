@@ -379,7 +379,7 @@ def test_page_shows_what_it_understood_of_an_amount_while_it_is_typed(kiosk, vis
     tab.hear("Topped up $12.50. The balance is $12.50.")
 
 
-FORGETS_NO_CHOICE = ("if (event.isTrusted) known.text = null;", "")
+FORGETS_NO_CHOICE = ("if (input.value !== known.text) known.text = null;", "")
 
 
 @pytest.mark.slow
@@ -1570,15 +1570,8 @@ def test_csv_is_as_spreadsheets_of_the_reader_expect_it(kiosk, visit):
 
 @pytest.mark.slow
 @in_browser
-def test_first_look_asks_for_the_page_and_one_answer_and_its_icon_is_in_it(kiosk, visit):
+def test_icon_of_the_page_is_in_it_and_can_be_drawn(kiosk, visit):
     tab = visit(kiosk.url)
-    tab.see("#ways")
-    asked = []
-    tab.page.on("request", lambda request: asked.append(request.url))
-    tab.page.reload()
-    tab.see("#ways")
-    assert asked == [tab.url, f"{tab.url}api/wallet"]
-    assert len(PAGE) < 80_000
     icon = tab.page.evaluate("""async () => {
         const image = new Image();
         image.src = document.querySelector("link[rel=icon]").href;
@@ -1630,7 +1623,7 @@ def test_button_that_is_busy_says_so_and_does_not_begin_again(
     if not careless:
         tab.field("Name").press("Enter")
         button = tab.see("button[aria-busy=true]", "Register")
-        assert button.evaluate("(one) => getComputedStyle(one, '::after').animationName") == "turn"
+        assert button.evaluate("(one) => getComputedStyle(one, '::after').content") == '" …"'
         assert tab.field("Name").evaluate("(one) => one.readOnly")
     wait_until(tab, lambda: len(waiting) == 2 if careless else waiting)
     assert len(waiting) == (2 if careless else 1)
