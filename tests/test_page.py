@@ -1127,7 +1127,7 @@ def test_what_was_done_is_said_where_the_eye_is_on_a_phone_also_after_a_dialog(
     tab.press("Refund")
     tab.hear("Refunded $5.00. The balance is $80.50.")
     said.append(tab.page.evaluate(IN_SIGHT))
-    assert said == [not careless] * 3
+    assert all(said) == (not careless)
     assert tab.page.locator("#toast").get_attribute("role") == "status"
     tab.press("Close the message")
     assert tab.page.locator("#toast").is_hidden()
@@ -1625,13 +1625,14 @@ def test_button_that_is_busy_says_so_and_does_not_begin_again(
         button = tab.see("button[aria-busy=true]", "Register")
         assert button.evaluate("(one) => getComputedStyle(one, '::after').content") == '" …"'
         assert tab.field("Name").evaluate("(one) => one.readOnly")
-    wait_until(tab, lambda: len(waiting) == 2 if careless else waiting)
-    assert len(waiting) == (2 if careless else 1)
-    for route in waiting:
-        route.continue_()
+    wait_until(tab, lambda: waiting)
+    tab.page.unroute("**/api/register")  # It goes on, and whatever else comes is done at once.
     tab.see("#token")
+    if careless:
+        wait_until(tab, lambda: len([*kiosk.wallet.accounts()]) == 3)
+        return
     assert tab.page.locator("[aria-busy=true]").count() == 0
-    wait_until(tab, lambda: len([*kiosk.wallet.accounts()]) == 1 + len(waiting))
+    assert [one.name for one in kiosk.wallet.accounts()] == ["Grace", "Ada"]
 
 
 @pytest.mark.slow
@@ -1740,8 +1741,9 @@ def test_name_of_an_attacker_turns_no_figure_around_that_the_issuer_is_told(
         change_page('bdi(owner), ": "', 'owner, ": "')
     evil, _ = kiosk.wallet.register(EVIL)
     with running(kiosk.wallet, "issuer-" * 5) as url:
-        tab = visit(url, "issuer-" * 5)
+        tab = visit(url)
         tab.page.evaluate("(id) => { location.hash = id; }", evil.id)
+        tab.sign_in("issuer-" * 5)
         tab.move("Top up", amount="1234.56")
         tab.see(tab.page.locator("#toast", has_text="Topped up $1,234.56"))
         assert bool(tab.page.evaluate(TURNED_AROUND)) == careless
@@ -1796,8 +1798,9 @@ def test_account_whose_id_reads_like_a_part_of_a_path_works_as_any_other(
                 lambda length: "ACCOUNTBASEIDIDs" if length == 16 else made(length),
             )
             account, _ = wallet.register("Ida")
-        tab = visit(url, "issuer-" * 5, refusals=[404])
+        tab = visit(url, refusals=[404])
         tab.page.evaluate("(id) => { location.hash = id; }", account.id)
+        tab.sign_in("issuer-" * 5)
         tab.move("Top up", amount="5")
         if careless:
             tab.see(".failure")
@@ -1915,23 +1918,55 @@ class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
 @pytest.mark.slow
 @in_browser
 def test_axe_finds_nothing_in_any_state_of_the_page(kiosk, visit, axe):
-    tab = visit(kiosk.url, refusals=[401, 402])
+    tab = visit(kiosk.url, refusals=[401, 402, 404])
+    tab.see("#ways")
     check_accessible(tab, axe)
     tab.field("Token").fill(kiosk.token)
     tab.press("Open")
     tab.see("#balance", "$0.00")
     check_accessible(tab, axe)
-    kiosk.wallet.topup(kiosk.ada.id, AMOUNT_MAX, "x" * 500)
+    kiosk.wallet.topup(kiosk.ada.id, AMOUNT_MAX, "x" * 500, metadata={"n" * 40: "v" * 500})
     kiosk.wallet.charge(kiosk.ada.id, 250, "A charge")
     kiosk.wallet.hold(kiosk.ada.id, AMOUNT_MAX // 2, "W" * 100)
     tab.see("#held bdi")
     tab.move("Charge", amount="90000000000000")
     tab.see(".error")
+    tab.press("Python")
+    tab.page.locator("#plot-table summary").click()
+    tab.see("table")
+    tab.page.locator("#plot").hover()
+    tab.field("Id", exact=True).fill("txn_")
+    tab.press("Find")
+    tab.see("#history-search .failure")
     check_accessible(tab, axe)
-    tab.open("Refund $2.50")
-    tab.see("dialog .command")
+    tab.fill(amount="1.250")
+    tab.see(".preview button")
+    check_accessible(tab, axe)
+    tab.open("Details of Top up")
     check_accessible(tab, axe)
     tab.press("Close")
+    tab.open("Refund $2.50")
+    tab.fill(amount="3")
+    tab.press("Refund")
+    tab.see("dialog .error")
+    check_accessible(tab, axe)
+    tab.fill(amount="2")
+    tab.press("Refund")
+    tab.hear("Refunded $2.00. The balance is $90,071,992,547,409.41.")
+    check_accessible(tab, axe)
+    tab.open("Make a new token")
+    check_accessible(tab, axe)
+    tab.place().locator("button.primary").click()
+    tab.see("#fresh")
+    check_accessible(tab, axe)
+    tab.press("Sign out")
+    tab.see("dialog")
+    check_accessible(tab, axe)
+    tab.press("Close")
+    tab.press("I have kept it")
+    kiosk.wallet.freeze(kiosk.ada.id)
+    tab.see("#frozen")
+    check_accessible(tab, axe)
     kiosk.wallet.replace_token(kiosk.ada.id)
     tab.see("#told")
     check_accessible(tab, axe)
@@ -1948,6 +1983,7 @@ def test_control_what_a_user_cannot_read_is_found(kiosk, visit, axe):
     ):
         tab.page.set_viewport_size(WIDE)
         tab.page.reload()
+        tab.see("#new-title")
         tab.page.evaluate(harm)
         with pytest.raises(AssertionError, match=found):
             check_accessible(tab, axe)
