@@ -32,6 +32,7 @@ from tests.support import (
     PAGE,
     STORED,
     WIDE,
+    WITHOUT_SITE_DATA,
     Visit,
     check_accessible,
     check_books,
@@ -558,6 +559,34 @@ def test_page_holds_captures_releases_transfers_and_refunds(kiosk, visit):
     assert tab.page.get_by_role("button", name=re.compile("^Refund")).count() == 0
 
 
+@pytest.mark.slow
+@in_browser
+def test_hold_expires_after_what_is_chosen_and_has_its_description_and_metadata(kiosk, visit):
+    kiosk.wallet.topup(kiosk.ada.id, 500)
+    tab = visit(kiosk.url, kiosk.token)
+    tab.choose("Hold")
+    chosen = tab.form().get_by_label("Expires after")
+    assert chosen.locator("option:checked").text_content() == "7 days"
+    for text, length in {
+        "15 minutes": timedelta(minutes=15),
+        "1 hour": timedelta(hours=1),
+        "1 day": timedelta(days=1),
+        "7 days": timedelta(days=7),
+        "30 days": timedelta(days=30),
+    }.items():
+        tab.move(
+            "Hold", amount="1", expires_after=text, description=text, metadata=f"length = {text}"
+        )
+        tab.see(tab.page.locator("#held .about").first, text)
+        hold = kiosk.wallet.holds(kiosk.ada.id).holds[0]
+        assert hold.expires_at - hold.created_at == length
+        assert (hold.description, hold.metadata) == (text, {"length": text})
+        assert chosen.locator("option:checked").text_content() == "7 days"
+    until = tab.page.locator("#held time").first
+    assert until.get_attribute("datetime").startswith(f"{hold.expires_at:%Y-%m-%dT%H:%M:%S}")
+    tab.see(tab.page.locator("#toast", has_text=f"Held $1.00 until {until.inner_text()}."))
+
+
 # What is looked at, and when ######################################################################
 
 
@@ -722,7 +751,7 @@ def test_balance_available_held_and_history_agree_at_any_moment_while_money_move
     with ThreadPoolExecutor(1) as threads:
         moving = threads.submit(move_money)
         try:
-            for _ in range(25):
+            for _ in range(12):
                 tab.page.evaluate("noteUse(); inTurn(view, view.look)")
                 if careless and tab.page.evaluate("window.disagreements.length"):
                     break
@@ -730,7 +759,7 @@ def test_balance_available_held_and_history_agree_at_any_moment_while_money_move
             stopped.set()
         moving.result()
     assert bool(tab.page.evaluate("window.disagreements.slice(0, 3)")) == careless
-    assert tab.page.evaluate("window.moments") > (0 if careless else 20)
+    assert tab.page.evaluate("window.moments") > (0 if careless else 10)
     balance = kiosk.wallet.account(kiosk.ada.id).balance
     tab.see("#balance", f"${balance / 100:,.2f}")
     tab.see("#held", "Nothing is held.")
@@ -1285,13 +1314,8 @@ NO_SITE_DATA = """Object.defineProperty(window, "sessionStorage", {
     get() { throw new DOMException("Access is denied for this document.", "SecurityError"); } });"""
 
 
-@pytest.mark.slow
-@in_browser
-def test_browser_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory(kiosk, visit):
-    tab = visit(kiosk.url)
-    tab.see("#ways")
-    assert tab.page.locator("#forgetful").is_hidden()
-    tab = visit(kiosk.url, context={}, script=NO_SITE_DATA)
+def check_works_in_memory(tab):
+    """Assert that the page says that it keeps nothing, and works all the same."""
     sentence = (
         "This browser keeps no data of this site, so the page works in memory: reloading or"
         " closing it forgets the token."
@@ -1311,6 +1335,28 @@ def test_browser_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory
     tab.see("#balance", "$5.00")
     tab.press("Sign out")
     tab.see("#told", "You are signed out, and this page has forgotten the token.")
+
+
+@pytest.mark.slow
+@in_browser
+def test_browser_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory(kiosk, visit):
+    tab = visit(kiosk.url)
+    tab.see("#ways")
+    assert tab.page.locator("#forgetful").is_hidden()
+    check_works_in_memory(visit(kiosk.url, context={}, script=NO_SITE_DATA))
+
+
+@pytest.mark.slow
+@in_browser
+def test_firefox_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory(
+    kiosk, started_firefox
+):
+    with (
+        started_firefox(**WITHOUT_SITE_DATA) as page,
+        contextlib.closing(Visit(page, kiosk.url)) as tab,
+    ):
+        check_works_in_memory(tab)
+        assert tab.faults == []
 
 
 # The history's search and file ####################################################################
