@@ -2116,7 +2116,7 @@ def _route_file(path: str, name: str, media_type: str = "") -> None:
 @lru_cache(2)
 def _make_page(page: bytes) -> _Response:
     """Return a page. It may run its own script and style, known by their hashes, and ask us."""
-    policy = SECURITY_HEADERS["Content-Security-Policy"] + "; connect-src 'self'"
+    policy = SECURITY_HEADERS["Content-Security-Policy"] + "; connect-src 'self'; img-src data:"
     for tag in ("script", "style"):
         source = page.partition(f"<{tag}>".encode())[2].partition(f"</{tag}>".encode())[0]
         digest = base64.b64encode(hashlib.sha256(source).digest()).decode()
