@@ -1730,6 +1730,201 @@ def raw_requests():
 
 PAGE = (HERE / "wallet.html").read_bytes()
 
+WIDE, NARROW, NARROWEST = (
+    dict(zip(("width", "height"), size, strict=True))
+    for size in ((1440, 900), (390, 844), (320, 640))
+)
+
+STORED = "() => sessionStorage.getItem('wallet-token')"
+
+
+class Visit:
+    """A visit to the page of a wallet in a tab.
+
+    Whatever goes wrong in it is noted.
+    """
+
+    def __init__(self, page, url, token="", refusals=(), viewport=WIDE):
+        self.page, self.url = page, url.rstrip("/") + "/"
+        self.faults, self.refusals = [], {str(status) for status in refusals}
+        self.watches = {
+            "console": self.note,
+            "pageerror": lambda error: self.faults.append(str(error)),
+            "request": lambda request: (
+                request.url.startswith((self.url, f"blob:{self.url}"))
+                or self.faults.append(request.url)
+            ),
+        }
+        page.set_viewport_size(viewport)
+        page.emulate_media(color_scheme="light")
+        for event, watch in self.watches.items():
+            page.on(event, watch)
+        page.goto(self.url)
+        if token:
+            self.sign_in(token)
+
+    def close(self):
+        """Leave the page, and forget what it had kept."""
+        for event in list(self.watches):
+            self.page.remove_listener(event, self.watches.pop(event))
+        self.page.unroute_all()
+        if self.page.url != "about:blank":
+            # The page would warn before it is left, as long as a token is not kept.
+            self.page.evaluate("kept.isForgetful || sessionStorage.clear(); showFresh()")
+            self.page.goto("about:blank")
+
+    def note(self, message):
+        """Note what the console says, but for the refusals that the test asks for."""
+        refused = re.match(
+            r"Failed to load resource: (?:.* of (\d{3}) |net::(ERR_FAILED))", message.text
+        )
+        if message.type in ("error", "warning") and not (
+            refused and set(refused.groups()) & self.refusals
+        ):
+            self.faults.append(message.text)
+
+    def sign_in(self, token):
+        """Open a token as the page itself does, once it knows what the wallet says of itself."""
+        self.page.wait_for_function("() => money")
+        self.page.evaluate("(token) => signIn(token)", token)
+
+    def place(self):
+        """Return where one can work: the dialog, if one is open."""
+        return self.page.locator("dialog[open], body:not(:has(dialog[open]))")
+
+    def form(self):
+        """Return what is to be filled in."""
+        return self.place().locator("form").filter(visible=True)
+
+    def field(self, name, **options):
+        return self.form().get_by_role("textbox", name=name, **options)
+
+    def press(self, name):
+        self.place().get_by_role("button", name=name, exact=True).click()
+
+    def choose(self, name):
+        self.page.get_by_role("radio", name=name).check()
+
+    def see(self, what, text=None):
+        """Wait until something is seen, with this text if one is given."""
+        from playwright.sync_api import expect
+
+        found = self.page.locator(what).filter(visible=True) if isinstance(what, str) else what
+        if text is None:
+            expect(found.first).to_be_visible()
+        else:
+            expect(found).to_have_text(text)
+        return found
+
+    def hear(self, text):
+        """Wait until the page says that something was done, which has a mark besides its colour."""
+        self.see("#toast > span", f"\N{CHECK MARK} {text}")
+
+    def fill(self, **fields):
+        """Fill in the fields of the form that is shown."""
+        for name, value in fields.items():
+            if name == "expires_after":
+                self.form().get_by_label("Expires after").select_option(value)
+            else:
+                self.field({"to": "To account"}.get(name, name.capitalize())).fill(value)
+
+    def move(self, action, **fields):
+        """Fill in a form and send it."""
+        self.choose(action)
+        self.fill(**fields)
+        self.press(action)
+
+    def hide(self, hidden):
+        """Let the page believe that another tab is in front of it, or no more."""
+        self.page.evaluate(
+            """(hidden) => {
+            Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+            document.dispatchEvent(new Event("visibilitychange")); }""",
+            hidden,
+        )
+
+    def rows(self, of="#entries"):
+        """Return the words of each entry, also of one that is out of sight and so not laid out."""
+        words = """rows => rows.map((row) => {
+            const walker = document.createTreeWalker(row, NodeFilter.SHOW_TEXT);
+            const texts = [];
+            while (walker.nextNode()) texts.push(walker.currentNode.data.trim());
+            return texts.filter(Boolean).join(" ");
+        })"""
+        return self.page.locator(f"{of} > .entry").evaluate_all(words)
+
+    def command(self):
+        """Return what does the same as the form, in the language that is chosen."""
+        return self.form().locator("pre").inner_text()
+
+
+@pytest.fixture
+def visit(chromium):
+    """A function that visits a page.
+
+    With `context` it does so in a tab of its own, which has these options of Playwright's contexts.
+    There `script` runs before the page's own, and with `has_clock` time is the test's to move. At
+    the end nothing may have gone wrong there, and nothing else have been asked.
+    """
+    visits = []
+
+    def make(*arguments, context=None, script="", has_clock=False, **options):
+        for before in visits[-1:]:
+            before.close()
+        page = chromium
+        if context is not None:
+            apart = chromium.context.browser.new_context(**{"locale": "en", **context})
+            stack.enter_context(contextlib.closing(apart))
+            apart.set_default_timeout(30_000)
+            page = apart.new_page()
+            if script:
+                page.add_init_script(script)
+            if has_clock:
+                page.clock.install()
+        visits.append(Visit(page, *arguments, **options))
+        return visits[-1]
+
+    with contextlib.ExitStack() as stack:
+        yield make
+        for last in visits[-1:]:
+            last.close()
+    assert [one.faults for one in visits] == [[]] * len(visits)
+
+
+@pytest.fixture
+def kiosk(request):
+    """A wallet in memory that is served, of a currency if one is given, and Ada's account in it."""
+    with Wallet(currency=getattr(request, "param", None)) as wallet, running(wallet) as url:
+        ada, token = wallet.register("Ada")
+        yield SimpleNamespace(wallet=wallet, url=url, ada=ada, token=token)
+        check_books(wallet)
+
+
+@pytest.fixture(scope="session")
+def axe():
+    """The source of axe-core, which judges whether a page can be read and used by all."""
+    import axe_playwright_python
+
+    return Path(axe_playwright_python.__path__[0], "axe.min.js").read_text()
+
+
+def check_accessible(tab, axe):
+    """Assert that axe-core finds nothing in either scheme at both sizes, and that nothing must be
+    scrolled sideways.
+    """
+    if not tab.page.evaluate("'axe' in window"):
+        tab.page.evaluate(axe)
+    for size, scheme in itertools.product((WIDE, NARROW), ("light", "dark")):
+        tab.page.emulate_media(color_scheme=scheme)
+        tab.page.set_viewport_size(size)
+        found = tab.page.evaluate(
+            "axe.run({ resultTypes: ['violations'] }).then((found) => found.violations)"
+        )
+        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+    tab.page.set_viewport_size(NARROWEST)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") == 320
+
+
 MODULES = sorted(path.name for path in HERE.glob("wallet*.py"))
 
 OPEN_ROUTES = {

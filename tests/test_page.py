@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -15,26 +14,16 @@ import threading
 import time
 import wsgiref.simple_server
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from bottle import Bottle
 from iso4217 import Currency
 
 import wallet as wallet_module
-from tests.support import PAGE, check_books, in_browser
-from wallet import AMOUNT_MAX, Wallet, create_app, running
+from tests.support import NARROW, NARROWEST, PAGE, STORED, WIDE, Visit, check_accessible, in_browser
+from wallet import AMOUNT_MAX, create_app, running
 
 # The page, in a browser ###########################################################################
-
-WIDE, NARROW, NARROWEST = (
-    dict(zip(("width", "height"), size, strict=True))
-    for size in ((1440, 900), (390, 844), (320, 640))
-)
-
-STORED = "() => sessionStorage.getItem('wallet-token')"
-
 
 def page_parts(tag):
     """Return what stands in each element of the page that is called so."""
@@ -70,133 +59,6 @@ def test_page_may_run_what_is_in_it_and_ask_this_wallet_and_nothing_else(api):
         )
         == []
     )
-
-
-class Visit:
-    """A visit to the page of a wallet, in the one tab that there is.
-
-    Whatever goes wrong in it is noted.
-    """
-
-    def __init__(self, page, url, token="", refusals=(), viewport=WIDE):
-        self.page, self.url = page, url.rstrip("/") + "/"
-        self.faults, self.refusals = [], {str(status) for status in refusals}
-        self.watches = {
-            "console": self.note,
-            "pageerror": lambda error: self.faults.append(str(error)),
-            "request": lambda request: (
-                request.url.startswith(self.url) or self.faults.append(request.url)
-            ),
-        }
-        page.set_viewport_size(viewport)
-        page.emulate_media(color_scheme="light")
-        for event, watch in self.watches.items():
-            page.on(event, watch)
-        page.goto(self.url)
-        if token:
-            page.evaluate("(token) => signIn(token)", token)
-
-    def close(self):
-        """Leave the page, and forget what it had kept."""
-        for event in list(self.watches):
-            self.page.remove_listener(event, self.watches.pop(event))
-        self.page.unroute_all()
-        if self.page.url != "about:blank":
-            self.page.evaluate("sessionStorage.clear()")
-            self.page.goto("about:blank")
-
-    def note(self, message):
-        """Note what the console says, but for the refusals that the test asks for."""
-        refused = re.match(
-            r"Failed to load resource: (?:.* of (\d{3}) |net::(ERR_FAILED))", message.text
-        )
-        if message.type in ("error", "warning") and not (
-            refused and set(refused.groups()) & self.refusals
-        ):
-            self.faults.append(message.text)
-
-    def form(self):
-        """Return what is to be filled in: the dialog, if one is open."""
-        return self.page.locator("dialog[open], body:not(:has(dialog[open])) form").filter(
-            visible=True
-        )
-
-    def field(self, name):
-        return self.form().get_by_role("textbox", name=name)
-
-    def press(self, name):
-        self.page.get_by_role("button", name=name, exact=True).click()
-
-    def choose(self, name):
-        self.page.get_by_role("radio", name=name).check()
-
-    def see(self, what, text=None):
-        """Wait until something is seen, with this text if one is given."""
-        from playwright.sync_api import expect
-
-        found = self.page.locator(what).filter(visible=True) if isinstance(what, str) else what
-        if text is None:
-            expect(found.first).to_be_visible()
-        else:
-            expect(found).to_have_text(text)
-        return found
-
-    def move(self, action, **fields):
-        """Fill in a form and send it."""
-        self.choose(action)
-        for name, value in fields.items():
-            self.field({"to": "To account"}.get(name, name.capitalize())).fill(value)
-        self.press(action)
-
-    def hide(self, hidden):
-        """Let the page believe that another tab is in front of it, or no more."""
-        self.page.evaluate(
-            """(hidden) => {
-            Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
-            document.dispatchEvent(new Event("visibilitychange")); }""",
-            hidden,
-        )
-
-    def rows(self):
-        """Return the words of each entry, also of one that is out of sight and so not laid out."""
-        words = """rows => rows.map((row) => {
-            const walker = document.createTreeWalker(row, NodeFilter.SHOW_TEXT);
-            const texts = [];
-            while (walker.nextNode()) texts.push(walker.currentNode.data.trim());
-            return texts.filter(Boolean).join(" ");
-        })"""
-        return self.page.locator("#entries > li").evaluate_all(words)
-
-    def command(self):
-        return self.form().locator("pre").inner_text()
-
-
-@pytest.fixture
-def visit(chromium):
-    """A function that visits a page.
-
-    At the end nothing may have gone wrong there, and nothing else have been asked.
-    """
-    visits = []
-
-    def make(*arguments, **options):
-        for before in visits[-1:]:
-            before.close()
-        visits.append(Visit(chromium, *arguments, **options))
-        return visits[-1]
-
-    yield make
-    visits[-1].close()
-    assert [one.faults for one in visits] == [[]] * len(visits)
-
-
-@pytest.fixture
-def kiosk(request):
-    """A wallet in memory that is served, of a currency if one is given, and Ada's account in it."""
-    with Wallet(currency=getattr(request, "param", None)) as wallet, running(wallet) as url:
-        ada, token = wallet.register("Ada")
-        yield SimpleNamespace(wallet=wallet, url=url, ada=ada, token=token)
-        check_books(wallet)
 
 
 @in_browser
@@ -834,30 +696,6 @@ def test_page_works_below_a_path_of_another_site(kiosk, visit):
 class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
     def log_message(self, *_):
         pass
-
-
-@pytest.fixture(scope="session")
-def axe():
-    import axe_playwright_python
-
-    return Path(axe_playwright_python.__path__[0], "axe.min.js").read_text()
-
-
-def check_accessible(tab, axe):
-    """Assert that axe-core finds nothing in either scheme at both sizes, and that nothing must be
-    scrolled sideways.
-    """
-    if not tab.page.evaluate("'axe' in window"):
-        tab.page.evaluate(axe)
-    for size, scheme in itertools.product((WIDE, NARROW), ("light", "dark")):
-        tab.page.emulate_media(color_scheme=scheme)
-        tab.page.set_viewport_size(size)
-        found = tab.page.evaluate(
-            "axe.run({ resultTypes: ['violations'] }).then((found) => found.violations)"
-        )
-        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
-    tab.page.set_viewport_size(NARROWEST)
-    assert tab.page.evaluate("document.documentElement.scrollWidth") == 320
 
 
 @pytest.mark.slow
