@@ -39,7 +39,9 @@ MOVEMENTS = (
     (1.5, "refund", 450, "Lunch was cold"),
     (0.5, "hold", 1200, "Bicycle, until tonight"),
 )
-FIRST_NAMES = ("Ada", "Grace", "Alan", "Edsger", "Barbara", "Donald", "Frances", "Ken", "Radia", "Tim")
+FIRST_NAMES = (
+    "Ada", "Grace", "Alan", "Edsger", "Barbara", "Donald", "Frances", "Ken", "Radia", "Tim",
+)
 LAST_NAMES = ("Lovelace", "Hopper", "Turing", "Dijkstra", "Liskov", "Knuth")
 
 
