@@ -153,6 +153,9 @@ SCREENS = tuple(
 )
 
 
+DRAWN = "new Promise((drawn) => requestAnimationFrame(() => setTimeout(drawn)))"
+
+
 @contextmanager
 def in_state(name, browser, screen, scheme):
     """Show a state of the page on a screen of this size, in a new wallet."""
@@ -166,14 +169,22 @@ def in_state(name, browser, screen, scheme):
         )
         page.goto(url)
         reach(page, token)
-        page.evaluate("new Promise((drawn) => requestAnimationFrame(() => setTimeout(drawn)))")
+        page.evaluate(DRAWN)
         yield page
 
 
-def shoot(page, path, **options):
+def stretch(page):
+    """Make the screen as high as the page: rows that are out of sight are not drawn."""
+    for _ in range(2):  # What is drawn then may have another height than was kept free for it.
+        height = page.evaluate("document.documentElement.scrollHeight")
+        page.set_viewport_size({**page.viewport_size, "height": height})
+        page.evaluate(DRAWN)
+
+
+def shoot(page, path):
     """Write a screenshot, and tell what it weighs, and whether it must be scrolled sideways."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=path, animations="disabled", caret="hide", **options)
+    page.screenshot(path=path, animations="disabled", caret="hide")
     wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
     print(path, f"{path.stat().st_size / 1000:.0f} KB", "WIDER THAN THE SCREEN" if wide else "")
 
@@ -197,7 +208,8 @@ def main():
             ):
                 with in_state(name, browser, screen, scheme) as page:
                     path = options.all / f"{name}-{screen['width']}-{scheme}.png"
-                    shoot(page, path, full_page=True)
+                    stretch(page)
+                    shoot(page, path)
         else:
             for name in options.states or IN_README:
                 with in_state(name, browser, README_SCREEN, "light") as page:
