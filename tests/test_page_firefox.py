@@ -66,6 +66,7 @@ def test_user_of_either_browser_registers_tops_up_holds_captures_refunds_reloads
 
 def show_an_account(tab, kiosk, axe):
     """Look at the page before and after a token is given."""
+    tab.see("#ways input")
     check_accessible(tab, axe, [None])
     kiosk.wallet.topup(kiosk.ada.id, 100000, "A topup")
     kiosk.wallet.charge(kiosk.ada.id, 250, "A charge")
@@ -99,6 +100,7 @@ def test_axe_finds_nothing_in_a_dark_firefox(kiosk, started_firefox, axe):
 @in_browser
 def test_control_what_a_user_of_firefox_cannot_read_is_found(kiosk, firefox, axe):
     with contextlib.closing(Visit(firefox, kiosk.url)) as tab:
+        tab.see("#ways input")
         tab.page.evaluate("document.querySelector('label').remove()")
         with pytest.raises(AssertionError, match="label"):
             check_accessible(tab, axe, [None])
