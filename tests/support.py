@@ -357,7 +357,8 @@ FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), None
 # All on one worker, where they share each browser: to start one takes long.
 in_browser = pytest.mark.xdist_group("browser")
 
-# Both kinds of engine, for a test that uses `browser`, or `visit` in test_page.py.
+# For a test that uses `browser`, or `visit`. Other tests do so in Chromium.
+in_firefox = pytest.mark.parametrize("browser", ["firefox"], indirect=True)
 in_both_browsers = pytest.mark.parametrize("browser", ["chromium", "firefox"], indirect=True)
 
 
@@ -418,7 +419,8 @@ def opened_firefox(playwright, folder, preferences):
     """Start Firefox as tests/firefox.py does, with a profile of its own, and open a tab."""
     starter = folder / "firefox"
     command = shlex.join(map(str, (sys.executable, HERE / "tests" / "firefox.py", FIREFOX)))
-    starter.write_text(f'#!/bin/sh\necho $$ > {shlex.quote(str(folder / "pid"))}\nexec {command} "$@"\n')
+    noted = shlex.quote(str(folder / "pid"))
+    starter.write_text(f'#!/bin/sh\necho $$ > {noted}\nexec {command} "$@"\n')
     starter.chmod(0o700)
     browser = playwright.firefox.launch(
         channel="moz-firefox",
@@ -450,7 +452,7 @@ def firefox(started_firefox):
 
 @pytest.fixture
 def browser(request):
-    """A tab of Chromium, or of each browser for a test that is `in_both_browsers`."""
+    """A tab of Chromium, unless the test is `in_firefox` or `in_both_browsers`."""
     return request.getfixturevalue(getattr(request, "param", "chromium"))
 
 
@@ -1859,7 +1861,7 @@ class Visit:
 
 
 @pytest.fixture
-def visit(chromium):
+def visit(browser):
     """A function that visits a page.
 
     With `context` it does so in a tab of its own, which has these options of Playwright's contexts.
@@ -1871,9 +1873,9 @@ def visit(chromium):
     def make(*arguments, context=None, script="", has_clock=False, **options):
         for before in visits[-1:]:
             before.close()
-        page = chromium
+        page = browser
         if context is not None:
-            apart = chromium.context.browser.new_context(**{"locale": "en", **context})
+            apart = browser.context.browser.new_context(**{"locale": "en", **context})
             stack.enter_context(contextlib.closing(apart))
             apart.set_default_timeout(30_000)
             page = apart.new_page()
@@ -1908,14 +1910,15 @@ def axe():
     return Path(axe_playwright_python.__path__[0], "axe.min.js").read_text()
 
 
-def check_accessible(tab, axe):
-    """Assert that axe-core finds nothing in either scheme at both sizes, and that nothing must be
-    scrolled sideways.
+def check_accessible(tab, axe, schemes=("light", "dark")):
+    """Assert that axe-core finds nothing in these schemes at both sizes, and that nothing must be
+    scrolled sideways. None is the scheme that a Firefox started with, and cannot change.
     """
     if not tab.page.evaluate("'axe' in window"):
         tab.page.evaluate(axe)
-    for size, scheme in itertools.product((WIDE, NARROW), ("light", "dark")):
-        tab.page.emulate_media(color_scheme=scheme)
+    for size, scheme in itertools.product((WIDE, NARROW), schemes):
+        if scheme:
+            tab.page.emulate_media(color_scheme=scheme)
         tab.page.set_viewport_size(size)
         found = tab.page.evaluate(
             "axe.run({ resultTypes: ['violations'] }).then((found) => found.violations)"

@@ -6,11 +6,7 @@ import pytest
 
 import wallet as wallet_module
 from tests.support import PAGE, in_both_browsers, in_browser
-from tests.test_page import kiosk
 from wallet import running
-
-# Fixtures of test_page.py are used by the tests here too.
-__all__ = ["kiosk"]
 
 PAGE_BYTES_MAX = 80_000
 
@@ -31,6 +27,7 @@ def asked_before_first_paint(page, url):
     was something to see.
     """
     held = []
+    page.goto("about:blank")  # What was here before must not ask any more.
     page.route(lambda address: address != f"{url}/", lambda route: held.append(route))
     page.goto(url, wait_until="commit")
     page.evaluate(FIRST_PAINT)
