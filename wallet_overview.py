@@ -35,9 +35,11 @@ REST_WAIT_MAX_S = 1.0  # Who would have to wait longer for its end is sent away.
 LOW_BITS = 26
 SUM = (f"CAST(coalesce(sum({{0}} >> {LOW_BITS}), 0) AS BIGINT),"
        f" CAST(coalesce(sum({{0}} & {2**LOW_BITS - 1}), 0) AS BIGINT)")
+BALANCES, ALL_HELD, AMOUNTS = (SUM.format(column) for column in ("balance", "held", "amount"))
+BEGINS = ", ".join(["(?)"] * HOURS)
 IS_MOVEMENT = "type NOT IN ('hold', 'release')"  # The index by time is found by these very words.
 OVERVIEW = f"""
-    WITH hours (since) AS (VALUES {', '.join(['(?)'] * HOURS)})
+    WITH hours (since) AS (VALUES {BEGINS})
     SELECT * FROM (
         SELECT 'newest' AS part, t.created_at, sequence, account_id, amount, t.balance, 0, 0,
             name, type, description, metadata, reference
@@ -49,10 +51,10 @@ OVERVIEW = f"""
         WHERE created_at >= since AND created_at < since + {HOUR_US} AND {IS_MOVEMENT}),
         NULL, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL FROM hours
     UNION ALL
-    SELECT 'sums', count(*), coalesce(sum(frozen), 0), NULL, {SUM.format('balance')},
-        {SUM.format('held')}, NULL, NULL, NULL, NULL, NULL FROM accounts
+    SELECT 'sums', count(*), coalesce(sum(frozen), 0), NULL, {BALANCES}, {ALL_HELD},
+        NULL, NULL, NULL, NULL, NULL FROM accounts
     UNION ALL
-    SELECT 'expired', 0, 0, NULL, 0, 0, {SUM.format('amount')}, NULL, NULL, NULL, NULL, NULL
+    SELECT 'expired', 0, 0, NULL, 0, 0, {AMOUNTS}, NULL, NULL, NULL, NULL, NULL
     FROM holds WHERE status = 'active' AND expires_at <= ?"""
 
 
