@@ -24,8 +24,9 @@ from wallet import (
 HOURS, HOUR_US = 24, 3_600_000_000
 NEWEST = 20  # A screen.
 OVERVIEWS_MAX = 3  # Calls at once, of which one reads: most threads of a server stay free.
-# After each, nothing is read for three times as long. So it never takes more than a quarter of a
-# processor, and SQLite, whose log only begins anew while nobody reads, does not get a longer log.
+# After each, nothing is read for three times as long as it took, or for DATABASE_TIMEOUT_S. So
+# whoever asks without end takes a quarter of the time of one connection, and leaves SQLite the
+# moments without a reader in which its log begins anew: without them, that grew to a gigabyte.
 REST = 3
 REST_WAIT_MAX_S = 1.0  # Who would have to wait longer for its end is sent away.
 
