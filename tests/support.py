@@ -593,6 +593,33 @@ def ada(wallet):
     return wallet.register("Ada")[0]
 
 
+def fill_to_the_brim(wallet, accounts=1030):
+    """Make accounts of which each has as much as one can have, and holds all of it: together that is
+    more than 2^63. Return the sum.
+    """
+    now_us = wallet_module._now_us()
+    ids = [f"acc_{number:016}" for number in range(accounts)]
+    columns = f"transactions ({wallet_module.ENTRY_COLUMNS})"
+    entries = [
+        (one, f"k{sequence}", "0" * 64, sequence, type, AMOUNT_MAX, AMOUNT_MAX, None, None, None, now_us)
+        for one in ids
+        for sequence, type in ((1, "topup"), (2, "hold"))
+    ]
+    rows = {
+        "accounts": [(one, "Full", "0" * 64, AMOUNT_MAX, AMOUNT_MAX, 2, 0, now_us, now_us) for one in ids],
+        columns: entries,
+        "holds": [(one, 2, AMOUNT_MAX, now_us + 60_000_000, "active", 0) for one in ids],
+    }
+
+    def fill(tx):
+        for into, several in rows.items():
+            for first in range(0, len(several), 500):
+                wallet_module._insert_rows(tx, into, several[first : first + 500])
+
+    wallet.database.write(fill)
+    return accounts * AMOUNT_MAX
+
+
 class Client:
     """A WebTest client of one account. Every answer is checked for what every answer carries."""
 
