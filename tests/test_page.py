@@ -32,7 +32,6 @@ from tests.support import (
     PAGE,
     STORED,
     WIDE,
-    WITHOUT_SITE_DATA,
     Visit,
     check_accessible,
     check_books,
@@ -1365,19 +1364,6 @@ def test_browser_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory
     tab.see("#ways")
     assert tab.page.locator("#forgetful").is_hidden()
     check_works_in_memory(visit(kiosk.url, context={}, script=NO_SITE_DATA))
-
-
-@pytest.mark.slow
-@in_browser
-def test_firefox_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory(
-    kiosk, started_firefox
-):
-    with (
-        started_firefox(**WITHOUT_SITE_DATA) as page,
-        contextlib.closing(Visit(page, kiosk.url)) as tab,
-    ):
-        check_works_in_memory(tab)
-        assert tab.faults == []
 
 
 # The history's search and file ####################################################################
