@@ -32,10 +32,10 @@ from tests.support import (
     PAGE,
     STORED,
     WIDE,
-    WITHOUT_SITE_DATA,
     Visit,
     check_accessible,
     check_books,
+    in_both_browsers,
     in_browser,
 )
 from wallet import AMOUNT_MAX, Wallet, create_app, running
@@ -89,7 +89,9 @@ def test_page_may_run_what_is_in_it_and_ask_this_wallet_and_nothing_else(api):
     )
 
 
+@pytest.mark.slow_on("firefox")
 @in_browser
+@in_both_browsers
 def test_user_of_the_page_registers_tops_up_is_refused_and_finds_all_again_after_a_reload(
     kiosk, visit
 ):
@@ -357,6 +359,7 @@ def test_page_sends_no_amount_that_is_wrong_or_has_two_meanings_and_says_what_to
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 def test_page_shows_what_it_understood_of_an_amount_while_it_is_typed(kiosk, visit):
     tab = visit(kiosk.url, kiosk.token)
     preview = tab.see("#forms form:not([hidden])").locator(".preview").filter(visible=True)
@@ -385,6 +388,7 @@ FORGETS_NO_CHOICE = ("if (input.value !== known.text) known.text = null;", "")
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 @pytest.mark.parametrize(
     ("kiosk", "typed", "choices"),
     [
@@ -518,7 +522,9 @@ def test_commands_that_the_page_shows_do_what_its_buttons_do(kiosk, visit, langu
     assert kiosk.wallet.authenticate(made).name == NASTY
 
 
+@pytest.mark.slow_on("firefox")
 @in_browser
+@in_both_browsers
 def test_page_holds_captures_releases_transfers_and_refunds(kiosk, visit):
     bob, _ = kiosk.wallet.register("Bob")
     kiosk.wallet.topup(kiosk.ada.id, 10000)
@@ -728,25 +734,33 @@ OF_TWO_MOMENTS = (
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 @pytest.mark.parametrize("careless", [False, True])
 def test_balance_available_held_and_history_agree_at_any_moment_while_money_moves_fast(
-    kiosk, visit, change_page, careless
+    kiosk, visit, change_page, caplog, careless
 ):
     if careless:  # Each figure is from an answer of its own.
         change_page(*OF_TWO_MOMENTS)
     kiosk.wallet.topup(kiosk.ada.id, 100000)
     tab = visit(kiosk.url, kiosk.token)
     tab.see("#entries > .entry")
-    stopped = threading.Event()
+    stopped, turns = threading.Event(), threading.Semaphore(0)
 
-    def move_money():
-        while not stopped.is_set():
+    def move_money():  # After each request that is answered, while the next ones are.
+        while turns.acquire() and not stopped.is_set():
             kiosk.wallet.topup(kiosk.ada.id, 1100)
             held = [kiosk.wallet.hold(kiosk.ada.id, amount).id for amount in (300, 500)]
             kiosk.wallet.capture(kiosk.ada.id, held[0], 200)
-            kiosk.wallet.charge(kiosk.ada.id, 900)
+            kiosk.wallet.charge(kiosk.ada.id, 850)
             kiosk.wallet.release(kiosk.ada.id, held[1])
 
+    class Turns(logging.Handler):
+        def emit(self, record):
+            turns.release()
+
+    caplog.set_level(logging.DEBUG, "wallet.access")
+    log, handler = logging.getLogger("wallet.access"), Turns()
+    log.addHandler(handler)
     tab.page.evaluate(WATCH_FIGURES)
     with ThreadPoolExecutor(1) as threads:
         moving = threads.submit(move_money)
@@ -756,7 +770,9 @@ def test_balance_available_held_and_history_agree_at_any_moment_while_money_move
                 if careless and tab.page.evaluate("window.disagreements.length"):
                     break
         finally:
+            log.removeHandler(handler)
             stopped.set()
+            turns.release()
         moving.result()
     assert bool(tab.page.evaluate("window.disagreements.slice(0, 3)")) == careless
     assert tab.page.evaluate("window.moments") > (0 if careless else 10)
@@ -892,6 +908,7 @@ def test_page_says_what_is_in_holds_that_it_does_not_list(kiosk, visit):
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 def test_page_begins_again_when_a_backup_is_restored_under_it(kiosk, visit):
     for amount in (100, 200, 300):
         kiosk.wallet.topup(kiosk.ada.id, amount)
@@ -1068,6 +1085,7 @@ def test_plot_names_each_movement_under_the_pointer_and_has_a_scale_with_dates(k
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 def test_plot_says_what_it_covers_and_stands_as_a_table_with_the_same_figures(kiosk, visit):
     for number in range(60):
         kiosk.wallet.topup(kiosk.ada.id, 100 + number)
@@ -1128,6 +1146,7 @@ PHONE = {"width": 360, "height": 640}
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 @pytest.mark.parametrize("careless", [False, True])
 def test_what_was_done_is_said_where_the_eye_is_on_a_phone_also_after_a_dialog(
     kiosk, visit, change_page, careless
@@ -1164,6 +1183,7 @@ def test_what_was_done_is_said_where_the_eye_is_on_a_phone_also_after_a_dialog(
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 def test_errors_speak_in_the_currency_beside_the_field_and_are_told_by_more_than_colour(
     kiosk, visit
 ):
@@ -1346,19 +1366,6 @@ def test_browser_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory
     check_works_in_memory(visit(kiosk.url, context={}, script=NO_SITE_DATA))
 
 
-@pytest.mark.slow
-@in_browser
-def test_firefox_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory(
-    kiosk, started_firefox
-):
-    with (
-        started_firefox(**WITHOUT_SITE_DATA) as page,
-        contextlib.closing(Visit(page, kiosk.url)) as tab,
-    ):
-        check_works_in_memory(tab)
-        assert tab.faults == []
-
-
 # The history's search and file ####################################################################
 
 
@@ -1433,6 +1440,7 @@ def test_movement_of_half_past_eleven_at_night_belongs_to_the_day_of_the_reader(
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 def test_history_is_filtered_by_type_and_stays_so_while_more_is_done(kiosk, visit):
     for _ in range(60):
         kiosk.wallet.topup(kiosk.ada.id, 500)
@@ -1616,6 +1624,7 @@ def test_csv_is_as_spreadsheets_of_the_reader_expect_it(kiosk, visit):
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 def test_icon_of_the_page_is_in_it_and_can_be_drawn(kiosk, visit):
     tab = visit(kiosk.url)
     icon = tab.page.evaluate("""async () => {
@@ -1728,8 +1737,9 @@ EVIL = (
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 def test_names_descriptions_and_metadata_of_an_attacker_are_text_and_turn_nothing_around(
-    kiosk, visit, axe
+    kiosk, visit
 ):
     evil, token = kiosk.wallet.register(EVIL)
     metadata = {"__proto__": EVIL, "constructor": "x" * 500, EVIL[:40]: "W" * 500, "toString": ""}
@@ -1750,14 +1760,14 @@ def test_names_descriptions_and_metadata_of_an_attacker_are_text_and_turn_nothin
     tab.see("#held .entry")
     plot = tab.page.locator("#plot")
     plot.hover(position={"x": 5, "y": 50})
-    assert EVIL in tab.page.locator("#named").inner_text()
+    assert EVIL in tab.page.locator("#named").text_content()
     check()
     for name in (
         f"Details of Charge {MINUS}$12.34, balance $1,222.22",
         "Details of the hold of $987.65",
     ):
         tab.open(name)
-        shown = tab.page.locator("dialog pre").inner_text().split("\n")
+        shown = tab.page.locator("dialog pre").text_content().split("\n")
         assert shown == [f"{key} = {value}" for key, value in metadata.items()]
         check()
         tab.press("Close")
@@ -1774,7 +1784,6 @@ def test_names_descriptions_and_metadata_of_an_attacker_are_text_and_turn_nothin
     assert made.metadata == {"__proto__": "polluted", "constructor": "x"}
     assert tab.page.evaluate("({}).polluted === undefined && Object.keys({}).length === 0")
     assert kiosk.wallet.transaction(evil.id, charge.id).metadata == metadata
-    check_accessible(tab, axe)
 
 
 @pytest.mark.slow
@@ -1798,6 +1807,7 @@ def test_name_of_an_attacker_turns_no_figure_around_that_the_issuer_is_told(
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 def test_metadata_that_is_no_line_of_name_and_value_is_refused_beside_its_field(kiosk, visit):
     tab = visit(kiosk.url, kiosk.token, refusals=[422])
     for typed, message in (
@@ -1879,6 +1889,7 @@ FOCUSED = """() => {
 
 @pytest.mark.slow
 @in_browser
+@in_both_browsers
 def test_keyboard_alone_registers_tops_up_holds_captures_and_refunds_on_a_small_screen(
     kiosk, visit
 ):
