@@ -1658,9 +1658,9 @@ def raw_requests():
 
 PAGE = (HERE / "wallet.html").read_bytes()
 
-WIDE, NARROW, NARROWEST = (
+WIDE, TABLET, NARROW, PHONE, NARROWEST = (
     dict(zip(("width", "height"), size, strict=True))
-    for size in ((1440, 900), (390, 844), (320, 640))
+    for size in ((1440, 900), (768, 1024), (390, 844), (360, 740), (320, 640))
 )
 
 STORED = "() => sessionStorage.getItem('wallet-token')"
