@@ -14,6 +14,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -348,38 +349,109 @@ def postgres_server():
         server.stop()
 
 
-BROWSER = next(
+CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), None)
 
-# All on one worker, where they share one browser: to start one takes long.
+# All on one worker, where they share each browser: to start one takes long.
 in_browser = pytest.mark.xdist_group("browser")
+
+# Both kinds of engine, for a test that uses `browser`, or `visit` in test_page.py.
+in_both_browsers = pytest.mark.parametrize("browser", ["chromium", "firefox"], indirect=True)
 
 
 @pytest.fixture(scope="session")
-def chromium():
-    """A tab of a browser for all tests that are `in_browser`."""
-    if not BROWSER:
-        pytest.skip("there is no browser here: apt-get install chromium")
+def playwright():
+    """What drives the browsers. There can be only one at a time."""
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=30_000)
+    with sync_playwright() as playwright:
+        yield playwright
 
+
+@contextmanager
+def opened_tab(browser, **context_options):
+    """Open a tab in a browser, which waits 30 s for what it is asked to find, and close both."""
+    with contextlib.closing(browser):
+        context = browser.new_context(**context_options)
+        context.set_default_timeout(30_000)
+        yield context.new_page()
+
+
+@contextmanager
+def opened_chromium(playwright, **context_options):
+    """Start Chromium, and open a tab."""
     arguments = [
         "--no-sandbox",
         "--disable-gpu",
     ]  # As root there is no sandbox, and on servers no GPU.
-    with (
-        sync_playwright() as playwright,
-        contextlib.closing(
-            playwright.chromium.launch(executable_path=BROWSER, args=arguments)
-        ) as browser,
-    ):
-        context = browser.new_context(
-            locale="en", permissions=["clipboard-read", "clipboard-write"]
-        )
-        context.set_default_timeout(30_000)
-        yield context.new_page()
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+    with opened_tab(browser, locale="en", **context_options) as tab:
+        yield tab
+
+
+@pytest.fixture(scope="session")
+def chromium(request):
+    """A tab of Chromium for all tests that are `in_browser`."""
+    if not CHROMIUM:
+        pytest.skip("there is no browser here: apt-get install chromium")
+    permissions = ["clipboard-read", "clipboard-write"]
+    with opened_chromium(request.getfixturevalue("playwright"), permissions=permissions) as tab:
+        yield tab
+
+
+# What Firefox is like, where no test says otherwise, in the words of its `about:config`: it is
+# light, though the desktop may be dark; a bar to scroll with takes no width, as in Chromium here.
+PREFERENCES = {
+    "intl.accept_languages": "en",
+    "layout.css.prefers-color-scheme.content-override": 1,
+    "ui.useOverlayScrollbars": 1,
+}
+DARK = {"layout.css.prefers-color-scheme.content-override": 0}
+WITHOUT_SITE_DATA = {"network.cookie.cookieBehavior": 2}  # Then `sessionStorage` raises an error.
+
+
+@contextmanager
+def opened_firefox(playwright, folder, preferences):
+    """Start Firefox as tests/firefox.py does, with a profile of its own, and open a tab."""
+    starter = folder / "firefox"
+    command = shlex.join(map(str, (sys.executable, HERE / "tests" / "firefox.py", FIREFOX)))
+    starter.write_text(f'#!/bin/sh\necho $$ > {shlex.quote(str(folder / "pid"))}\nexec {command} "$@"\n')
+    starter.chmod(0o700)
+    browser = playwright.firefox.launch(
+        channel="moz-firefox",
+        executable_path=starter,
+        firefox_user_prefs=PREFERENCES | preferences,
+        timeout=60_000,
+    )
+    with opened_tab(browser) as tab:
+        yield tab
+
+
+@pytest.fixture(scope="session")
+def started_firefox(request, tmp_path_factory):
+    """A function that opens a tab in a Firefox with preferences of its own, as a `with` block."""
+    if not FIREFOX:
+        pytest.skip("there is no Firefox here: apt-get install firefox-esr")
+    playwright = request.getfixturevalue("playwright")
+    return lambda **preferences: opened_firefox(
+        playwright, tmp_path_factory.mktemp("firefox"), preferences
+    )
+
+
+@pytest.fixture(scope="session")
+def firefox(started_firefox):
+    """A tab of Firefox for all tests that are `in_browser`."""
+    with started_firefox() as tab:
+        yield tab
+
+
+@pytest.fixture
+def browser(request):
+    """A tab of Chromium, or of each browser for a test that is `in_both_browsers`."""
+    return request.getfixturevalue(getattr(request, "param", "chromium"))
 
 
 def unnamed(dsn):
@@ -1698,7 +1770,7 @@ class Visit:
         self.page.unroute_all()
         if self.page.url != "about:blank":
             # The page would warn before it is left, as long as a token is not kept.
-            self.page.evaluate("kept === sessionStorage && sessionStorage.clear(); showFresh()")
+            self.page.evaluate("kept.isForgetful || sessionStorage.clear(); showFresh()")
             self.page.goto("about:blank")
 
     def note(self, message):
@@ -1790,13 +1862,13 @@ class Visit:
 def visit(chromium):
     """A function that visits a page.
 
-    With `context` it does so in a tab of its own, which has these options of Playwright's contexts,
-    and in which `script` runs before the page's own. At the end nothing may have gone wrong there,
-    and nothing else have been asked.
+    With `context` it does so in a tab of its own, which has these options of Playwright's contexts.
+    There `script` runs before the page's own, and with `has_clock` time is the test's to move. At
+    the end nothing may have gone wrong there, and nothing else have been asked.
     """
     visits = []
 
-    def make(*arguments, context=None, script="", **options):
+    def make(*arguments, context=None, script="", has_clock=False, **options):
         for before in visits[-1:]:
             before.close()
         page = chromium
@@ -1807,6 +1879,8 @@ def visit(chromium):
             page = apart.new_page()
             if script:
                 page.add_init_script(script)
+            if has_clock:
+                page.clock.install()
         visits.append(Visit(page, *arguments, **options))
         return visits[-1]
 
