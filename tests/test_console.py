@@ -620,3 +620,476 @@ def test_curl_and_python_of_each_action_of_the_issuer_do_what_its_button_does(sh
     assert run("curl")["name"] == nasty
     assert repr(nasty) in run("Python")
     assert [account.name for account in shop.wallet.accounts()].count(nasty) == 2
+
+
+# The overview #####################################################################################
+
+
+def read_amount(text):
+    """Return what is shown as dollars, in cents."""
+    return int(re.sub(r"\D", "", text))
+
+
+@pytest.mark.slow
+@in_browser
+def test_overview_shows_all_accounts_at_one_moment_and_what_is_done_while_one_looks(shop, console):
+    tab = console("overview")
+    tab.see("#newest", "Nothing has moved yet.")
+    bob, _ = shop.wallet.register("Bob")
+    shop.wallet.topup(shop.ada.id, 10000, "Opening <b>")
+    shop.wallet.transfer(shop.ada.id, bob.id, 2500, "Rent")
+    shop.wallet.hold(shop.ada.id, 100)
+    shop.wallet.freeze(bob.id)
+    tab.see("#total-frozen", "1")
+    tab.see("#total-accounts", "2")
+    tab.see("#total-balance", "$100.00")
+    tab.see("#total-held", "$1.00")
+    rows = tab.rows("#newest")
+    assert [row.partition(" Nov")[0] for row in rows][-1].startswith("Top up Ada Opening <b> +$100.00")
+    assert sorted(row.split(" $")[0][:15] for row in rows[:2]) == ["Transfer in Bob", "Transfer out Ad"]
+    bars = tab.page.get_by_role("img", name="3 movements in 24 hours, and 3 in one at most")
+    tab.see(bars)
+    assert bars.locator("rect").count() == 24
+
+    tab.page.get_by_text("As a table").click()
+    cells = tab.see("#bars-table tbody tr").first.locator("td").all_inner_texts()
+    assert cells[1] == "3"
+    assert tab.page.locator("#bars-table tbody tr").count() == 24
+    shop.wallet.topup(shop.ada.id, 5)
+    tab.see("#total-balance", "$100.05")
+    tab.see("#bars-table tbody tr:first-child td:nth-child(2)", "4")
+    assert tab.rows("#newest")[0].startswith("Top up Ada +$0.05")
+
+    tab.page.locator("#newest").get_by_role("link", name="Bob").click()
+    tab.see("#owner", "Bob")
+    tab.page.go_back()
+    tab.see("#total-balance", "$100.05")
+
+
+@pytest.mark.slow
+@in_browser
+def test_overview_shows_sums_beyond_what_a_number_holds_exactly(shop, console):
+    count = 0
+    for number in range(3):
+        account, _ = shop.wallet.register(f"Rich {number}")
+        shop.wallet.topup(account.id, AMOUNT_MAX)
+        shop.wallet.hold(account.id, AMOUNT_MAX)
+        count += 1
+    tab = console("overview", viewport=NARROWEST)
+    tab.see("#total-balance")
+    shown = tab.page.locator("#total-balance").inner_text()
+    assert shown == "$270,215,977,642,229.73"
+    assert read_amount(shown) == 3 * AMOUNT_MAX != int(float(3 * AMOUNT_MAX))
+    tab.see("#total-held", shown)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") == 320
+
+
+@pytest.mark.slow
+@in_browser
+def test_pages_of_the_issuer_that_stay_open_fill_no_log(shop, console, caplog):
+    caplog.set_level(logging.DEBUG, "wallet.access")
+    shop.wallet.topup(shop.ada.id, 500)
+    shop.wallet.hold(shop.ada.id, 100)
+    tab = console("overview")
+    for address, path in (
+        ("overview", "/api/overview"),
+        ("accounts", "/api/accounts"),
+        (shop.ada.id, f"/api/accounts/{shop.ada.id}/holds"),
+    ):
+        tab.page.evaluate("(address) => { location.hash = address; }", address)
+        for _ in range(4):  # It looks each second.
+            with tab.page.expect_response(lambda answer, path=path: urlsplit(answer.url).path == path):
+                pass
+    looks = [(record.path, record.levelno) for record in caplog.records if record.levelno > logging.DEBUG]
+    paths = [path for path, _ in looks]
+    assert {"/api/overview", "/api/accounts"} <= set(paths)
+    assert [path for path in paths if "api/a" in path or "api/o" in path if paths.count(path) > 2] == []
+
+
+# For everyone #####################################################################################
+
+
+@pytest.mark.slow
+@in_browser
+def test_keyboard_alone_leads_from_the_door_to_a_captured_hold_and_a_refund(shop, visit):
+    tab = visit(shop.url)
+    keyboard = tab.page.keyboard
+    is_seen = """() => {
+        const it = document.activeElement;
+        const mark = it.matches(".choice input") ? it.nextElementSibling : it;
+        const box = mark.getBoundingClientRect();
+        return it.matches(":focus-visible") && getComputedStyle(mark).outlineStyle !== "none"
+            && box.bottom > 0 && box.top < innerHeight; }"""
+
+    def press(key):
+        keyboard.press(key)
+        wait_for_focus(tab, "it !== document.body")
+
+    def tab_to(name, key="Tab"):
+        """Press Tab until something of this name has the focus, which is seen at each step."""
+        for _ in range(60):
+            keyboard.press(key)
+            assert tab.page.evaluate("document.activeElement !== document.body")
+            if not tab.page.evaluate(is_seen): print("UNSEEN", tab.page.evaluate("document.activeElement.outerHTML.slice(0, 200) + getComputedStyle(document.activeElement).outlineStyle+JSON.stringify(document.activeElement.getBoundingClientRect())"))
+            found = tab.page.evaluate(
+                "(it => it.ariaLabel ?? it.labels?.[0]?.innerText ?? it.innerText)(document.activeElement)"
+            )
+            if found == name:
+                return
+        raise AssertionError(name)
+
+    tab.see("#door")
+    wait_for_focus(tab, "it.name === 'token'")
+    keyboard.type(ISSUER_TOKEN)
+    press("Enter")
+    wait_for_focus(tab, "it.innerText === 'All accounts'")
+    tab_to("Accounts", key="Shift+Tab")
+    press("Enter")
+    tab.see("#listed-end", "1 account found.")
+    tab_to("Name")
+    keyboard.type("Grace")
+    press("Enter")
+    wait_for_focus(tab, "it.id === 'fresh-title'")
+    tab.see("#owner", "Grace")
+    tab_to("I have kept it")
+    press("Space")
+    wait_for_focus(tab, "it.id === 'balance-title'")
+    tab_to("Top up")
+    tab_to("Amount in USD")
+    keyboard.type("50")
+    press("Enter")
+    tab.hear("Grace: Topped up $50.00. The balance is $50.00.")
+    wait_for_focus(tab, "it.name === 'amount'")
+    tab_to("Top up", key="Shift+Tab")
+    press("ArrowRight")
+    press("ArrowRight")
+    tab.page.wait_for_function(is_seen)
+    tab_to("Amount in USD")
+    keyboard.type("20")
+    tab_to("Expires after")
+    press("ArrowUp")
+    tab_to("Hold")
+    press("Space")
+    tab.see("#reserved", "$20.00")
+    wait_for_focus(tab, "it.innerText === 'Hold'")
+    tab_to("Capture $20.00")
+    press("Enter")
+    wait_for_focus(tab, "it.name === 'amount' && it.closest('dialog')")
+    press("Escape")
+    wait_for_focus(tab, "it.ariaLabel === 'Capture $20.00'")
+    press("Enter")
+    wait_for_focus(tab, "it.name === 'amount' && it.closest('dialog')")
+    tab.page.wait_for_function(is_seen)
+    tab_to("Capture")
+    press("Enter")
+    tab.hear("Grace: Captured $20.00. The balance is $30.00.")
+    wait_for_focus(tab, "it.id === 'holds-title'")
+    tab_to(tab.page.get_by_role("button", name="Refund $20.00").get_attribute("aria-label"))
+    press("Enter")
+    wait_for_focus(tab, "it.name === 'amount' && it.closest('dialog')")
+    press("Enter")
+    tab.hear("Grace: Refunded $20.00. The balance is $50.00.")
+    wait_for_focus(tab, "it.ariaLabel?.startsWith('Details of Charge')")
+    tab_to("Close the message")
+    press("Enter")
+    tab.page.wait_for_function("() => !document.getElementById('toast').textContent")
+    wait_for_focus(tab, "it.id === 'balance-title'")
+    tab_to("Sign out", key="Shift+Tab")
+    press("Enter")
+    wait_for_focus(tab, "it.id === 'told'")
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_focus_is_not_lost_when_what_a_dialog_was_opened_from_is_gone(
+    shop, console, change_page, careless
+):
+    if careless:
+        change_page('  find("dialog").addEventListener("close", keepFocus);\n', "")
+    shop.wallet.topup(shop.ada.id, 500)
+    hold = shop.wallet.hold(shop.ada.id, 100)
+    tab = console(shop.ada.id)
+    tab.press("Capture $1.00")
+    tab.see("dialog .command")
+    shop.wallet.release(shop.ada.id, hold.id)
+    tab.page.locator("#held", has_text="Nothing is held.").wait_for()
+    tab.page.keyboard.press("Escape")
+    tab.page.locator("dialog").wait_for(state="hidden")
+    wait_for_focus(tab, "it === document.body" if careless else "it.id === 'balance-title'")
+
+
+@pytest.mark.slow
+@in_browser
+def test_axe_finds_nothing_in_any_state_of_the_holders_page(shop, kiosk, visit, axe):
+    tab = visit(kiosk.url, refusals=[401, 402])
+    tab.see("#ways input")
+    check_accessible(tab, axe)
+    tab.press("Open")
+    tab.see(".error")
+    check_accessible(tab, axe)
+    tab.fill(name="Ada")
+    tab.press("Register")
+    tab.see("#token")
+    tab.see("#balance", "$0.00")
+    check_accessible(tab, axe)
+    tab.press("Sign out")
+    tab.see("dialog[open]")
+    check_accessible(tab, axe)
+    tab.press("Sign out all the same")
+    tab.see("#told")
+    check_accessible(tab, axe)
+
+    tab.sign_in(kiosk.token)
+    kiosk.wallet.topup(kiosk.ada.id, AMOUNT_MAX, "x" * 500, metadata={"k" * 40: "v" * 500})
+    kiosk.wallet.charge(kiosk.ada.id, 250, "A charge")
+    kiosk.wallet.hold(kiosk.ada.id, AMOUNT_MAX // 2, "W" * 100)
+    tab.see("#held bdi")
+    tab.page.locator("#plot-table summary").click()
+    tab.see("#plot-table tbody tr")
+    for action in ("Top up", "Charge", "Hold", "Transfer"):
+        tab.choose(action)
+        check_accessible(tab, axe)
+    tab.move("Charge", amount="1.250", metadata="wrong")
+    tab.see(".preview button")  # It asks which of two amounts is meant.
+    tab.see(".error")
+    check_accessible(tab, axe)
+    tab.fill(amount="1")
+    tab.press("Charge")
+    tab.see(".error", "Type one a line: name = value.")
+    tab.fill(amount="90000000000000", metadata="")
+    tab.press("Charge")
+    tab.see(".error", re.compile("is available"))
+    check_accessible(tab, axe)
+    tab.fill(amount="2")
+    tab.place().get_by_role("button", name="Python").filter(visible=True).click()
+    check_accessible(tab, axe)
+    tab.press("Charge")
+    tab.see("#toast > span")
+    check_accessible(tab, axe)
+
+    for button in ("Details of Charge", "Details of the hold", "Refund", "Capture", "Release",
+                   "Make a new token"):
+        tab.page.get_by_role("button", name=button).first.click()
+        tab.see("dialog[open]")
+        check_accessible(tab, axe)
+        tab.press("Close")
+    tab.page.get_by_label("Type").select_option("Refund")
+    tab.see("#end", "0 movements found.")
+    check_accessible(tab, axe)
+    tab.page.get_by_label("Id", exact=True).fill("nonsense")
+    tab.press("Find")
+    tab.see("#history-search .failure")
+    check_accessible(tab, axe)
+    kiosk.wallet.freeze(kiosk.ada.id)
+    tab.see("#frozen")
+    check_accessible(tab, axe)
+    kiosk.wallet.replace_token(kiosk.ada.id)
+    tab.see("#told")
+    check_accessible(tab, axe)
+
+
+@pytest.mark.slow
+@in_browser
+def test_axe_finds_nothing_in_any_state_of_the_issuers_console(shop, visit, axe):
+    tab = visit(shop.url, refusals=[401, 403, 404])
+    tab.see("#new", re.compile("This wallet has an issuer."))
+    check_accessible(tab, axe)
+    tab.fill(token=WRONG_TOKEN)
+    tab.press("Open")
+    tab.see(".error")
+    check_accessible(tab, axe)
+    tab.sign_in(ISSUER_TOKEN)
+    tab.see("#newest", "Nothing has moved yet.")
+    check_accessible(tab, axe)
+    account, _ = shop.wallet.register(NAME + "W" * 50)
+    shop.wallet.topup(account.id, AMOUNT_MAX, "x" * 500)
+    shop.wallet.charge(account.id, 250, "A charge")
+    shop.wallet.hold(account.id, AMOUNT_MAX // 2, "W" * 100)
+    tab.see("#newest > .entry:nth-child(2)")
+    tab.page.get_by_text("As a table").click()
+    tab.see("#bars-table tbody tr >> nth=23")
+    check_accessible(tab, axe)
+    go_to(tab, "Accounts")
+    tab.see("#listed-end", "2 accounts found.")
+    check_accessible(tab, axe)
+    search(tab, "Nobody")
+    tab.see("#listed-end", "There is no such account.")
+    tab.press("Register")
+    tab.see(".error")
+    check_accessible(tab, axe)
+    shop.wallet.freeze(account.id)
+    tab.page.evaluate("(id) => { location.hash = id; }", account.id)
+    tab.see("#frozen")
+    check_accessible(tab, axe)
+    tab.move("Top up", amount="1")
+    tab.see(".failure")
+    check_accessible(tab, axe)
+    for button in ("Refund $2.50", "Unfreeze", "Make a new token"):
+        tab.page.get_by_role("button", name=button).first.click()
+        tab.see("dialog[open] .command")
+        check_accessible(tab, axe)
+        tab.press("Close")
+    tab.press("Make a new token")
+    tab.press("Make a new token")
+    tab.see("#token")
+    check_accessible(tab, axe)
+    tab.press("I have kept it")
+    tab.page.evaluate("(id) => { location.hash = id; }", NOBODY)
+    tab.see("#notice", "There is no such account.")
+    check_accessible(tab, axe)
+
+
+@pytest.mark.slow
+@in_browser
+def test_control_what_a_user_cannot_read_is_found(kiosk, visit, axe):
+    tab = visit(kiosk.url)
+    for harm, found in (
+        ("document.querySelector('label').remove()", "label"),
+        ("document.documentElement.style.setProperty('--quiet', '#aaaaaa')", "color-contrast"),
+        ("document.getElementById('new-title').style.width = '400px'", "== 320"),
+    ):
+        tab.page.set_viewport_size(WIDE)
+        tab.page.reload()
+        tab.see("#ways input")
+        tab.page.evaluate(harm)
+        with pytest.raises(AssertionError, match=found):
+            check_accessible(tab, axe)
+
+
+@pytest.mark.slow
+@in_browser
+def test_screen_reader_is_told_of_headings_labels_figures_and_what_came_of_an_action(shop, visit):
+    from playwright.sync_api import expect
+
+    def hear(snapshot):
+        expect(tab.page.locator("body")).to_match_aria_snapshot(snapshot)
+
+    shop.wallet.topup(shop.ada.id, 5000, "Opening")
+    tab = visit(shop.url, refusals=[402])
+    hear("""
+      - banner:
+        - heading "Wallet" [level=1]
+      - main:
+        - region "Sign in":
+          - region "Make an account":
+            - heading "Make an account" [level=2]
+          - heading "I have a token" [level=2]
+          - textbox "Token"
+          - button "Open"
+    """)
+    tab.press("Open")
+    tab.see(".error")
+    assert tab.field("Token").get_attribute("aria-invalid") == "true"
+    expect(tab.field("Token")).to_have_accessible_description(
+        re.compile("Paste a token: that of an account begins with wlt_|This is needed")
+    )
+    tab.sign_in(ISSUER_TOKEN)
+    hear("""
+      - banner:
+        - navigation "Views":
+          - link "Overview"
+          - link "Accounts"
+        - button "Sign out"
+      - main:
+        - heading "All accounts" [level=2]
+        - term: Accounts
+        - definition: "1"
+        - term: Balance
+        - definition: $50.00
+        - term: Held
+        - definition: $0.00
+        - term: Frozen
+        - definition: "0"
+        - heading "Movements an hour" [level=2]
+        - img "1 movement in 24 hours, and 1 in one at most"
+        - heading "Newest movements" [level=2]
+        - list:
+          - listitem:
+            - strong: Top up
+            - link "Ada"
+    """)
+    go_to(tab, "Accounts")
+    hear("""
+      - main:
+        - heading "Accounts" [level=2]
+        - search:
+          - searchbox "Search"
+        - list:
+          - listitem:
+            - link "Ada"
+        - paragraph: 1 account found.
+        - heading "Register an account" [level=2]
+        - textbox "Name"
+        - button "Register"
+        - group "The same in code"
+    """)
+    tab.page.get_by_role("link", name="Ada").click()
+    tab.see("#owner", "Ada")
+    tab.move("Hold", amount="20", description="Room 12")
+    tab.see("#toast > span")
+    hear("""
+      - main:
+        - region "Balance Ada":
+          - heading "Balance Ada" [level=2]
+          - paragraph: $50.00
+          - term: Available
+          - definition: $30.00
+          - term: Held
+          - definition: $20.00
+        - region "Move money":
+          - heading "Move money" [level=2]
+          - group "What to do":
+            - radio "Top up"
+            - radio "Charge"
+            - radio "Hold" [checked]
+            - radio "Transfer"
+          - textbox "Amount in USD"
+          - combobox "Expires after"
+          - button "Hold"
+        - region "Held":
+          - heading "Held" [level=2]
+          - list:
+            - listitem:
+              - button "Capture $20.00"
+              - button "Release $20.00"
+              - button "Details of the hold of $20.00"
+        - region /Balance since/:
+          - heading /Balance since the beginning/ [level=2]
+        - region "History":
+          - heading "History" [level=2]
+          - search:
+            - combobox "Type"
+            - textbox "From"
+            - textbox "To"
+            - textbox "Id"
+          - list:
+            - listitem:
+              - strong: Top up
+              - button /Details of Top up \\+\\$50\\.00, balance \\$50\\.00/
+      - status:
+        - text: /Ada.+Held .20.00 until/
+        - button "Close the message"
+    """)
+    tab.press("Capture $20.00")
+    hear("""
+      - dialog "Capture $20.00":
+        - heading "Capture $20.00" [level=2]
+        - button "Close"
+        - textbox "Amount in USD": "20.00"
+        - textbox "Description (optional)"
+        - button "Capture"
+    """)
+    tab.press("Close")
+    shop.wallet.freeze(shop.ada.id)
+    hear("""
+      - main:
+        - region "Balance Ada":
+          - paragraph: /This account is frozen/
+    """)
+    shop.wallet.freeze(shop.ada.id, False)
+    shop.wallet.topup(shop.ada.id, 5)
+    tab.see("#balance", "$50.05")
+    heard = tab.page.locator("#spoken")
+    expect(heard).to_have_text("New: Top up +$0.05, balance $50.05")
+    assert heard.get_attribute("role") == "status"
