@@ -1802,6 +1802,11 @@ class Visit:
     def press(self, name):
         self.place().get_by_role("button", name=name, exact=True).click()
 
+    def open(self, name):
+        """Press the button whose name begins so, and wait for the dialog that it opens."""
+        self.place().get_by_role("button", name=re.compile(f"^{re.escape(name)}")).click()
+        self.see("dialog[open]")
+
     def choose(self, name):
         self.page.get_by_role("radio", name=name).check()
 
@@ -1859,21 +1864,20 @@ class Visit:
 
 
 @pytest.fixture
-def visit(chromium):
+def visit(browser):
     """A function that visits a page.
 
-    With `context` it does so in a tab of its own, which has these options of Playwright's contexts.
-    There `script` runs before the page's own, and with `has_clock` time is the test's to move. At
-    the end nothing may have gone wrong there, and nothing else have been asked.
+    It does so in the tab that there is, in `page`, or with `context` in a tab of its own, which has
+    these options of Playwright's contexts. There `script` runs before the page's own, and with `has_clock` time is the
+    test's to move. At the end nothing may have gone wrong there, and nothing else have been asked.
     """
     visits = []
 
-    def make(*arguments, context=None, script="", has_clock=False, **options):
+    def make(*arguments, page=browser, context=None, script="", has_clock=False, **options):
         for before in visits[-1:]:
             before.close()
-        page = chromium
         if context is not None:
-            apart = chromium.context.browser.new_context(**{"locale": "en", **context})
+            apart = browser.context.browser.new_context(**{"locale": "en", **context})
             stack.enter_context(contextlib.closing(apart))
             apart.set_default_timeout(30_000)
             page = apart.new_page()
@@ -1889,6 +1893,20 @@ def visit(chromium):
         for last in visits[-1:]:
             last.close()
     assert [one.faults for one in visits] == [[]] * len(visits)
+
+
+@pytest.fixture
+def change_page(monkeypatch):
+    """A function that changes the source of the page, for a control."""
+
+    def change(before, after):
+        before, after, read = before.encode(), after.encode(), wallet_module._read_file
+        assert PAGE.count(before) == 1
+        monkeypatch.setattr(
+            wallet_module, "_read_file", lambda name: read(name).replace(before, after)
+        )
+
+    return change
 
 
 @pytest.fixture

@@ -6,11 +6,7 @@ import pytest
 
 import wallet as wallet_module
 from tests.support import PAGE, in_both_browsers, in_browser
-from tests.test_page import kiosk
 from wallet import running
-
-# Fixtures of test_page.py are used by the tests here too.
-__all__ = ["kiosk"]
 
 PAGE_BYTES_MAX = 80_000
 

@@ -9,11 +9,18 @@ import time
 
 import pytest
 
-from tests.support import DARK, WITHOUT_SITE_DATA, in_both_browsers, in_browser, wait_until_gone
-from tests.test_page import NARROW, NARROWEST, STORED, WIDE, Visit, axe, kiosk
-
-# Fixtures of test_page.py are used by the tests here too.
-__all__ = ["axe", "kiosk"]
+from tests.support import (
+    DARK,
+    NARROW,
+    NARROWEST,
+    STORED,
+    WIDE,
+    WITHOUT_SITE_DATA,
+    Visit,
+    in_both_browsers,
+    in_browser,
+    wait_until_gone,
+)
 
 
 def faults(tab):
@@ -53,12 +60,12 @@ def test_user_of_either_browser_registers_tops_up_holds_captures_refunds_reloads
     tab.see(".error", "The balance is too low. $100.00 is available, and this needs $200.00.")
     tab.move("Hold", amount="40", description="Room 12")
     tab.see("#available", "$60.00")
-    tab.press("Capture $40.00")
+    tab.open("Capture $40.00")
     tab.field("Amount").fill("30")
     tab.page.keyboard.press("Enter")
     tab.see("#held", "Nothing is held.")
     tab.see("#balance", "$70.00")
-    tab.page.get_by_role("button", name="Refund $30.00").click()
+    tab.open("Refund $30.00")
     tab.field("Amount").fill("10")
     tab.press("Refund")
     tab.see("#balance", "$80.00")
