@@ -31,7 +31,6 @@ from tests.support import (
     NARROWEST,
     PAGE,
     STORED,
-    WIDE,
     Visit,
     check_accessible,
     check_books,
@@ -1910,47 +1909,6 @@ def test_page_works_below_a_path_of_another_site(kiosk, visit):
 class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
     def log_message(self, *_):
         pass
-
-
-@pytest.mark.slow
-@in_browser
-def test_axe_finds_nothing_in_any_state_of_the_page(kiosk, visit, axe):
-    tab = visit(kiosk.url, refusals=[401, 402])
-    check_accessible(tab, axe)
-    tab.field("Token").fill(kiosk.token)
-    tab.press("Open")
-    tab.see("#balance", "$0.00")
-    check_accessible(tab, axe)
-    kiosk.wallet.topup(kiosk.ada.id, AMOUNT_MAX, "x" * 500)
-    kiosk.wallet.charge(kiosk.ada.id, 250, "A charge")
-    kiosk.wallet.hold(kiosk.ada.id, AMOUNT_MAX // 2, "W" * 100)
-    tab.see("#held bdi")
-    tab.move("Charge", amount="90000000000000")
-    tab.see(".error")
-    check_accessible(tab, axe)
-    tab.open("Refund $2.50")
-    tab.see("dialog .command")
-    check_accessible(tab, axe)
-    tab.press("Close")
-    kiosk.wallet.replace_token(kiosk.ada.id)
-    tab.see("#told")
-    check_accessible(tab, axe)
-
-
-@pytest.mark.slow
-@in_browser
-def test_control_what_a_user_cannot_read_is_found(kiosk, visit, axe):
-    tab = visit(kiosk.url)
-    for harm, found in (
-        ("document.querySelector('label').remove()", "label"),
-        ("document.documentElement.style.setProperty('--quiet', '#aaaaaa')", "color-contrast"),
-        ("document.getElementById('new-title').style.width = '400px'", "416 == 320"),
-    ):
-        tab.page.set_viewport_size(WIDE)
-        tab.page.reload()
-        tab.page.evaluate(harm)
-        with pytest.raises(AssertionError, match=found):
-            check_accessible(tab, axe)
 
 
 @in_browser
