@@ -243,7 +243,7 @@ def test_issuer_registers_tops_up_holds_captures_refunds_and_transfers_and_is_to
     hear("Transferred $5.00. The balance is $85.00.")
     tab.move("Hold", amount="40", description="Room 12", expires_after="1 hour")
     tab.see("#available", "$45.00")
-    assert f"{NAME}: Held $40.00 until " in tab.see("#toast > span").inner_text()
+    assert f"{NAME}: Held $40.00 until " in tab.see("#toast > span").text_content()
     tab.press("Capture $40.00")
     tab.fill(amount="30")
     tab.press("Capture")
@@ -517,11 +517,11 @@ def test_names_are_shown_as_they_are_and_turn_nothing_around(shop, console):
         assert tab.see(place).inner_text() == NAME
     tab.press("Freeze")
     tab.press("Freeze")
-    assert tab.see("#toast bdi").inner_text() == NAME
+    assert tab.see("#toast bdi").text_content() == NAME
     tab.press("Unfreeze")
     tab.press("Unfreeze")
     tab.move("Charge", amount="1")
-    assert tab.see("#toast bdi").inner_text() == NAME
+    assert tab.see("#toast bdi").text_content() == NAME
     tab.page.get_by_role("button", name="Details of Top up").click()
     tab.see("dialog dd bdi", NAME)
     assert NAME in tab.see("dialog dd pre").inner_text()
