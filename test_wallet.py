@@ -3047,7 +3047,7 @@ def test_only_these_routes_are_open():
     assert open_routes == OPEN_ROUTES
     assert {name for name in known if known[name] == "public"} == OPEN_ROUTES - {"POST /api/register"}
     assert known.keys() - without_issuer.keys() == {
-        name for name in known if "/api/accounts" in name
+        name for name in known if re.search("/api/(accounts|overview)", name)
     }
     assert {known[name] for name in known.keys() - without_issuer.keys()} == {"issuer"}
 
@@ -3063,7 +3063,7 @@ INVALID = [
 ]
 
 # What is asked where there is an issuer: by whom, as the paths have it.
-ISSUERS = re.compile("^/api/(accounts|register)")
+ISSUERS = re.compile("^/api/(accounts|overview|register)")
 MONEY = re.compile("^/api/transactions/(topup|<.*>/refund)$")  # It comes in by the issuer alone.
 
 
@@ -3149,7 +3149,7 @@ class Matrix:
         last = rule.split("/")[-1]
         body = BODIES.get(last, {"to": self.bob.id, "amount": 1}) if self.method == "POST" else None
         # Without an issuer, all that is its own is not there.
-        if not self.issuer and rule.startswith("/api/accounts"):
+        if not self.issuer and rule.startswith(("/api/accounts", "/api/overview")):
             for authorization in (None, f"Bearer {self.right}", f"Bearer {ISSUER_TOKEN}"):
                 self.refused(404, path, authorization, body)
             return

@@ -89,13 +89,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
-    "AMOUNT_MAX", "Account", "AccountFrozen", "AccountNotFound", "AccountPage", "App",
-    "BalanceLimitExceeded", "BodyTooLarge", "ConfigurationError", "CursorBeyondEnd", "Forbidden",
-    "HeadersTooLarge", "Hold", "HoldNotActive", "HoldPage", "HoldStatus", "IdempotencyKeyReused",
-    "InsufficientFunds", "InternalError", "MalformedRequest", "MethodNotAllowed", "NotFound",
-    "NotReady", "NotRefundable", "OutcomeUnknown", "Page", "RefundExceedsCharge", "Transaction",
-    "TransactionType", "Unauthorized", "Unavailable", "UnsupportedMediaType", "ValidationFailed",
-    "Wallet", "WalletError", "WrongBooks", "__version__", "connect", "create_app", "running",
+    "AMOUNT_MAX", "Account", "AccountFrozen", "AccountNotFound", "AccountPage",
+    "AccountTransaction", "App", "BalanceLimitExceeded", "BodyTooLarge", "ConfigurationError",
+    "CursorBeyondEnd", "Forbidden", "HeadersTooLarge", "Hold", "HoldNotActive", "HoldPage",
+    "HoldStatus", "Hour", "IdempotencyKeyReused", "InsufficientFunds", "InternalError",
+    "MalformedRequest", "MethodNotAllowed", "NotFound", "NotReady", "NotRefundable",
+    "OutcomeUnknown", "Overview", "Page", "RefundExceedsCharge", "Transaction", "TransactionType",
+    "Unauthorized", "Unavailable", "UnsupportedMediaType", "ValidationFailed", "Wallet",
+    "WalletError", "WrongBooks", "__version__", "connect", "create_app", "running",
 ]
 T = TypeVar("T")
 logger = logging.getLogger("wallet")
@@ -338,6 +339,7 @@ BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 UNKEYED = "0" * 64  # The fingerprint of a request without a key: it cannot come again.
 CHECKSUM_PLACES = [62**place for place in range(5, -1, -1)]
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999  # Of the years 1 to 9999.
 
 
 @dataclass(frozen=True)
@@ -414,6 +416,39 @@ class AccountPage(NamedTuple):
     next_cursor: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class AccountTransaction(Transaction):
+    """A transaction, and whose it is."""
+
+    account_id: str
+    account_name: str
+
+
+@dataclass(frozen=True)
+class Hour:
+    """How many transactions there were in the hour from `since` on."""
+
+    since: datetime
+    transactions: int
+
+
+@dataclass(frozen=True)
+class Overview:
+    """All accounts at one moment. The sums are exact, also above what 64 bits hold.
+
+    `hours` are the last 24, of which the last one still runs. `newest` begins with the newest.
+    """
+
+    currency: str
+    currency_digits: int
+    accounts: int
+    accounts_frozen: int
+    balance: int
+    held: int
+    hours: tuple[Hour, ...]
+    newest: tuple[AccountTransaction, ...]
+
+
 class _Options(TypedDict, total=False):
     """What every method that moves or holds money takes by name.
 
@@ -449,11 +484,6 @@ class _Stamp(NamedTuple):
     key: str
     fingerprint: str
     token_hash: str | None = None
-
-    @property
-    def is_issuers(self) -> bool:
-        """Did the issuer send it? No account can send such a key."""
-        return self.key.startswith("§")
 
     def check_token(self, rows: Sequence[_Row]) -> None:
         """Raise Unauthorized if a token was sent whose hash is not the first value of `rows`."""
@@ -532,8 +562,9 @@ def _as_transaction(account_id: str, row: _Row, replayed: bool = False) -> Trans
         json.loads(metadata) if metadata else {}, reference, _as_time(created_at_us), replayed)
 
 
-def _as_page(kind: Callable[[list[Any], str | None], T], found: list[Any], limit: int) -> T:
-    """Return a page of what was found, which is one more if there is more."""
+def _as_page(kind: Callable[[list[Any], str | None], T], found: Iterable[Any], limit: int) -> T:
+    """Return a page of what is found. Its last one is looked at only to know if there is more."""
+    found = list(islice(found, limit + 1))
     return kind(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
 
@@ -603,9 +634,7 @@ def _parse_time(value: str | datetime) -> int:
                 time_us += 1_000_000
                 if not re.match(r".{7}-01T00:00:00", _as_time(time_us).isoformat()):
                     raise ValueError
-            first_us, last_us = (_as_us(one.replace(tzinfo=timezone.utc))
-                                 for one in (datetime.min, datetime.max))
-            return first_us if year == "0000" else min(max(time_us, first_us), last_us)
+            return FIRST_US if year == "0000" else min(max(time_us, FIRST_US), LAST_US)
     raise MalformedRequest(
         "A time must be as in RFC 3339: 2026-11-22T09:30:00Z, or with an offset for the Z.")
 
@@ -884,8 +913,7 @@ class Wallet:
         # The account may be there already, if an earlier COMMIT was not answered.
         sql = """INSERT INTO accounts VALUES (?, ?, ?, 0, 0, 0, 0, ?, ?)
                  ON CONFLICT (id) DO NOTHING"""
-        self.database.write(
-            lambda tx: tx(sql, account_id, name, _hash_token(token), now_us, now_us))
+        self._write(sql, account_id, name, _hash_token(token), now_us, now_us)
         return self._as_account(account_id, name, 0, 0, 0, 0, now_us), token
 
     def authenticate(self, token: str) -> Account:
@@ -916,8 +944,7 @@ class Wallet:
 
     def account(self, account_id: str) -> Account:
         """Return an account as it stands. Raises AccountNotFound."""
-        account_id = _parse_account_id(account_id)
-        return self.database.read(lambda tx: self._account(tx, account_id))[1]
+        return self.database.read(lambda tx: self._account(tx, _parse_account_id(account_id)))[1]
 
     def accounts(self, **filters: Unpack[_AccountFilters]) -> Iterator[Account]:
         """Yield all accounts within the filters, newest first, few in memory at a time.
@@ -930,8 +957,12 @@ class Wallet:
                      **filters: Unpack[_AccountFilters]) -> AccountPage:
         """Return a page of accounts, newest first. Raises MalformedRequest."""
         limit = _parse_limit(limit)
-        found = self._accounts(limit + 1, cursor, **filters)
-        return _as_page(AccountPage, list(islice(found, limit + 1)), limit)
+        return _as_page(AccountPage, self._accounts(limit + 1, cursor, **filters), limit)
+
+    def overview(self) -> Overview:
+        """Return what there is in all accounts, and what was done last."""
+        overview: Overview = _import_part("overview").read(self)
+        return overview
 
     def freeze(self, account_id: str, frozen: bool = True) -> Account:
         """Let an account receive and spend nothing, or with False let it again. Return it.
@@ -939,7 +970,7 @@ class Wallet:
         Raises AccountNotFound.
         """
         sql = "UPDATE accounts SET frozen = ? WHERE id = ?"
-        self._write(f"{sql} RETURNING id", int(bool(frozen)), _parse_account_id(account_id))
+        self._write(sql, int(bool(frozen)), _parse_account_id(account_id))
         return self.account(account_id)
 
     def topup(self, account_id: str, amount: int, description: str | None = None,
@@ -1157,7 +1188,7 @@ class Wallet:
         above = 0 if after in (None, "0") else _parse_cursor("txn", account_id, str(after))
         entries = self._entries(account_id, limit + 1, above=above, below=below,
                                 newest_first=newest_first, **filters)
-        return _as_page(Page, list(islice(entries, limit + 1)), limit)
+        return _as_page(Page, entries, limit)
 
     def statement(self, account_id: str, **filters: Unpack[_Filters]) -> Iterator[Transaction]:
         """Return the history as it is now, oldest first, little of it in memory at a time."""
@@ -1222,10 +1253,11 @@ class Wallet:
         metadata = json.dumps(entry.metadata, ensure_ascii=False) if entry.metadata else None
         row = (sequence, entry.type, entry.amount, balance, entry.description, metadata,
                entry.reference, created_at_us)
+        values = (account_id, stamp.key, stamp.fingerprint, *row)
         if later is None:
-            tx(INSERT_ENTRY, account_id, stamp.key, stamp.fingerprint, *row)
+            tx(INSERT_ENTRY, *values)
         else:
-            later.append((account_id, stamp.key, stamp.fingerprint, *row))
+            later.append(values)
         return _as_transaction(account_id, row)
 
     def _check_movement(self, tx: _Execute, entry: _Entry, change: int, now_us: int) -> None:
@@ -1303,7 +1335,8 @@ class Wallet:
         """
 
         def write(tx: _Execute) -> T:
-            if stamp.is_issuers and tx(CLAIM_KEY, stamp.key, account_id)[0][0] != account_id:
+            is_issuers = stamp.key.startswith("§")  # No account can send such a key.
+            if is_issuers and tx(CLAIM_KEY, stamp.key, account_id)[0][0] != account_id:
                 raise IdempotencyKeyReused()
             return function(tx)
 
@@ -1338,11 +1371,11 @@ class Wallet:
             raise MalformedRequest(f"name {error}.") from None
         since_us = -SEQUENCE_MAX if since is None else _parse_time(since)
         below = (SEQUENCE_MAX if until is None else _parse_time(until), "")
-        try:
-            last = None if cursor is None else self.account(cursor)
-        except AccountNotFound:
-            raise MalformedRequest("cursor must be one that an earlier page had.") from None
-        if last:
+        if cursor is not None:
+            try:
+                last = self.account(cursor)
+            except AccountNotFound:
+                raise MalformedRequest("cursor must be one that an earlier page had.") from None
             below = min(below, (_as_us(last.created_at), last.id))
 
         def accounts(below: tuple[int, str]) -> Iterator[Account]:
@@ -1987,10 +2020,10 @@ ACCOUNT_PATH = "/api/accounts/<account_id:re:acc_[0-9A-Za-z]{16}>"
 
 
 class _Response(NamedTuple):
-    """What a route returns. A dict or a record is sent as JSON, and an iterator as it comes."""
+    """What a route returns. All but bytes, and an iterator of them, is sent as JSON."""
 
     status: int
-    body: dict[str, Any] | Account | Transaction | Hold | bytes | Iterator[bytes]
+    body: object
     headers: Mapping[str, str] = {}
     reason: str = ""  # For which it was refused.
 
@@ -2025,8 +2058,7 @@ def _get_account(wallet: Wallet, caller: Account | None, account_id: str) -> _Re
 @_route("/api/account/balance", query=("at",))
 def _get_balance(wallet: Wallet, caller: Account | None, account_id: str,
                  at: str = "") -> _Response:
-    balance, account = wallet.balance_at(account_id, at), caller or wallet.account(account_id)
-    return _Response(200, _to_balance(account, balance, at))
+    return _Response(200, _to_balance(wallet, caller or wallet.account(account_id), at))
 
 
 @_route("/api/account/token", "POST", body=partial(_parse_fields, {}), body_optional=True,
@@ -2081,6 +2113,7 @@ _routes.post(BATCH_PATH, body=partial(_parse_fields, TRANSACTIONS), key=True, ac
              body_bytes_max=BATCH_BODY_BYTES_MAX)(_call("batch", 201))
 _issuer_routes.get("/api/accounts", access="issuer",
                    query=("limit", "cursor", "name", "since", "until"))(_call("account_page"))
+_issuer_routes.get("/api/overview", access="issuer")(_call("overview"))
 for _path, _frozen in (("/freeze", True), ("/unfreeze", False)):
     _issuer_routes.post(ACCOUNT_PATH + _path, access="issuer", body=partial(_parse_fields, {}),
                         body_optional=True)(_call("freeze", frozen=_frozen))
@@ -2134,15 +2167,15 @@ _route_file("/docs", "docs.html")
 _route_file("/", "wallet.html")
 
 
-def _to_json(record: Account | Transaction | Hold) -> dict[str, Any]:
+def _to_json(record: object) -> dict[str, Any]:
     return {name: _format_time(value) if isinstance(value, datetime) else value
             for name, value in vars(record).items() if name != "replayed"}
 
 
-def _to_balance(account: Account, balance: int, at: str) -> dict[str, Any]:
+def _to_balance(wallet: Wallet, account: Account, at: str) -> dict[str, Any]:
     names = "id", "name", "currency", "currency_digits"
     return {name: getattr(account, name) for name in names} | {
-        "balance": balance, "at": _format_time(_as_time(_parse_time(at)))}
+        "balance": wallet.balance_at(account.id, at), "at": _format_time(_as_time(_parse_time(at)))}
 
 
 def _format_time(moment: datetime) -> str:
@@ -2266,7 +2299,8 @@ ROUTE, CALLER = "wallet.route", "wallet.caller"
 NO_ROUTE = ("There is no such route. /openapi.yaml lists all, and without an issuer there are none"
             " below /api/accounts.")
 QUIET = "/livez", "/readyz", "/metrics"  # Routes that are asked all day,
-POLLED = "/api/account", "/api/transactions", "/api/holds"  # and those that an open page asks.
+# and how those end that an open page asks.
+POLLED = "/account", "/accounts", ACCOUNT_PATH, "/transactions", "/holds", "/overview"
 
 
 class App:
@@ -2277,17 +2311,16 @@ class App:
         _check_files("docs.html", "openapi.json", "openapi.yaml", "wallet.html")
         _check_issuer_token(issuer_token)
         self.wallet, self.routes = wallet, Bottle()
-        self.has_issuer = issuer_token is not None
         self.stopping = False  # Whoever serves it sets this, and then /readyz says so.
-        self._issuer_token_hash = _hash_token(issuer_token) if issuer_token else ""
+        self.has_issuer = issuer_token is not None
+        self.routes.merge(_routes)
         if issuer_token:
             _keep_out_of_logs(issuer_token)
+            self._issuer_token_hash = _hash_token(issuer_token)
+            self.routes.merge(_issuer_routes)
         self._trusted_proxy = _parse_proxy(trusted_proxy)
         self._cors = _import_part("cors").Cors(cors_origins) if cors_origins else None
         self.metrics = _import_part("metrics").Metrics(wallet.database) if metrics else None
-        self.routes.merge(_routes)
-        if self.has_issuer:
-            self.routes.merge(_issuer_routes)
         if self.metrics:
             self.routes.get("/metrics", access="public")(self.metrics.get)
         self.routes.get("/api/wallet", access="public")(self._get_wallet)
@@ -2311,7 +2344,7 @@ class App:
         if not isinstance(caller, Account) and answer.status in (401, 500, 503):
             caller = None  # It is only what the token says, and maybe nobody has looked it up.
         route, is_poll = environ.get(ROUTE), "HTTP_X_POLLING" in environ and method != "POST"
-        is_quiet = route in QUIET or (is_poll and route in POLLED)
+        is_quiet = route in QUIET or (is_poll and str(route).endswith(POLLED))
         _log_access(logging.DEBUG if is_quiet and answer.status < 400 else logging.INFO,
                     method, path, answer.status, round(duration_s * 1000, 1), request_id,
                     getattr(caller, "id", caller), self._client(environ))
@@ -2403,12 +2436,11 @@ class App:
             return None
         token = _parse_authorization(environ.get("HTTP_AUTHORIZATION", ""))
         if self.has_issuer:
-            by_issuer = secrets.compare_digest(_hash_token(token), self._issuer_token_hash)
-            if by_issuer and access not in ("issuer", "both"):
+            if secrets.compare_digest(_hash_token(token), self._issuer_token_hash):
+                if access in ("issuer", "both"):
+                    return None
                 raise Forbidden("This route needs the token of an account, and this is the"
                                 " issuer's, whose routes are /api/accounts/{id} and below.")
-            if by_issuer:
-                return None
             if access in ("issuer", "money"):
                 self.wallet.authenticate(token)
                 raise Forbidden("This wallet has an issuer, and this route needs its token.")
@@ -2446,12 +2478,9 @@ def _render(answer: _Response, request_id: str, cors: Mapping[str, str],
     """Return the status line, the headers and the body, with all that every answer carries."""
     headers = {"Content-Type": "application/json", "X-Request-Id": request_id, **SECURITY_HEADERS,
                **answer.headers, **cors}
-    body: Iterable[bytes]
-    if isinstance(answer.body, Iterator):
-        body = answer.body
-    else:
-        made = answer.body
-        document = made if isinstance(made, bytes) else _encode(made).encode() + b"\n"
+    body: Any = answer.body
+    if not isinstance(body, Iterator):
+        document = body if isinstance(body, bytes) else _encode(body).encode() + b"\n"
         headers["Content-Length"], body = str(len(document)), [document]
     return f"{answer.status} {REASONS[answer.status]}", list(headers.items()), body
 

@@ -32,8 +32,10 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import Timeout, parse_url
 
 from wallet import (
+    FIRST_US,
     HOLD,
     INVALID_TOKEN,
+    LAST_US,
     MOVEMENT,
     NAME,
     NAME_CHARACTERS_MAX,
@@ -43,15 +45,18 @@ from wallet import (
     TRANSFER,
     Account,
     AccountPage,
+    AccountTransaction,
     ConfigurationError,
     CursorBeyondEnd,
     Forbidden,
     Hold,
     HoldPage,
+    Hour,
     InternalError,
     MalformedRequest,
     NotFound,
     OutcomeUnknown,
+    Overview,
     Page,
     Transaction,
     TransactionType,
@@ -61,7 +66,6 @@ from wallet import (
     WalletError,
     __version__,
     _as_time,
-    _as_us,
     _check_issuer_token,
     _format_time,
     _hide_tokens,
@@ -349,6 +353,14 @@ def _as_account_page(document: Any, replayed: bool) -> AccountPage:
     return AccountPage(accounts, document["next_cursor"])
 
 
+def _as_overview(document: Any, replayed: bool) -> Overview:
+    return replace(
+        _as_record(Overview, document),
+        hours=tuple(Hour(_as_time(_parse_time(one["since"])), int(one["transactions"]))
+                    for one in document["hours"]),
+        newest=tuple(_as_record(AccountTransaction, one) for one in document["newest"]))
+
+
 class _Unit(NamedTuple):
     currency: str
     currency_digits: int
@@ -362,9 +374,7 @@ def _query_time(value: str | datetime | None) -> str | None:
     """Return a time as a query has it. Raises MalformedRequest."""
     if value is None:
         return None
-    first_us, last_us = (_as_us(one.replace(tzinfo=timezone.utc))
-                         for one in (datetime.min, datetime.max))
-    return _format_time(_as_time(min(max(_parse_time(value), first_us), last_us)))
+    return _format_time(_as_time(min(max(_parse_time(value), FIRST_US), LAST_US)))
 
 
 # The wallet #######################################################################################
@@ -577,6 +587,9 @@ class RemoteWallet(Wallet):
                 yield from page.accounts
 
         return read(first)
+
+    def overview(self) -> Overview:
+        return self._ask(_Request("GET", "/api/overview", self._need_issuer(), _as_overview))
 
     def balance_at(self, account_id: str, at: str | datetime) -> int:
         return self._get(account_id, "/balance", lambda document, _: int(document["balance"]),

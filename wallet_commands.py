@@ -329,8 +329,7 @@ def _run_show(wallet: Wallet, given: _Given, output: Output) -> None:
         return
     if not given["id"].startswith("acc_"):
         _refuse("at", "must come with the id of an account", given["id"])
-    account = wallet.account(given["id"])
-    output.show(_to_balance(account, wallet.balance_at(account.id, at), at))
+    output.show(_to_balance(wallet, wallet.account(given["id"]), at))
 
 
 def _look_up(wallet: Wallet, id: str) -> _Record:

@@ -57,7 +57,8 @@ class Metrics:
             "wallet_movements", "transactions that were made, by requests", ["type"])
         self.refusals = counter(
             "wallet_refusals", "requests that were refused; reason is the code of the answer, or"
-            " queue: it waited too long, statements: too many at once, slow: its client was",
+            " queue: it waited too long, statements or overviews: too many at once, slow: its"
+            " client was",
             ["route", "reason"])
         self.commits = histogram(
             "wallet_commit_writes",

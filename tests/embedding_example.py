@@ -19,6 +19,7 @@ from wallet import (
     AccountFrozen,
     AccountNotFound,
     AccountPage,
+    AccountTransaction,
     App,
     BalanceLimitExceeded,
     BodyTooLarge,
@@ -30,6 +31,7 @@ from wallet import (
     HoldNotActive,
     HoldPage,
     HoldStatus,
+    Hour,
     IdempotencyKeyReused,
     InsufficientFunds,
     InternalError,
@@ -39,6 +41,7 @@ from wallet import (
     NotReady,
     NotRefundable,
     OutcomeUnknown,
+    Overview,
     Page,
     RefundExceedsCharge,
     Transaction,
@@ -141,6 +144,12 @@ def read(wallet: Wallet, account: Account, token: str) -> str:
     assert {one.name for one in wallet.accounts()} == {"Ada", "Bob"}
     named: AccountPage = wallet.account_page(limit=1, name="A", since=an_hour_ago)
     assert (named.accounts, named.next_cursor, account.holds_active) == ([account], None, 0)
+    overview: Overview = wallet.overview()
+    hour: Hour = overview.hours[-1]
+    newest: AccountTransaction = overview.newest[0]
+    assert (overview.accounts, overview.balance, overview.held) == (2, 650, 0)
+    assert hour.transactions > 0
+    assert (newest.account_name, newest.balance) == ("Bob", 49)
     assert wallet.freeze(account.id).frozen
     assert not wallet.freeze(account.id, False).frozen
     assert wallet.currency == "USD"

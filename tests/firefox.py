@@ -22,12 +22,15 @@ from websockets.exceptions import ConnectionClosed
 
 ABSENT = {
     "browser.setDownloadBehavior",
+    "emulation.setLocaleOverride",
     "emulation.setMediaFeaturesOverride",
     "emulation.setScreenOrientationOverride",
     "emulation.setScreenSettingsOverride",
 }
 
-NOT_DARK = "This Firefox stays as it started: see started_firefox in tests/support.py."
+# What every test may ask of these: Firefox starts so, if PREFERENCES in support.py are not changed.
+GIVEN = {"en", "light"}
+REFUSAL = "This Firefox stays as it started: see started_firefox in tests/support.py."
 
 # An answer can be as long as a screenshot, and neither side answers pings while it works.
 SOCKET = {"max_size": None, "ping_interval": None, "compression": None}
@@ -50,12 +53,18 @@ def with_eval(headers):
     ]
 
 
+def wanted(parameters):
+    """Return the scheme and the language that a test asks for: it must not take light for dark."""
+    scheme = parameters.get("features", {}).get("prefers-color-scheme")
+    return {scheme, parameters.get("locale")} - {None}
+
+
 async def pass_commands(playwright, firefox):
     """Pass on what Playwright asks for, until it leaves."""
     async for text in playwright:
         command = json.loads(text)
-        if '"dark"' in text and command["method"] in ABSENT:  # A test must not take light for dark.
-            answer = {"type": "error", "error": "unsupported operation", "message": NOT_DARK}
+        if command["method"] in ABSENT and wanted(command["params"]) - GIVEN:
+            answer = {"type": "error", "error": "unsupported operation", "message": REFUSAL}
             await playwright.send(json.dumps({"id": command["id"], **answer}))
         elif command["method"] in ABSENT:
             answer = {"type": "success", "id": command["id"], "result": {}}

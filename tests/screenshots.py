@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -39,7 +39,9 @@ MOVEMENTS = (
     (1.5, "refund", 450, "Lunch was cold"),
     (0.5, "hold", 1200, "Bicycle, until tonight"),
 )
-FIRST_NAMES = ("Ada", "Grace", "Alan", "Edsger", "Barbara", "Donald", "Frances", "Ken", "Radia", "Tim")
+FIRST_NAMES = (
+    "Ada", "Grace", "Alan", "Edsger", "Barbara", "Donald", "Frances", "Ken", "Radia", "Tim",
+)
 LAST_NAMES = ("Lovelace", "Hopper", "Turing", "Dijkstra", "Liskov", "Knuth")
 
 
@@ -81,7 +83,7 @@ def registered(page, token):
     """Show a new account, with the token that is told once."""
     page.get_by_role("textbox", name="Name").fill("Ada Lovelace")
     page.get_by_role("button", name="Register").click()
-    page.get_by_role("button", name="Sign out").wait_for()
+    page.locator("#token").wait_for()
 
 
 def holder(page, token):
@@ -97,7 +99,7 @@ def refused(page, token):
     page.get_by_role("radio", name="Charge").check()
     page.get_by_role("textbox", name="Amount").fill("900")
     page.get_by_role("button", name="Charge", exact=True).click()
-    page.get_by_text("The balance is too low").wait_for()
+    page.locator(".error").filter(visible=True).wait_for()
 
 
 def refund(page, token):
@@ -108,9 +110,24 @@ def refund(page, token):
 
 
 def issuer(page, token):
-    """Show what the issuer's token opens."""
+    """Show what the issuer's token opens: all accounts in sum, and the newest movements."""
     sign_in(page, ISSUER_TOKEN)
-    page.get_by_role("textbox", name="Token").wait_for(state="hidden")
+    page.locator("#newest > li").first.wait_for()
+
+
+def accounts(page, token):
+    """Show the issuer's list of accounts."""
+    sign_in(page, ISSUER_TOKEN)
+    page.get_by_role("link", name="Accounts").click()
+    page.locator("#listed > li").first.wait_for()
+
+
+def managed(page, token):
+    """Show an account as the issuer sees it."""
+    accounts(page, token)
+    page.get_by_role("searchbox", name="Search").fill("Ada Lovelace")
+    page.get_by_role("link", name="Ada Lovelace").click()
+    page.get_by_text("Lunch was cold").wait_for()
 
 
 # By name: what leads to the state, and whether the wallet has an issuer.
@@ -121,6 +138,8 @@ STATES = {
     "refused": (refused, False),
     "refund": (refund, False),
     "issuer": (issuer, True),
+    "accounts": (accounts, True),
+    "managed": (managed, True),
 }
 
 IN_README = ("holder", "issuer")
@@ -134,28 +153,38 @@ SCREENS = tuple(
 )
 
 
+DRAWN = "new Promise((drawn) => requestAnimationFrame(() => setTimeout(drawn)))"
+
+
 @contextmanager
-def in_state(name, page, screen, scheme):
+def in_state(name, browser, screen, scheme):
     """Show a state of the page on a screen of this size, in a new wallet."""
     reach, with_issuer = STATES[name]
     with ExitStack() as stack:
         wallet = stack.enter_context(Wallet())
         token = fill(wallet)
         url = stack.enter_context(running(wallet, ISSUER_TOKEN if with_issuer else None))
-        page.set_viewport_size(screen)
-        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        page = stack.enter_context(
+            closing(browser.new_page(viewport=screen, color_scheme=scheme, locale="en"))
+        )
         page.goto(url)
-        stack.callback(page.goto, "about:blank")
-        stack.callback(page.evaluate, "sessionStorage.clear()")
         reach(page, token)
-        page.evaluate("new Promise((drawn) => requestAnimationFrame(() => setTimeout(drawn)))")
-        yield
+        page.evaluate(DRAWN)
+        yield page
 
 
-def shoot(page, path, **options):
+def stretch(page):
+    """Make the screen as high as the page: rows that are out of sight are not drawn."""
+    for _ in range(2):  # What is drawn then may have another height than was kept free for it.
+        height = page.evaluate("document.documentElement.scrollHeight")
+        page.set_viewport_size({**page.viewport_size, "height": height})
+        page.evaluate(DRAWN)
+
+
+def shoot(page, path):
     """Write a screenshot, and tell what it weighs, and whether it must be scrolled sideways."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=path, animations="disabled", caret="hide", **options)
+    page.screenshot(path=path, animations="disabled", caret="hide")
     wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
     print(path, f"{path.stat().st_size / 1000:.0f} KB", "WIDER THAN THE SCREEN" if wide else "")
 
@@ -171,17 +200,19 @@ def main():
     options = parser.parse_args()
     if wrong := set(options.states) - set(STATES):
         parser.error(f"there is no state {', '.join(sorted(wrong))}")
-    with sync_playwright() as playwright, opened_chromium(playwright) as page:
+    with sync_playwright() as playwright, opened_chromium(playwright) as tab:
+        browser = tab.context.browser
         if options.all:
             for name, screen, scheme in itertools.product(
                 options.states or STATES, SCREENS, ("light", "dark")
             ):
-                with in_state(name, page, screen, scheme):
+                with in_state(name, browser, screen, scheme) as page:
                     path = options.all / f"{name}-{screen['width']}-{scheme}.png"
-                    shoot(page, path, full_page=True)
+                    stretch(page)
+                    shoot(page, path)
         else:
             for name in options.states or IN_README:
-                with in_state(name, page, README_SCREEN, "light"):
+                with in_state(name, browser, README_SCREEN, "light") as page:
                     shoot(page, HERE / "docs" / f"{name}.png")
 
 

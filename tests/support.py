@@ -357,7 +357,8 @@ FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), None
 # All on one worker, where they share each browser: to start one takes long.
 in_browser = pytest.mark.xdist_group("browser")
 
-# Both kinds of engine, for a test that uses `browser`, or `visit` in test_page.py.
+# For a test that uses `browser`, or `visit`. Other tests do so in Chromium.
+in_firefox = pytest.mark.parametrize("browser", ["firefox"], indirect=True)
 in_both_browsers = pytest.mark.parametrize("browser", ["chromium", "firefox"], indirect=True)
 
 
@@ -418,7 +419,8 @@ def opened_firefox(playwright, folder, preferences):
     """Start Firefox as tests/firefox.py does, with a profile of its own, and open a tab."""
     starter = folder / "firefox"
     command = shlex.join(map(str, (sys.executable, HERE / "tests" / "firefox.py", FIREFOX)))
-    starter.write_text(f'#!/bin/sh\necho $$ > {shlex.quote(str(folder / "pid"))}\nexec {command} "$@"\n')
+    noted = shlex.quote(str(folder / "pid"))
+    starter.write_text(f'#!/bin/sh\necho $$ > {noted}\nexec {command} "$@"\n')
     starter.chmod(0o700)
     browser = playwright.firefox.launch(
         channel="moz-firefox",
@@ -450,7 +452,7 @@ def firefox(started_firefox):
 
 @pytest.fixture
 def browser(request):
-    """A tab of Chromium, or of each browser for a test that is `in_both_browsers`."""
+    """A tab of Chromium, unless the test is `in_firefox` or `in_both_browsers`."""
     return request.getfixturevalue(getattr(request, "param", "chromium"))
 
 
@@ -589,6 +591,33 @@ def file_wallet(file_dsn):
 @pytest.fixture
 def ada(wallet):
     return wallet.register("Ada")[0]
+
+
+def fill_to_the_brim(wallet, accounts=1030):
+    """Make accounts of which each has as much as one can have, and holds all of it: together that is
+    more than 2^63. Return the sum.
+    """
+    now_us = wallet_module._now_us()
+    ids = [f"acc_{number:016}" for number in range(accounts)]
+    columns = f"transactions ({wallet_module.ENTRY_COLUMNS})"
+    entries = [
+        (one, f"k{sequence}", "0" * 64, sequence, type, AMOUNT_MAX, AMOUNT_MAX, None, None, None, now_us)
+        for one in ids
+        for sequence, type in ((1, "topup"), (2, "hold"))
+    ]
+    rows = {
+        "accounts": [(one, "Full", "0" * 64, AMOUNT_MAX, AMOUNT_MAX, 2, 0, now_us, now_us) for one in ids],
+        columns: entries,
+        "holds": [(one, 2, AMOUNT_MAX, now_us + 60_000_000, "active", 0) for one in ids],
+    }
+
+    def fill(tx):
+        for into, several in rows.items():
+            for first in range(0, len(several), 500):
+                wallet_module._insert_rows(tx, into, several[first : first + 500])
+
+    wallet.database.write(fill)
+    return accounts * AMOUNT_MAX
 
 
 class Client:
@@ -1868,8 +1897,9 @@ def visit(browser):
     """A function that visits a page.
 
     It does so in the tab that there is, in `page`, or with `context` in a tab of its own, which has
-    these options of Playwright's contexts. There `script` runs before the page's own, and with `has_clock` time is the
-    test's to move. At the end nothing may have gone wrong there, and nothing else have been asked.
+    these options of Playwright's contexts. There `script` runs before the page's own, and with
+    `has_clock` time is the test's to move. At the end nothing may have gone wrong there, and nothing
+    else have been asked.
     """
     visits = []
 
@@ -1926,14 +1956,15 @@ def axe():
     return Path(axe_playwright_python.__path__[0], "axe.min.js").read_text()
 
 
-def check_accessible(tab, axe):
-    """Assert that axe-core finds nothing in either scheme at any size, and that nothing must be
-    scrolled sideways.
+def check_accessible(tab, axe, schemes=("light", "dark")):
+    """Assert that axe-core finds nothing in these schemes at any size, and that nothing must be
+    scrolled sideways. None is the scheme that a Firefox started with, and cannot change.
     """
     if not tab.page.evaluate("'axe' in window"):
         tab.page.evaluate(axe)
-    for size, scheme in itertools.product((WIDE, TABLET, PHONE), ("light", "dark")):
-        tab.page.emulate_media(color_scheme=scheme)
+    for size, scheme in itertools.product((WIDE, TABLET, PHONE), schemes):
+        if scheme:
+            tab.page.emulate_media(color_scheme=scheme)
         tab.page.set_viewport_size(size)
         found = tab.page.evaluate(
             "axe.run({ resultTypes: ['violations'] }).then((found) => found.violations)"

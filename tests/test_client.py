@@ -35,6 +35,7 @@ import urllib3
 
 import wallet as wallet_module
 import wallet_client
+import wallet_overview
 from tests.cutting import CuttingProxy, Scripted, html, http_answer, problem
 from tests.support import (
     ISSUER_TOKEN,
@@ -42,6 +43,7 @@ from tests.support import (
     WRONG_TOKEN,
     check_books,
     environment,
+    fill_to_the_brim,
     free_port,
     served,
     together,
@@ -52,9 +54,11 @@ from wallet import (
     Account,
     AccountFrozen,
     AccountNotFound,
+    AccountTransaction,
     ConfigurationError,
     CursorBeyondEnd,
     Forbidden,
+    Hour,
     IdempotencyKeyReused,
     InsufficientFunds,
     InternalError,
@@ -527,6 +531,20 @@ def test_the_issuer_lists_accounts_as_in_process(shop):
             shop.issuer.account_page(**wrong)
 
 
+def test_the_issuer_is_given_the_overview_of_a_wallet_in_process(shop, monkeypatch):
+    """Also where the sums are above what 64 bits hold: JSON has integers of any size."""
+    monkeypatch.setattr(wallet_overview, "REST", 0)  # However slow this machine is.
+    assert shop.issuer.overview() == shop.books.overview()
+    fill_to_the_brim(shop.books)
+    ids = fill(shop.issuer)
+    shop.issuer.freeze(ids.bob)
+    far, near = shop.issuer.overview(), shop.books.overview()
+    assert far == near
+    assert far.balance == near.balance > 2**63
+    assert [type(one) for one in (far.hours[0], far.newest[0])] == [Hour, AccountTransaction]
+    assert (far.newest[0].account_name, far.newest[0].description) == ("Ada", "wages")
+
+
 def test_the_issuer_freezes_and_lets_go(shop):
     ids = fill(shop.issuer)
     frozen = shop.issuer.freeze(ids.ada)
@@ -584,7 +602,9 @@ def test_what_needs_the_issuer_or_an_unknown_token_is_refused_without_a_request(
         ):
             with pytest.raises(Unauthorized, match=f"The token of {NOBODY} is not known here"):
                 call()
-        for call in (wallet.accounts, wallet.account_page, lambda: wallet.freeze(NOBODY)):
+        for call in (
+            wallet.accounts, wallet.account_page, wallet.overview, lambda: wallet.freeze(NOBODY),
+        ):  # fmt: skip
             with pytest.raises(Unauthorized, match="token of the issuer: connect with it"):
                 call()
         several = [{"account": f"acc_{digit * 16}", "type": "charge", "amount": 1} for digit in "01"]

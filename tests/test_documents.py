@@ -434,7 +434,7 @@ def contract_of(issuer):
     contract["paths"] = {
         path: item
         for path, item in contract["paths"].items()
-        if path.startswith("/api/accounts") == issuer
+        if path.startswith(("/api/accounts", "/api/overview")) == issuer
     }
     tags = {tag for operation in operations_of(contract).values() for tag in operation["tags"]}
     assert ("issuer" in tags) == issuer

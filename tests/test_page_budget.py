@@ -27,6 +27,7 @@ def asked_before_first_paint(page, url):
     was something to see.
     """
     held = []
+    page.goto("about:blank")  # What was here before must not ask any more.
     page.route(lambda address: address != f"{url}/", lambda route: held.append(route))
     page.goto(url, wait_until="commit")
     page.evaluate(FIRST_PAINT)

@@ -74,6 +74,11 @@ CREATE TABLE IF NOT EXISTS transactions (
 -- the type is in the account.
 CREATE INDEX IF NOT EXISTS transactions_by_type ON transactions (account_id, type, sequence);
 
+-- The newest movements of all accounts, and how many an hour had, are found
+-- without the rest. A hold and a release are none.
+CREATE INDEX IF NOT EXISTS transactions_by_time ON transactions (created_at, sequence)
+    WHERE type NOT IN ('hold', 'release');
+
 -- What a charge has had refunded is the sum of a few rows.
 CREATE INDEX IF NOT EXISTS refunds_by_charge ON transactions (account_id, reference)
     WHERE type = 'refund';
