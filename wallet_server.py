@@ -200,12 +200,13 @@ class _Channel(HTTPChannel):
 class Server(TcpWSGIServer):
     channel_class, serve_until, looked_at = _Channel, math.inf, 0.0
     next_channel_cleanup = math.inf  # `turn` does it, by a clock that nobody can set.
-    warned_until, is_draining = 0.0, False
+    warned_until, is_draining, has_ended = 0.0, False, False
     logger = logging.Logger("waitress", logging.ERROR)
 
     def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
         self.url, self.sockets = url_of(bound), dict[int, Any]()
         self.probes: deque[_Channel] = deque()
+        self.ending = threading.RLock()  # A signal handler may come while its thread holds it.
         settings = Adjustments(
             ident="", backlog=CONNECTIONS_MAX, threads=threads,
             connection_limit=connections_max(threads),
@@ -244,13 +245,21 @@ class Server(TcpWSGIServer):
         while self.active_channels and time.monotonic() < deadline:
             self.turn(0.05, STOP_IDLE_S)
         self.task_dispatcher.shutdown(timeout=1)
-        wasyncore.close_all(self.sockets)
+        with self.ending:
+            self.has_ended = True
+            wasyncore.close_all(self.sockets)
         logger.info("stopped")
 
     def stop(self, drain_s: float = 0) -> None:
         """Make `run` return, so much later. Any thread may call it, and a signal handler."""
         self.application.stopping, self.serve_until = True, time.monotonic() + drain_s
         self.pull_trigger()
+
+    def pull_trigger(self) -> None:
+        """Wake the loop. Once it has ended, its pipe's number may be that of another file."""
+        with self.ending:
+            if not self.has_ended:
+                super().pull_trigger()
 
 
 def _find_refusal(channel: _Channel, request: _Parser) -> WalletError | None:

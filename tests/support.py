@@ -1896,16 +1896,16 @@ class Visit:
 def visit(browser):
     """A function that visits a page.
 
-    It does so in the tab that there is, in `page`, or with `context` in a tab of its own, which has
-    these options of Playwright's contexts. There `script` runs before the page's own, and with
-    `has_clock` time is the test's to move. At the end nothing may have gone wrong there, and nothing
-    else have been asked.
+    With `context` it does so in a tab of its own, which has these options of Playwright's contexts.
+    There `script` runs before the page's own, and with `has_clock` time is the test's to move. At
+    the end nothing may have gone wrong there, and nothing else have been asked.
     """
     visits = []
 
-    def make(*arguments, page=browser, context=None, script="", has_clock=False, **options):
+    def make(*arguments, context=None, script="", has_clock=False, **options):
         for before in visits[-1:]:
             before.close()
+        page = browser
         if context is not None:
             apart = browser.context.browser.new_context(**{"locale": "en", **context})
             stack.enter_context(contextlib.closing(apart))

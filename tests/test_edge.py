@@ -26,6 +26,7 @@ from urllib.parse import quote
 
 import pytest
 from waitress.adjustments import Adjustments
+from waitress.server import TcpWSGIServer
 
 import wallet as wallet_module
 import wallet_cli
@@ -302,6 +303,18 @@ def watched_server(wallet, threads):
     finally:
         server.stop()
         thread.join()
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_stop_after_the_end_writes_into_no_file_that_was_opened_since(careless):
+    with Wallet() as wallet, watched_server(wallet, 1) as (_, _, server):
+        pass
+    here, there = os.pipe()
+    os.set_blocking(here, False)
+    server.trigger.trigger = there  # A file that is opened next may have the number of its pipe.
+    with open(here, "rb", 0) as reader, open(there, "wb", 0):
+        (TcpWSGIServer.pull_trigger if careless else wallet_server.Server.stop)(server)
+        assert reader.read() == (b"x" if careless else None)
 
 
 def scrape(app):

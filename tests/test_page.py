@@ -31,6 +31,7 @@ from tests.support import (
     NARROWEST,
     PAGE,
     STORED,
+    WITHOUT_SITE_DATA,
     Visit,
     check_accessible,
     check_books,
@@ -557,6 +558,34 @@ def test_page_holds_captures_releases_transfers_and_refunds(kiosk, visit):
     assert tab.page.get_by_role("button", name=re.compile("^Refund")).count() == 0
 
 
+@pytest.mark.slow
+@in_browser
+def test_hold_expires_after_what_is_chosen_and_has_its_description_and_metadata(kiosk, visit):
+    kiosk.wallet.topup(kiosk.ada.id, 500)
+    tab = visit(kiosk.url, kiosk.token)
+    tab.choose("Hold")
+    chosen = tab.form().get_by_label("Expires after")
+    assert chosen.locator("option:checked").text_content() == "7 days"
+    for text, length in {
+        "15 minutes": timedelta(minutes=15),
+        "1 hour": timedelta(hours=1),
+        "1 day": timedelta(days=1),
+        "7 days": timedelta(days=7),
+        "30 days": timedelta(days=30),
+    }.items():
+        tab.move(
+            "Hold", amount="1", expires_after=text, description=text, metadata=f"length = {text}"
+        )
+        tab.see(tab.page.locator("#held .about").first, text)
+        hold = kiosk.wallet.holds(kiosk.ada.id).holds[0]
+        assert hold.expires_at - hold.created_at == length
+        assert (hold.description, hold.metadata) == (text, {"length": text})
+        assert chosen.locator("option:checked").text_content() == "7 days"
+    until = tab.page.locator("#held time").first
+    assert until.get_attribute("datetime").startswith(f"{hold.expires_at:%Y-%m-%dT%H:%M:%S}")
+    tab.see(tab.page.locator("#toast", has_text=f"Held $1.00 until {until.inner_text()}."))
+
+
 # What is looked at, and when ######################################################################
 
 
@@ -721,7 +750,7 @@ def test_balance_available_held_and_history_agree_at_any_moment_while_money_move
     with ThreadPoolExecutor(1) as threads:
         moving = threads.submit(move_money)
         try:
-            for _ in range(25):
+            for _ in range(12):
                 tab.page.evaluate("noteUse(); inTurn(view, view.look)")
                 if careless and tab.page.evaluate("window.disagreements.length"):
                     break
@@ -729,7 +758,7 @@ def test_balance_available_held_and_history_agree_at_any_moment_while_money_move
             stopped.set()
         moving.result()
     assert bool(tab.page.evaluate("window.disagreements.slice(0, 3)")) == careless
-    assert tab.page.evaluate("window.moments") > (0 if careless else 20)
+    assert tab.page.evaluate("window.moments") > (0 if careless else 10)
     balance = kiosk.wallet.account(kiosk.ada.id).balance
     tab.see("#balance", f"${balance / 100:,.2f}")
     tab.see("#held", "Nothing is held.")
@@ -1126,7 +1155,7 @@ def test_what_was_done_is_said_where_the_eye_is_on_a_phone_also_after_a_dialog(
     tab.press("Refund")
     tab.hear("Refunded $5.00. The balance is $80.50.")
     said.append(tab.page.evaluate(IN_SIGHT))
-    assert said == [not careless] * 3
+    assert all(said) == (not careless)
     assert tab.page.locator("#toast").get_attribute("role") == "status"
     tab.press("Close the message")
     assert tab.page.locator("#toast").is_hidden()
@@ -1284,13 +1313,8 @@ NO_SITE_DATA = """Object.defineProperty(window, "sessionStorage", {
     get() { throw new DOMException("Access is denied for this document.", "SecurityError"); } });"""
 
 
-@pytest.mark.slow
-@in_browser
-def test_browser_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory(kiosk, visit):
-    tab = visit(kiosk.url)
-    tab.see("#ways")
-    assert tab.page.locator("#forgetful").is_hidden()
-    tab = visit(kiosk.url, context={}, script=NO_SITE_DATA)
+def check_works_in_memory(tab):
+    """Assert that the page says that it keeps nothing, and works all the same."""
     sentence = (
         "This browser keeps no data of this site, so the page works in memory: reloading or"
         " closing it forgets the token."
@@ -1310,6 +1334,28 @@ def test_browser_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory
     tab.see("#balance", "$5.00")
     tab.press("Sign out")
     tab.see("#told", "You are signed out, and this page has forgotten the token.")
+
+
+@pytest.mark.slow
+@in_browser
+def test_browser_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory(kiosk, visit):
+    tab = visit(kiosk.url)
+    tab.see("#ways")
+    assert tab.page.locator("#forgetful").is_hidden()
+    check_works_in_memory(visit(kiosk.url, context={}, script=NO_SITE_DATA))
+
+
+@pytest.mark.slow
+@in_browser
+def test_firefox_that_keeps_no_site_data_is_told_so_and_the_page_works_in_memory(
+    kiosk, started_firefox
+):
+    with (
+        started_firefox(**WITHOUT_SITE_DATA) as page,
+        contextlib.closing(Visit(page, kiosk.url)) as tab,
+    ):
+        check_works_in_memory(tab)
+        assert tab.faults == []
 
 
 # The history's search and file ####################################################################
@@ -1624,13 +1670,14 @@ def test_button_that_is_busy_says_so_and_does_not_begin_again(
         button = tab.see("button[aria-busy=true]", "Register")
         assert button.evaluate("(one) => getComputedStyle(one, '::after').content") == '" …"'
         assert tab.field("Name").evaluate("(one) => one.readOnly")
-    wait_until(tab, lambda: len(waiting) == 2 if careless else waiting)
-    assert len(waiting) == (2 if careless else 1)
-    for route in waiting:
-        route.continue_()
+    wait_until(tab, lambda: waiting)
+    tab.page.unroute("**/api/register")  # It goes on, and whatever else comes is done at once.
     tab.see("#token")
+    if careless:
+        wait_until(tab, lambda: len([*kiosk.wallet.accounts()]) == 3)
+        return
     assert tab.page.locator("[aria-busy=true]").count() == 0
-    wait_until(tab, lambda: len([*kiosk.wallet.accounts()]) == 1 + len(waiting))
+    assert [one.name for one in kiosk.wallet.accounts()] == ["Grace", "Ada"]
 
 
 @pytest.mark.slow
@@ -1739,8 +1786,9 @@ def test_name_of_an_attacker_turns_no_figure_around_that_the_issuer_is_told(
         change_page('bdi(owner), ": "', 'owner, ": "')
     evil, _ = kiosk.wallet.register(EVIL)
     with running(kiosk.wallet, "issuer-" * 5) as url:
-        tab = visit(url, "issuer-" * 5)
+        tab = visit(url)
         tab.page.evaluate("(id) => { location.hash = id; }", evil.id)
+        tab.sign_in("issuer-" * 5)
         tab.move("Top up", amount="1234.56")
         tab.see(tab.page.locator("#toast", has_text="Topped up $1,234.56"))
         assert bool(tab.page.evaluate(TURNED_AROUND)) == careless
@@ -1795,8 +1843,9 @@ def test_account_whose_id_reads_like_a_part_of_a_path_works_as_any_other(
                 lambda length: "ACCOUNTBASEIDIDs" if length == 16 else made(length),
             )
             account, _ = wallet.register("Ida")
-        tab = visit(url, "issuer-" * 5, refusals=[404])
+        tab = visit(url, refusals=[404])
         tab.page.evaluate("(id) => { location.hash = id; }", account.id)
+        tab.sign_in("issuer-" * 5)
         tab.move("Top up", amount="5")
         if careless:
             tab.see(".failure")
