@@ -39,8 +39,8 @@ CREATE TABLE IF NOT EXISTS accounts (
     updated_at     BIGINT           NOT NULL
 );
 
--- Accounts are listed newest first, and what a name begins with is looked for
--- here, without the accounts.
+-- Accounts are listed newest first, and a part of a name is looked for here,
+-- without the accounts.
 CREATE INDEX IF NOT EXISTS accounts_by_time ON accounts (created_at, id, name COLLATE "C");
 
 -- One row per movement of money, and per hold that was made or released: all

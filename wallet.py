@@ -472,7 +472,7 @@ class _Filters(_Times, total=False):
 
 
 class _AccountFilters(_Times, total=False):
-    name: str | None  # What it begins with.
+    name: str | None  # A part of it, in any case of A to Z.
 
 
 class _Stamp(NamedTuple):
@@ -842,7 +842,8 @@ ACCOUNT = """
         WHERE account_id = accounts.id AND status = 'active' AND expires_at > ?), frozen, created_at
     FROM accounts"""
 ACCOUNTS = f"""
-    {ACCOUNT} WHERE created_at >= ? AND (created_at, id) < (?, ?) AND substr(name, 1, ?) = ?
+    {ACCOUNT} WHERE created_at >= ? AND (created_at, id) < (?, ?)
+        AND length(replace(lower(name COLLATE "C"), ?, '')) <= length(name) - ?
     ORDER BY created_at DESC, id DESC LIMIT ?"""
 HOLD_STATUS = "CASE WHEN status = 'active' AND expires_at <= ? THEN 'expired' ELSE status END"
 HOLDS_OF = f"""
@@ -1366,7 +1367,7 @@ class Wallet:
                   ) -> Iterator[Account]:
         """Return the accounts within all filters, read `rows_max` at a time."""
         try:
-            prefix = _text(NAME_CHARACTERS_MAX)(name or "")
+            part = _text(NAME_CHARACTERS_MAX)(name or "").encode().lower().decode()  # A to Z.
         except ValueError as error:
             raise MalformedRequest(f"name {error}.") from None
         since_us = -SEQUENCE_MAX if since is None else _parse_time(since)
@@ -1378,11 +1379,13 @@ class Wallet:
                 raise MalformedRequest("cursor must be one that an earlier page had.") from None
             below = min(below, (_as_us(last.created_at), last.id))
 
+        sql = self.database.adapt(ACCOUNTS)
+
         def accounts(below: tuple[int, str]) -> Iterator[Account]:
             while True:
                 now_us = _now_us()
                 rows = self._read(
-                    ACCOUNTS, now_us, now_us, since_us, *below, len(prefix), prefix, rows_max)
+                    sql, now_us, now_us, since_us, *below, part, len(part), rows_max)
                 yield from (self._as_account(*row) for _, *row in rows)
                 if len(rows) < rows_max:
                     return

@@ -706,10 +706,10 @@ class RemoteWallet(Wallet):
 def _query_accounts(name: str | None = None, since: str | datetime | None = None,
                     until: str | datetime | None = None) -> dict[str, str | None]:
     try:
-        prefix = _text(NAME_CHARACTERS_MAX)(name or "")
+        part = _text(NAME_CHARACTERS_MAX)(name or "")
     except ValueError as error:
         raise MalformedRequest(f"name {error}.") from None
-    return {"name": prefix or None, "since": _query_time(since), "until": _query_time(until)}
+    return {"name": part or None, "since": _query_time(since), "until": _query_time(until)}
 
 
 def _query_filters(type: TransactionType | None = None, since: str | datetime | None = None,
