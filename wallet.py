@@ -2302,8 +2302,8 @@ ROUTE, CALLER = "wallet.route", "wallet.caller"
 NO_ROUTE = ("There is no such route. /openapi.yaml lists all, and without an issuer there are none"
             " below /api/accounts.")
 QUIET = "/livez", "/readyz", "/metrics"  # Routes that are asked all day,
-# and those that an open page asks.
-POLLED = "/api/account", "/api/transactions", "/api/holds", "/api/overview"
+# and how those end that an open page asks.
+POLLED = "/account", "/accounts", ACCOUNT_PATH, "/transactions", "/holds", "/overview"
 
 
 class App:
@@ -2347,7 +2347,7 @@ class App:
         if not isinstance(caller, Account) and answer.status in (401, 500, 503):
             caller = None  # It is only what the token says, and maybe nobody has looked it up.
         route, is_poll = environ.get(ROUTE), "HTTP_X_POLLING" in environ and method != "POST"
-        is_quiet = route in QUIET or (is_poll and route in POLLED)
+        is_quiet = route in QUIET or (is_poll and str(route).endswith(POLLED))
         _log_access(logging.DEBUG if is_quiet and answer.status < 400 else logging.INFO,
                     method, path, answer.status, round(duration_s * 1000, 1), request_id,
                     getattr(caller, "id", caller), self._client(environ))

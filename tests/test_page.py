@@ -32,6 +32,7 @@ from tests.support import (
     PAGE,
     STORED,
     WIDE,
+    WITHOUT_SITE_DATA,
     Visit,
     check_accessible,
     check_books,
@@ -1970,80 +1971,6 @@ def test_page_works_below_a_path_of_another_site(kiosk, visit):
 class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
     def log_message(self, *_):
         pass
-
-
-@pytest.mark.slow
-@in_browser
-def test_axe_finds_nothing_in_any_state_of_the_page(kiosk, visit, axe):
-    tab = visit(kiosk.url, refusals=[401, 402, 404])
-    tab.see("#ways")
-    check_accessible(tab, axe)
-    tab.field("Token").fill(kiosk.token)
-    tab.press("Open")
-    tab.see("#balance", "$0.00")
-    check_accessible(tab, axe)
-    kiosk.wallet.topup(kiosk.ada.id, AMOUNT_MAX, "x" * 500, metadata={"n" * 40: "v" * 500})
-    kiosk.wallet.charge(kiosk.ada.id, 250, "A charge")
-    kiosk.wallet.hold(kiosk.ada.id, AMOUNT_MAX // 2, "W" * 100)
-    tab.see("#held bdi")
-    tab.move("Charge", amount="90000000000000")
-    tab.see(".error")
-    tab.press("Python")
-    tab.page.locator("#plot-table summary").click()
-    tab.see("table")
-    tab.page.locator("#plot").hover()
-    tab.field("Id", exact=True).fill("txn_")
-    tab.press("Find")
-    tab.see("#history-search .failure")
-    check_accessible(tab, axe)
-    tab.fill(amount="1.250")
-    tab.see(".preview button")
-    check_accessible(tab, axe)
-    tab.open("Details of Top up")
-    check_accessible(tab, axe)
-    tab.press("Close")
-    tab.open("Refund $2.50")
-    tab.fill(amount="3")
-    tab.press("Refund")
-    tab.see("dialog .error")
-    check_accessible(tab, axe)
-    tab.fill(amount="2")
-    tab.press("Refund")
-    tab.hear("Refunded $2.00. The balance is $90,071,992,547,409.41.")
-    check_accessible(tab, axe)
-    tab.open("Make a new token")
-    check_accessible(tab, axe)
-    tab.place().locator("button.primary").click()
-    tab.see("#fresh")
-    check_accessible(tab, axe)
-    tab.press("Sign out")
-    tab.see("dialog")
-    check_accessible(tab, axe)
-    tab.press("Close")
-    tab.press("I have kept it")
-    kiosk.wallet.freeze(kiosk.ada.id)
-    tab.see("#frozen")
-    check_accessible(tab, axe)
-    kiosk.wallet.replace_token(kiosk.ada.id)
-    tab.see("#told")
-    check_accessible(tab, axe)
-
-
-@pytest.mark.slow
-@in_browser
-def test_control_what_a_user_cannot_read_is_found(kiosk, visit, axe):
-    tab = visit(kiosk.url)
-    for harm, found in (
-        ("document.querySelector('label').remove()", "label"),
-        ("document.documentElement.style.setProperty('--quiet', '#aaaaaa')", "color-contrast"),
-        ("document.getElementById('new-title').style.width = '400px'", "416 == 320"),
-    ):
-        tab.page.set_viewport_size(WIDE)
-        tab.page.reload()
-        tab.see("#new-title")
-        tab.page.evaluate(harm)
-        with pytest.raises(AssertionError, match=found):
-            check_accessible(tab, axe)
 
 
 @in_browser
