@@ -2295,14 +2295,14 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
                          parse_int=lambda digits: int(digits[:20]))
 
 
-# In the environ: the error with which the server asks to refuse the request, and when that was
-# complete; and what App notes there for the log and the metrics.
+# In the environ: the error with which the server refuses the request, and when that was complete;
+# and what App notes for the log and the metrics.
 REFUSAL, RECEIVED = "wallet.refusal", "wallet.received"
 ROUTE, CALLER = "wallet.route", "wallet.caller"
 NO_ROUTE = ("There is no such route. /openapi.yaml lists all, and without an issuer there are none"
             " below /api/accounts.")
-QUIET = "/livez", "/readyz", "/metrics"  # Routes that are asked all day,
-# and how those end that an open page asks.
+# Routes that are asked all day, and how those end that an open page asks.
+QUIET = "/livez", "/readyz", "/metrics"
 POLLED = "/account", "/accounts", ACCOUNT_PATH, "/transactions", "/holds", "/overview"
 
 
