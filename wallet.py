@@ -426,7 +426,7 @@ class AccountTransaction(Transaction):
 
 @dataclass(frozen=True)
 class Hour:
-    """How many transactions there were in the hour from `since` on."""
+    """How many transactions an hour had, from `since` on."""
 
     since: datetime
     transactions: int
@@ -434,9 +434,9 @@ class Hour:
 
 @dataclass(frozen=True)
 class Overview:
-    """All accounts at one moment. The sums are exact, also above what 64 bits hold.
+    """All accounts at one moment. The sums are exact, also above 64 bits.
 
-    `hours` are the last 24, of which the last one still runs. `newest` begins with the newest.
+    `hours` are the last 24; the last one still runs. `newest` is newest first.
     """
 
     currency: str
@@ -472,7 +472,7 @@ class _Filters(_Times, total=False):
 
 
 class _AccountFilters(_Times, total=False):
-    name: str | None  # A part of it, in any case of A to Z.
+    name: str | None  # A part of it, in any case.
 
 
 class _Stamp(NamedTuple):
@@ -563,7 +563,7 @@ def _as_transaction(account_id: str, row: _Row, replayed: bool = False) -> Trans
 
 
 def _as_page(kind: Callable[[list[Any], str | None], T], found: Iterable[Any], limit: int) -> T:
-    """Return a page of what is found. Its last one is looked at only to know if there is more."""
+    """Return a page of what is found. One more tells if there is another."""
     found = list(islice(found, limit + 1))
     return kind(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
@@ -1376,7 +1376,7 @@ class Wallet:
             try:
                 last = self.account(cursor)
             except AccountNotFound:
-                raise MalformedRequest("cursor must be one that an earlier page had.") from None
+                raise MalformedRequest("cursor must be one of an earlier page.") from None
             below = min(below, (_as_us(last.created_at), last.id))
 
         sql = self.database.adapt(ACCOUNTS)
@@ -2301,7 +2301,7 @@ REFUSAL, RECEIVED = "wallet.refusal", "wallet.received"
 ROUTE, CALLER = "wallet.route", "wallet.caller"
 NO_ROUTE = ("There is no such route. /openapi.yaml lists all, and without an issuer there are none"
             " below /api/accounts.")
-# Routes that are asked all day, and how those end that an open page asks.
+# Routes that are asked all day, and the ends of an open page's.
 QUIET = "/livez", "/readyz", "/metrics"
 POLLED = "/account", "/accounts", ACCOUNT_PATH, "/transactions", "/holds", "/overview"
 

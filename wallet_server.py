@@ -198,15 +198,12 @@ class _Channel(HTTPChannel):
 
 
 class Server(TcpWSGIServer):
-    channel_class, serve_until, looked_at = _Channel, math.inf, 0.0
-    next_channel_cleanup = math.inf  # `turn` does it, by a clock that nobody can set.
-    warned_until, is_draining, has_ended = 0.0, False, False
-    logger = logging.Logger("waitress", logging.ERROR)
+    channel_class, logger = _Channel, logging.Logger("waitress", logging.ERROR)
+    serve_until = next_channel_cleanup = math.inf  # `turn` cleans up, by a clock nobody can set.
+    looked_at, warned_until, is_draining, ending = 0.0, 0.0, False, threading.RLock()
 
     def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
-        self.url, self.sockets = url_of(bound), dict[int, Any]()
-        self.probes: deque[_Channel] = deque()
-        self.ending = threading.RLock()  # A signal handler may come while its thread holds it.
+        self.url, self.sockets, self.probes = url_of(bound), dict[int, Any](), deque[_Channel]()
         settings = Adjustments(
             ident="", backlog=CONNECTIONS_MAX, threads=threads,
             connection_limit=connections_max(threads),
@@ -246,7 +243,6 @@ class Server(TcpWSGIServer):
             self.turn(0.05, STOP_IDLE_S)
         self.task_dispatcher.shutdown(timeout=1)
         with self.ending:
-            self.has_ended = True
             wasyncore.close_all(self.sockets)
         logger.info("stopped")
 
@@ -256,9 +252,8 @@ class Server(TcpWSGIServer):
         self.pull_trigger()
 
     def pull_trigger(self) -> None:
-        """Wake the loop. Once it has ended, its pipe's number may be that of another file."""
-        with self.ending:
-            if not self.has_ended:
+        with self.ending:  # After the end, the number of its pipe may be another file's.
+            if self.sockets:
                 super().pull_trigger()
 
 
