@@ -72,7 +72,7 @@ def fill(wallet):
 
 def sign_in(page, token):
     page.get_by_role("textbox", name="Token").fill(token)
-    page.get_by_role("button", name="Open").click()
+    page.get_by_role("button", name="Sign in").click()
 
 
 def signed_out(page, token):
@@ -83,7 +83,7 @@ def registered(page, token):
     """Show a new account, with the token that is told once."""
     page.get_by_role("textbox", name="Name").fill("Ada Lovelace")
     page.get_by_role("button", name="Register").click()
-    page.locator("#token").wait_for()
+    page.locator(".token").wait_for()
 
 
 def holder(page, token):

@@ -98,7 +98,7 @@ def test_user_of_the_page_registers_tops_up_is_refused_and_finds_all_again_after
     tab.field("Name").fill(name)
     tab.press("Register")
     tab.see("#balance", "$0.00")
-    token = tab.see("#token").inner_text()
+    token = tab.see(".token").inner_text()
     account = kiosk.wallet.authenticate(token)
     assert (account.name, tab.page.evaluate(STORED)) == (name, token)
     tab.press("I have kept it")
@@ -133,7 +133,7 @@ def test_user_of_the_page_registers_tops_up_is_refused_and_finds_all_again_after
     assert tab.page.evaluate("JSON.stringify(sessionStorage)") == "{}"
     assert "12.50" not in tab.page.locator("body").inner_text()
     tab.field("Token").fill(f"  {token}\n")
-    tab.press("Open")
+    tab.press("Sign in")
     tab.see("#balance", "$10.50")
 
 
@@ -142,7 +142,7 @@ def test_page_shows_the_token_once_and_copies_it(kiosk, visit):
     tab = visit(kiosk.url)
     tab.field("Name").fill("Grace")
     tab.page.keyboard.press("Enter")
-    token = tab.see("#token").inner_text()
+    token = tab.see(".token").inner_text()
     tab.press("Copy token")
     tab.see("#spoken", "Copied")
     assert tab.page.evaluate("navigator.clipboard.readText()") == token
@@ -933,18 +933,18 @@ def test_page_says_what_a_dead_token_and_a_frozen_account_mean(kiosk, visit):
     token = kiosk.wallet.replace_token(kiosk.ada.id)
     stale.see(
         "#told",
-        "This token opens nothing any more: it was replaced, or mistyped. Paste another one.",
+        "This token is not valid any more: it was replaced. Paste another one.",
     )
     assert stale.page.evaluate(STORED) is None
     stale.field("Token").fill(kiosk.token)
-    stale.press("Open")
-    stale.see(".error", "It opens nothing: it was replaced, or mistyped.")
+    stale.press("Sign in")
+    stale.see(".error", "This token is not valid: it was replaced, or mistyped.")
     stale.field("Token").fill("é")
-    stale.press("Open")
+    stale.press("Sign in")
     stale.see(".error", "Paste a token: that of an account begins with wlt_.")
     kiosk.wallet.freeze(kiosk.ada.id)
     stale.field("Token").fill(token)
-    stale.press("Open")
+    stale.press("Sign in")
     stale.see("#frozen")
     stale.move("Top up", amount="5")
     stale.see(".failure", "The account is frozen. Whoever runs the wallet can unfreeze it.")
@@ -963,7 +963,7 @@ def test_holder_is_offered_nothing_that_needs_the_issuer(kiosk, visit):
             tab.see("#ways")
             offered.append([tab.page.get_by_role("button", name="Register").count()])
             tab.field("Token").fill(kiosk.token)
-            tab.press("Open")
+            tab.press("Sign in")
             tab.see("#entries > .entry")
             assert tab.page.locator("nav").is_hidden()
             radios = tab.page.get_by_role("radio")
@@ -1251,18 +1251,18 @@ def test_new_token_survives_a_reload_and_leaving_warns_until_it_is_kept(
     tab.press("Register")
     tab.see("#balance", "$0.00")
     if careless:
-        assert tab.page.locator("#token").is_hidden()
+        assert tab.page.locator(".token").is_hidden()
         assert tab.page.evaluate("find('token').textContent") == ""
         return
-    token = tab.see("#token").inner_text()
+    token = tab.see(".token").inner_text()
     tab.page.reload()
-    tab.see("#token", token)
-    tab.see("#fresh-owner", "Grace")
+    tab.see(".token", token)
+    tab.see(".panel bdi", "Grace")
     assert warnings == ["beforeunload"]
     tab.press("Sign out")
-    tab.see("#dialog-title", "The new token is not kept yet")
+    tab.see("#dialog-title", "Have you kept the new token?")
     tab.press("Close")
-    tab.see("#token", token)
+    tab.see(".token", token)
     tab.see("#balance", "$0.00")
     tab.press("I have kept it")
     assert token not in tab.page.content()
@@ -1273,11 +1273,11 @@ def test_new_token_survives_a_reload_and_leaving_warns_until_it_is_kept(
     tab.see("dialog", re.compile("The token that opens this account now ends at once."))
     tab.place().locator("button.primary").click()
     tab.see("#fresh")
-    new = tab.see("#token").inner_text()
+    new = tab.see(".token").inner_text()
     assert kiosk.wallet.authenticate(new).name == "Grace"
     assert new != token
     tab.page.reload()
-    tab.see("#token", new)
+    tab.see(".token", new)
     tab.see("#balance", "$0.00")
     assert warnings == ["beforeunload"] * 2
     tab.press("Sign out")
@@ -1318,12 +1318,12 @@ def test_new_token_is_not_lost_to_a_look_with_the_old_one(
         tab.page.evaluate("0")
     if careless:
         tab.see("#told")
-        assert tab.page.locator("#token").is_hidden()
+        assert tab.page.locator(".token").is_hidden()
         return
     assert asked == []
     route, answer = answers[0]
     route.fulfill(response=answer)
-    new = tab.see("#token").inner_text()
+    new = tab.see(".token").inner_text()
     assert kiosk.wallet.authenticate(new) == kiosk.wallet.account(kiosk.ada.id)
     tab.see("#balance", "$0.00")
 
@@ -1341,7 +1341,7 @@ def check_works_in_memory(tab):
     tab.see("#forgetful", sentence)
     tab.field("Name").fill("Grace")
     tab.press("Register")
-    token = tab.see("#token").inner_text()
+    token = tab.see(".token").inner_text()
     tab.press("I have kept it")
     tab.move("Top up", amount="5")
     tab.hear("Topped up $5.00. The balance is $5.00.")
@@ -1349,7 +1349,7 @@ def check_works_in_memory(tab):
     tab.page.reload()
     tab.see("#forgetful", sentence)
     tab.field("Token").fill(token)
-    tab.press("Open")
+    tab.press("Sign in")
     tab.see("#balance", "$5.00")
     tab.press("Sign out")
     tab.see("#told", "You are signed out, and this page has forgotten the token.")
@@ -1680,7 +1680,7 @@ def test_button_that_is_busy_says_so_and_does_not_begin_again(
         assert tab.field("Name").evaluate("(one) => one.readOnly")
     wait_until(tab, lambda: waiting)
     tab.page.unroute("**/api/register")  # It goes on, and whatever else comes is done at once.
-    tab.see("#token")
+    tab.see(".token")
     if careless:
         wait_until(tab, lambda: len([*kiosk.wallet.accounts()]) == 3)
         return
@@ -1809,8 +1809,8 @@ def test_name_of_an_attacker_turns_no_figure_around_that_the_issuer_is_told(
 def test_metadata_that_is_no_line_of_name_and_value_is_refused_beside_its_field(kiosk, visit):
     tab = visit(kiosk.url, kiosk.token, refusals=[422])
     for typed, message in (
-        ("order", "Type one a line: name = value."),
-        ("= 5", "Type one a line: name = value."),
+        ("order", "Type a name and a value: order = 1042."),
+        ("= 5", "Type a name and a value: order = 1042."),
         ("a = 1\na = 2", "a is there twice."),
         ("n" * 41 + " = 5", "Metadata has a name or a value that must have 1 to 40 characters."),
         (
@@ -1907,7 +1907,7 @@ def test_keyboard_alone_registers_tops_up_holds_captures_and_refunds_on_a_small_
     go_to("Name")
     keys.type("Grace")
     keys.press("Enter")
-    tab.see("#token")
+    tab.see(".token")
     go_to("I have kept it")
     keys.press("Enter")
     go_to("Top up")

@@ -32,7 +32,7 @@ def test_user_of_either_browser_registers_tops_up_holds_captures_refunds_reloads
     tab.field("Name").fill("Grace")
     tab.press("Register")
     tab.see("#balance", "$0.00")
-    token = tab.see("#token").inner_text()
+    token = tab.see(".token").inner_text()
     tab.press("I have kept it")
     tab.move("Top up", amount="100")
     tab.see("#balance", "$100.00")
@@ -72,7 +72,7 @@ def show_an_account(tab, kiosk, axe):
     kiosk.wallet.charge(kiosk.ada.id, 250, "A charge")
     kiosk.wallet.hold(kiosk.ada.id, 500, "A hold")
     tab.field("Token").fill(kiosk.token)
-    tab.press("Open")
+    tab.press("Sign in")
     tab.see("#held bdi")
     check_accessible(tab, axe, [None])
 
@@ -153,7 +153,7 @@ def test_page_works_in_a_firefox_without_site_data_and_says_that_it_forgets(kios
         assert page.evaluate(look) == "SecurityError"
         tab.see("#forgetful")
         tab.field("Token").fill(kiosk.token)
-        tab.press("Open")
+        tab.press("Sign in")
         tab.see("#balance", "$0.00")
         assert tab.faults == []
 
