@@ -348,6 +348,34 @@ def test_issuer_freezes_and_unfreezes_an_account_and_makes_a_new_token_that_is_s
 
 @pytest.mark.slow
 @in_browser
+def test_token_that_is_not_kept_yet_is_not_lost_when_the_next_one_is_made(shop, console):
+    tab = console("accounts", viewport=PHONE)
+    tokens = []
+    for name in ("Ben", "Zoe"):
+        go_to(tab, "Accounts")
+        tab.see("#register form")
+        tab.fill(name=name)
+        tab.press("Register")
+        tab.see("#owner", name)
+        tokens.insert(0, tab.see(".token").first.inner_text())
+    assert [shop.wallet.authenticate(token).name for token in tokens] == ["Zoe", "Ben"]
+    tab.page.once("dialog", lambda dialog: dialog.accept())
+    tab.page.reload()
+    tab.see("#owner", "Zoe")
+    assert tab.page.locator(".token").all_inner_texts() == tokens
+    tab.press("Make a new token")
+    tab.press("Make a new token")
+    tab.see(tab.page.locator(".token").first, re.compile(f"^(?!{tokens[0]})"))
+    new, kept = tab.page.locator(".token").all_inner_texts()  # The one before is dead.
+    assert (shop.wallet.authenticate(new).name, kept) == ("Zoe", tokens[1])
+    tab.page.get_by_role("button", name="I have kept it").first.click()
+    assert tab.page.locator(".token").all_inner_texts() == [tokens[1]]
+    tab.press("I have kept it")
+    assert tab.page.locator("#fresh").is_hidden()
+
+
+@pytest.mark.slow
+@in_browser
 @in_both_browsers
 def test_each_view_has_an_address_for_back_forward_reload_and_links(shop, console):
     bob, _ = shop.wallet.register("Bob")
@@ -451,7 +479,7 @@ def test_holder_is_offered_nothing_that_needs_the_issuer(shop, visit, change_pag
     tab.move("Charge", amount="2")
     tab.hear("Charged $2.00. The balance is $7.00.")
     shop.wallet.freeze(shop.ada.id)
-    tab.see("#frozen", re.compile("Whoever runs the wallet can unfreeze it."))
+    tab.see("#frozen", "This account is frozen: it receives and spends nothing.")
     shop.wallet.freeze(shop.ada.id, False)
 
 
@@ -746,7 +774,7 @@ def test_keyboard_alone_leads_from_the_door_to_a_captured_hold_and_a_refund(shop
     keyboard = tab.page.keyboard
     is_seen = """() => {
         const it = document.activeElement;
-        const mark = it.matches(".choice input") ? it.nextElementSibling : it;
+        const mark = it.closest(".choice label") ?? it;
         const box = mark.getBoundingClientRect();
         const isMarked = it.type === "date" // The browser marks its parts, each by itself.
             || it.matches(":focus-visible") && getComputedStyle(mark).outlineStyle !== "none";
@@ -903,6 +931,7 @@ def test_axe_finds_nothing_in_any_state_of_the_holders_page(shop, kiosk, visit, 
     check_accessible(tab, axe)
     tab.press("Close")
     tab.fill(amount="2")
+    tab.form().locator("summary").click()  # It is folded on a small screen.
     for language in ("curl", "Python"):
         tab.place().get_by_role("button", name=language).filter(visible=True).click()
         check_accessible(tab, axe)

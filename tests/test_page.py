@@ -1539,7 +1539,7 @@ def test_movement_or_hold_is_found_by_its_id_and_shown_with_all_that_is_known(ki
 def read_csv(tab, delimiter=","):
     """Download what the history shows. Return the bytes' beginning and the rows."""
     with tab.page.expect_download() as downloading:
-        tab.press("Download as CSV")
+        tab.page.get_by_role("button", name=re.compile("Download (these )?as CSV")).click()
     path = downloading.value.path()
     name = downloading.value.suggested_filename
     contents = Path(path).read_bytes()
@@ -1614,6 +1614,101 @@ def test_csv_is_as_spreadsheets_of_the_reader_expect_it(kiosk, visit):
         assert (charge["amount"], charge["balance"]) == (f"-0{mark}01", f"1250{mark}49")
         assert (topup["description"], topup["id"][:4]) == ("Hallo; Welt", "txn_")
         tab.see("#balance", "$1,250.49")  # The page itself speaks English.
+
+
+@pytest.mark.slow
+@in_browser
+@in_both_browsers
+def test_what_is_typed_in_a_dialog_takes_the_place_of_the_amount_that_stood_there(kiosk, visit):
+    kiosk.wallet.topup(kiosk.ada.id, 5000)
+    kiosk.wallet.hold(kiosk.ada.id, 4000)
+    tab = visit(kiosk.url, kiosk.token, viewport=PHONE)
+    tab.open("Capture $40.00")
+    tab.see("dialog .preview", "= $40.00 of $40.00")
+    tab.page.keyboard.type("30")
+    tab.see("dialog .preview", "= $30.00 of $40.00")
+    tab.page.keyboard.type("00")
+    tab.see("dialog .preview", "It may be $40.00 at most.")
+    tab.page.keyboard.press("Backspace")
+    tab.page.keyboard.press("Backspace")
+    tab.page.keyboard.press("Enter")
+    tab.hear("Captured $30.00. The balance is $20.00.")
+
+
+@pytest.mark.slow
+@in_browser
+def test_charge_says_what_is_refunded_of_it_however_the_history_is_filtered(kiosk, visit):
+    kiosk.wallet.topup(kiosk.ada.id, 50000)
+    whole = kiosk.wallet.charge(kiosk.ada.id, 300, "Whole")
+    part = kiosk.wallet.charge(kiosk.ada.id, 300, "Part")
+    kiosk.wallet.refund(kiosk.ada.id, whole.id)
+    for _ in range(2):
+        kiosk.wallet.refund(kiosk.ada.id, part.id, 50)
+    kiosk.wallet.batch([{"type": "topup", "amount": 1}] * 120, account_id=kiosk.ada.id)
+    tab = visit(kiosk.url, kiosk.token)
+    tab.see("#balance")
+    tab.page.get_by_label("Type").select_option("Charge")
+    tab.see("#end", "2 movements found.")
+    rows = tab.rows()
+    assert re.search(r"Part .* \$1\.00 refunded Refund ", rows[0])
+    assert re.search(r"Whole .* Details refunded balance", rows[1])
+    kiosk.wallet.refund(kiosk.ada.id, part.id, 25)
+    tab.see(tab.page.get_by_text("$1.25 refunded"))
+    for charge, refunded in ((whole, "$3.00"), (part, "$1.25")):
+        tab.page.get_by_label("Id", exact=True).fill(charge.id)
+        tab.press("Find")
+        found = tab.see("dialog dl").text_content()
+        assert f"Refunded{refunded}" in found
+        tab.press("Close")
+    tab.page.get_by_label("Id", exact=True).fill(whole.id)
+    tab.press("Find")
+    tab.see("dialog dl")
+    tab.press("Refund")
+    tab.see("#toast > span", "All of this charge is refunded already.")
+    assert tab.page.locator("dialog").is_hidden()
+
+
+@pytest.mark.slow
+@in_browser
+def test_message_of_what_was_done_goes_after_a_while_and_one_of_a_failure_stays(kiosk, visit):
+    kiosk.wallet.topup(kiosk.ada.id, 500)
+    charge = kiosk.wallet.charge(kiosk.ada.id, 100)
+    tab = visit(kiosk.url, kiosk.token, context={}, has_clock=True)
+    tab.move("Top up", amount="1")
+    tab.hear("Topped up $1.00. The balance is $5.00.")
+    tab.page.clock.run_for(15_000)
+    tab.hear("Topped up $1.00. The balance is $5.00.")
+    tab.page.clock.run_for(10_000)
+    tab.page.locator("#toast").wait_for(state="hidden")
+    kiosk.wallet.refund(kiosk.ada.id, charge.id)
+    tab.page.get_by_label("Id", exact=True).fill(charge.id)
+    tab.press("Find")
+    tab.see("dialog dl")
+    tab.press("Refund")
+    tab.see("#toast .failure")
+    tab.page.clock.run_for(60_000)
+    tab.see("#toast .failure", "All of this charge is refunded already.")
+
+
+@pytest.mark.slow
+@in_browser
+def test_refusal_of_a_form_is_brought_into_sight_and_gone_with_the_next_action(kiosk, visit):
+    kiosk.wallet.freeze(kiosk.ada.id)
+    tab = visit(kiosk.url, kiosk.token, viewport=PHONE, refusals=[403])
+    tab.see("#frozen")
+    tab.fill(amount="5")
+    tab.field("Amount").evaluate("it => scrollTo(0, it.offsetTop + it.offsetHeight - innerHeight)")
+    tab.page.keyboard.press("Enter")
+    box = tab.see("form .failure").bounding_box()
+    assert 0 <= box["y"] <= PHONE["height"] - box["height"]
+    kiosk.wallet.freeze(kiosk.ada.id, False)
+    tab.choose("Hold")
+    tab.fill(amount="5")
+    kiosk.wallet.topup(kiosk.ada.id, 500)
+    tab.press("Hold")
+    tab.see("#reserved", "$5.00")
+    tab.choose("Top up")
+    assert tab.page.locator("form .failure").filter(visible=True).count() == 0
 
 
 # What helps, and what must not harm ###############################################################
