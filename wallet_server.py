@@ -130,10 +130,10 @@ class _Task(WSGITask):
         super().start()
         self.channel.answered += 1
         is_last = self.channel.server.application.stopping and len(self.channel.requests) == 1
-        # Who sends many requests and reads no answer gets no more of them kept.
-        is_last = is_last or self.channel.total_outbufs_len > UNREAD_BYTES_MAX
-        # Of a body in chunks, waitress ignores trailers: a proxy may see its end elsewhere.
-        if is_last or self.request.error or self.request.chunked:
+        # Who sends many requests and reads no answer gets no more of them kept. And of a body in
+        # chunks waitress ignores trailers: a proxy may see its end elsewhere.
+        if (is_last or self.channel.total_outbufs_len > UNREAD_BYTES_MAX or self.request.error
+                or self.request.chunked):
             self.set_close_on_finish()
             self.request.headers.pop("CONNECTION", None)  # Else HTTP/1.0 is promised the contrary.
 
@@ -148,11 +148,10 @@ class _Task(WSGITask):
         self.channel.write_soon(head + data)
 
     def get_environment(self) -> dict[str, Any]:
+        refusal = _find_refusal(self.channel, self.request)
         environ: dict[str, Any] = super().get_environment()
-        environ |= {RECEIVED: self.request.received_at, "PATH_INFO": self.request.path}
-        if refusal := _find_refusal(self.channel, self.request):
-            environ[REFUSAL] = refusal
-        return environ
+        return environ | {RECEIVED: self.request.received_at, "PATH_INFO": self.request.path,
+                          **({REFUSAL: refusal} if refusal else {})}
 
 
 class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # 3.10 takes no argument.
@@ -167,8 +166,7 @@ class _Channel(HTTPChannel):
 
     parser_class, task_class, error_task_class = _Parser, _Task, _Task
     logger = _Logger(logging.getLogger("waitress"), {})
-    will_close = lingering = False
-    answered, queued_at, step, step_at = 0, 0.0, (-1, 0), 0.0
+    will_close, lingering, answered, queued_at, step, step_at = False, False, 0, 0.0, (-1, 0), 0.0
 
     def send_continue(self) -> None:
         if not self.request.completed:  # It may be refused, or have no body.

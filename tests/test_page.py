@@ -1916,11 +1916,13 @@ def test_metadata_that_is_no_line_of_name_and_value_is_refused_beside_its_field(
         tab.see(".error", message)
         assert tab.field("Metadata").get_attribute("aria-invalid") == "true"
     assert kiosk.wallet.transactions(kiosk.ada.id).transactions == []
-    tab.fill(metadata="\n  url = https://a/?b=c  \n\n empty =\n")
+    tab.fill(metadata="\n  url = https://a/?b=c  \n\n empty =\norder 1042 b\nroom: 5\na b = c d")
     tab.press("Top up")
     tab.hear("Topped up $5.00. The balance is $5.00.")
     made = kiosk.wallet.transactions(kiosk.ada.id).transactions[0]
-    assert made.metadata == {"url": "https://a/?b=c", "empty": ""}
+    assert made.metadata == {
+        "url": "https://a/?b=c", "empty": "", "order": "1042 b", "room": "5", "a b": "c d"
+    }  # fmt: skip
 
 
 ONE_BY_ONE = (
