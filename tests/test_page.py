@@ -1966,9 +1966,8 @@ def test_account_whose_id_reads_like_a_part_of_a_path_works_as_any_other(
         tab.hear("Ida: Refunded $2.00. The balance is $5.00.")
         # An address of the page leads to an account, or nowhere.
         for address in (f"{account.id}/../{account.id}", "acc_/../../livez", "acc_$&", "acc_?x#"):
-            with tab.page.expect_response("**/api/accounts/acc_*") as answer:
+            with tab.page.expect_response(lambda answer: answer.status == 404):
                 tab.page.evaluate("(address) => { location.hash = address; }", address)
-            assert answer.value.status == 404
             tab.see("#notice")
             assert tab.page.locator("#forms form").count() == 0
         tab.close()
