@@ -1058,7 +1058,7 @@ def test_plot_names_each_movement_under_the_pointer_and_has_a_scale_with_dates(k
     tab.see("#plot-title", "Balance since the beginning: 6 movements")
     plot, named = tab.see("#plot"), tab.page.locator("#named")
     texts = plot.locator("text").all_text_contents()
-    assert {"$0.00", "$5.00", "$10.00", "$15.00", "Jan 3, 25", "now"} <= set(texts)
+    assert {"$0.00", "$5.00", "$10.00", "$15.00", "Jan 3, 2025", "now"} <= set(texts)
     assert plot.locator(".now").text_content() == "$12.50"
     box = plot.bounding_box()
     plot.hover(position={"x": 2, "y": 50})
