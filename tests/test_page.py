@@ -893,6 +893,69 @@ def test_movement_without_an_answer_goes_on_with_its_key_under_a_new_token_and_a
 
 @pytest.mark.slow
 @in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_movement_that_waits_when_one_signs_out_is_not_done_with_the_next_token(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page('["token", "pending", "fresh"]', '["token", "fresh"]')
+    bob, token = kiosk.wallet.register("Bob")
+    tab = visit(kiosk.url, kiosk.token, refusals=["ERR_FAILED"])
+    tab.page.route("**/topup", lambda route: route.abort())
+    tab.move("Top up", amount="5")
+    tab.see("form .failure", re.compile("^The wallet does not answer."))
+    tab.press("Sign out")
+    tab.press("Sign out all the same")
+    tab.see("#told", "You are signed out, and this page has forgotten the token.")
+    tab.page.unroute("**/topup")
+    tab.sign_in(token)
+    tab.see("#owner", "Bob")
+    if careless:
+        tab.see("#balance", "$5.00")
+        return
+    assert tab.page.evaluate("[kept.getItem('wallet-pending'), session.pending]") == [None, None]
+    assert kiosk.wallet.account(bob.id).balance == 0
+    assert kiosk.wallet.account(kiosk.ada.id).balance == 0
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_movement_is_not_begun_while_another_one_waits_and_leaving_warns(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page("if (from.pending) throw", "if (false) throw")
+    kiosk.wallet.topup(kiosk.ada.id, 1000)
+    tab = visit(kiosk.url, kiosk.token, context={}, refusals=["ERR_FAILED"])
+    warnings = []
+
+    def answer(dialog):
+        warnings.append(dialog.type)
+        dialog.accept()
+
+    tab.page.on("dialog", answer)
+    tab.page.route("**/topup", lambda route: route.abort())
+    tab.move("Top up", amount="5")
+    tab.see("form .failure", re.compile("^The wallet does not answer."))
+    tab.move("Charge", amount="2")
+    if careless:  # Of the two, it would send only the second one after a reload.
+        tab.hear("Charged $2.00. Balance after it: $8.00.")
+        return
+    tab.see("form .failure", "The movement before this one still waits for its answer.")
+    assert kiosk.wallet.account(kiosk.ada.id).balance == 1000
+    tab.page.reload()
+    assert warnings == ["beforeunload"]
+    tab.page.unroute("**/topup")
+    tab.hear("Topped up $5.00. Balance after it: $15.00.")
+    tab.move("Charge", amount="2")
+    tab.hear("Charged $2.00. Balance after it: $13.00.")
+    tab.page.reload()
+    assert warnings == ["beforeunload"]
+
+
+@pytest.mark.slow
+@in_browser
 def test_page_is_calm_while_the_wallet_is_away_and_goes_on_when_it_is_back(kiosk, visit):
     tab = visit(kiosk.url, kiosk.token, refusals=["ERR_FAILED"])
     tab.see("#balance", "$0.00")
