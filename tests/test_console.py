@@ -726,6 +726,25 @@ def test_overview_shows_all_accounts_at_one_moment_and_what_is_done_while_one_lo
 
 @pytest.mark.slow
 @in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_overview_that_is_not_used_keeps_up_while_something_changes(
+    shop, console, change_page, careless
+):
+    if careless:
+        change_page("if (from.overview && from.overview.newest[0]?.id", "if (false && [][0]?.id")
+    tab = console("overview", context={}, has_clock=True)
+    tab.see("#total-balance", "$0.00")
+    tab.page.clock.pause_at(tab.page.evaluate("Date.now()") / 1000 + 1)
+    shown = []
+    for _ in range(4):
+        shop.wallet.topup(shop.ada.id, 100)
+        pass_time(tab, 20)
+        shown.append(tab.page.locator("#total-balance").inner_text())
+    assert (shown == ["$1.00", "$2.00", "$3.00", "$4.00"]) != careless
+
+
+@pytest.mark.slow
+@in_browser
 @in_both_browsers
 def test_overview_shows_sums_beyond_what_a_number_holds_exactly(shop, console):
     for number in range(3):

@@ -1060,6 +1060,31 @@ def test_page_begins_again_when_a_backup_is_restored_under_it(kiosk, visit):
 
 @pytest.mark.slow
 @in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_refund_that_a_restored_backup_does_not_have_is_forgotten(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page("  from.refunds.clear();\n", "")
+    kiosk.wallet.topup(kiosk.ada.id, 600)
+    charge = kiosk.wallet.charge(kiosk.ada.id, 100)
+    kiosk.wallet.refund(kiosk.ada.id, charge.id)
+    tab = visit(kiosk.url, kiosk.token, refusals=[409])
+    tab.see("#balance", "$6.00")
+
+    def restore(tx):
+        tx("DELETE FROM transactions WHERE sequence > 2")
+        tx("UPDATE accounts SET balance = 500, last_sequence = 2")
+
+    kiosk.wallet.database.write(restore)
+    tab.see("#balance", "$5.00")
+    row = tab.rows()[0]
+    assert row.startswith(f"Charge {MINUS}$1.00")
+    assert ("refunded" in row, "Refund" in row) == (careless, not careless)
+
+
+@pytest.mark.slow
+@in_browser
 def test_page_says_what_a_dead_token_and_a_frozen_account_mean(kiosk, visit):
     stale = visit(kiosk.url, kiosk.token, refusals=[401, 403])
     stale.see("#balance")
@@ -1729,7 +1754,7 @@ def test_csv_has_exactly_what_is_shown_and_spreadsheets_take_nothing_for_a_formu
 @pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize("kiosk", ["JPY", "BHD"], indirect=True)
-def test_csv_names_the_currency_of_the_wallet_and_has_its_decimals(kiosk, visit):
+def test_csv_names_the_currency_with_its_decimals_and_what_a_refund_is_of(kiosk, visit):
     kiosk.wallet.topup(kiosk.ada.id, 1250)
     tab = visit(kiosk.url, kiosk.token)
     tab.see("#entries > .entry")
@@ -1737,6 +1762,14 @@ def test_csv_names_the_currency_of_the_wallet_and_has_its_decimals(kiosk, visit)
     amount = {"JPY": "1250", "BHD": "1.250"}[kiosk.wallet.currency]
     assert (row["amount"], row["balance"]) == (amount, amount)
     assert row["currency"] == kiosk.wallet.currency
+    charge = kiosk.wallet.charge(kiosk.ada.id, 250)
+    refund = kiosk.wallet.refund(kiosk.ada.id, charge.id)
+    tab.see("#entries > :nth-child(3)")
+    _, _, rows = read_csv(tab)
+    assert [(row["id"], row["reference"]) for row in rows[:2]] == [
+        (refund.id, charge.id),
+        (charge.id, ""),
+    ]
 
 
 @pytest.mark.slow
