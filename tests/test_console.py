@@ -276,6 +276,8 @@ def test_issuer_registers_tops_up_holds_captures_refunds_and_transfers_and_is_to
     tab.see("#available", "$45.00")
     assert f"{NAME}: Held $40.00 until " in tab.see("#toast > span").text_content()
     tab.press("Capture $40.00")
+    tab.see("dialog .command")  # It says whose money it is, and what for.
+    assert tab.page.locator("dialog > p").all_text_contents() == [NAME, "Room 12"]
     tab.fill(amount="30")
     tab.press("Capture")
     hear("Captured $30.00. Balance after it: $55.00.")
