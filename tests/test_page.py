@@ -105,14 +105,14 @@ def test_user_of_the_page_registers_tops_up_is_refused_and_finds_all_again_after
     tab.see("#end", "Nothing has moved yet.")
 
     tab.move("Top up", amount="12.50", description="Salary <i>November</i> & more")
-    tab.hear("Topped up $12.50. The balance is $12.50.")
+    tab.hear("Topped up $12.50. Balance after it: $12.50.")
     tab.see("#balance", "$12.50")
     tab.move("Charge", amount="20")
     tab.see(".error", "The balance is too low. $12.50 is available, and this needs $20.00.")
     assert tab.field("Amount").get_attribute("aria-invalid") == "true"
     assert tab.page.evaluate("document.activeElement.name") == "amount"
     tab.move("Charge", amount="2")
-    tab.hear("Charged $2.00. The balance is $10.50.")
+    tab.hear("Charged $2.00. Balance after it: $10.50.")
     tab.see("#entries > li:nth-child(2)")
 
     tab.page.reload()
@@ -378,7 +378,7 @@ def test_page_shows_what_it_understood_of_an_amount_while_it_is_typed(kiosk, vis
         assert described == shown
     tab.fill(amount="12,50")
     tab.press("Top up")
-    tab.hear("Topped up $12.50. The balance is $12.50.")
+    tab.hear("Topped up $12.50. Balance after it: $12.50.")
 
 
 FORGETS_NO_CHOICE = ("if (input.value !== known.text) known.text = null;", "")
@@ -533,7 +533,7 @@ def test_page_holds_captures_releases_transfers_and_refunds(kiosk, visit):
     tab.open("Capture $40.00")
     tab.field("Amount").fill("30")
     tab.press("Capture")
-    tab.hear("Captured $30.00. The balance is $70.00.")
+    tab.hear("Captured $30.00. Balance after it: $70.00.")
     tab.see("#held", "Nothing is held.")
     tab.move("Hold", amount="5")
     tab.open("Release $5.00")
@@ -544,7 +544,7 @@ def test_page_holds_captures_releases_transfers_and_refunds(kiosk, visit):
     tab.see(".error", "There is no such account.")
     tab.move("Transfer", to=bob.id, amount="20", description="x" * 501)
     tab.see(".error", "Description must have at most 500 characters.")
-    tab.move("Transfer", to=bob.id, amount="20", description="Rent")
+    tab.move("Transfer", to=f" {bob.id} ", amount="20", description="Rent")
     tab.see("#balance", "$50.00")
     assert tab.rows()[0].startswith(f"Transfer out Rent {MINUS}$20.00")
 
@@ -781,6 +781,35 @@ def test_balance_available_held_and_history_agree_at_any_moment_while_money_move
 
 @pytest.mark.slow
 @in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_balance_and_filtered_history_agree_at_any_moment(kiosk, visit, change_page, careless):
+    if careless:
+        change_page("  await loadNewer(from, live); // Nothing in the list is newer.\n", "")
+    kiosk.wallet.topup(kiosk.ada.id, 1000)
+    kiosk.wallet.charge(kiosk.ada.id, 100)
+    tab = visit(kiosk.url, kiosk.token)
+    tab.see("#balance", "$9.00")
+    tab.page.evaluate("""() => { window.seen = [];
+        const text = (where) => document.querySelector(where)?.textContent.replace("balance ", "");
+        new MutationObserver(() => seen.push([text("#balance"), text("#entries .more")]))
+            .observe(find("place"), { childList: true, characterData: true, subtree: true }); }""")
+    moved = []
+
+    def move(route):  # While the page asks for what the filter finds.
+        if not moved:
+            moved.append(kiosk.wallet.charge(kiosk.ada.id, 100))
+        route.continue_()
+
+    tab.page.route("**/transactions?type=charge*", move)
+    tab.page.get_by_label("Type").select_option("Charge")
+    tab.see("#end", "2 movements found.")
+    tab.see("#balance", "$8.00")
+    disagree = [pair for pair in tab.page.evaluate("seen") if pair == ["$9.00", "$8.00"]]
+    assert bool(disagree) == careless
+
+
+@pytest.mark.slow
+@in_browser
 def test_page_that_stays_open_fills_no_log(kiosk, visit, caplog):
     caplog.set_level(logging.DEBUG, "wallet.access")
     tab = visit(kiosk.url, kiosk.token)
@@ -838,16 +867,120 @@ def test_page_sends_again_with_the_same_key_until_there_is_an_answer(
     )
     tab.page.reload()  # It goes on after that too.
     if careless:
-        tab.hear("Topped up $5.00. The balance is $15.00.")
+        tab.hear("Topped up $5.00. Balance after it: $15.00.")
     else:
         tab.hear(
-            "Topped up $5.00. The balance is $5.00. It was done before, with this key,"
+            "Topped up $5.00. Balance after it: $5.00. It was done before, with this key,"
             " and not again."
         )
     assert len(keys) == 4
     assert len(set(keys)) == (4 if careless else 1)
     assert kiosk.wallet.account(kiosk.ada.id).balance == (1500 if careless else 500)
     assert tab.page.evaluate("sessionStorage.getItem('wallet-pending')") is None
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_movement_without_an_answer_goes_on_with_its_key_under_a_new_token_and_a_reload(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page('if (!from.signal.aborted) kept.removeItem("wallet-pending")',
+                    'kept.removeItem("wallet-pending")')
+    tab = visit(kiosk.url, kiosk.token, context={}, refusals=["ERR_FAILED"])
+    tab.page.on("dialog", lambda dialog: dialog.accept())  # It warns of leaving.
+    tab.see("#balance", "$0.00")
+    keys = []
+
+    def lose(route):  # It is done, and the answer does not come.
+        keys.append(route.request.headers["idempotency-key"])
+        route.fetch()
+        route.abort()
+
+    tab.page.route("**/topup", lose)
+    tab.move("Top up", amount="5")
+    tab.see("form .failure", re.compile("^The wallet does not answer."))
+    tab.open("Make a new token")
+    sent = len(keys)
+    tab.place().locator("button.primary").click()
+    tab.see(".token")
+    wait_until(tab, lambda: len(keys) > sent)
+    tab.see("#toast .failure", re.compile("^The wallet does not answer."))
+    tab.hide(False)  # So nothing that was begun with the old token pauses any more.
+    if careless:
+        tab.page.wait_for_function("() => !kept.getItem('wallet-pending')")
+        return
+    tab.page.reload()
+    tab.see("#toast .failure", re.compile("^The wallet does not answer."))
+    tab.page.unroute("**/topup")
+    tab.hear("Topped up $5.00. Balance after it: $5.00. It was done before, with this key,"
+             " and not again.")
+    assert len(set(keys)) == 1
+    assert kiosk.wallet.account(kiosk.ada.id).balance == 500
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_movement_that_waits_when_one_signs_out_is_not_done_with_the_next_token(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page('["token", "pending", "fresh"]', '["token", "fresh"]')
+    bob, token = kiosk.wallet.register("Bob")
+    tab = visit(kiosk.url, kiosk.token, refusals=["ERR_FAILED"])
+    tab.page.route("**/topup", lambda route: route.abort())
+    tab.move("Top up", amount="5")
+    tab.see("form .failure", re.compile("^The wallet does not answer."))
+    tab.press("Sign out")
+    tab.press("Sign out all the same")
+    tab.see("#told", "You are signed out, and this page has forgotten the token.")
+    tab.page.unroute("**/topup")
+    tab.sign_in(token)
+    tab.see("#owner", "Bob")
+    if careless:
+        tab.see("#balance", "$5.00")
+        return
+    assert tab.page.evaluate("[kept.getItem('wallet-pending'), session.pending]") == [None, None]
+    assert kiosk.wallet.account(bob.id).balance == 0
+    assert kiosk.wallet.account(kiosk.ada.id).balance == 0
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_movement_is_not_begun_while_another_one_waits_and_leaving_warns(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page("if (from.pending) throw", "if (false) throw")
+    kiosk.wallet.topup(kiosk.ada.id, 1000)
+    tab = visit(kiosk.url, kiosk.token, context={}, refusals=["ERR_FAILED"])
+    warnings = []
+
+    def answer(dialog):
+        warnings.append(dialog.type)
+        dialog.accept()
+
+    tab.page.on("dialog", answer)
+    tab.page.route("**/topup", lambda route: route.abort())
+    tab.move("Top up", amount="5")
+    tab.see("form .failure", re.compile("^The wallet does not answer."))
+    tab.move("Charge", amount="2")
+    if careless:  # Of the two, it would send only the second one after a reload.
+        tab.hear("Charged $2.00. Balance after it: $8.00.")
+        return
+    tab.see("form .failure", "The movement before this one still waits for its answer.")
+    assert kiosk.wallet.account(kiosk.ada.id).balance == 1000
+    tab.page.reload()
+    assert warnings == ["beforeunload"]
+    tab.page.unroute("**/topup")
+    tab.hear("Topped up $5.00. Balance after it: $15.00.")
+    tab.move("Charge", amount="2")
+    tab.hear("Charged $2.00. Balance after it: $13.00.")
+    tab.page.reload()
+    assert warnings == ["beforeunload"]
 
 
 @pytest.mark.slow
@@ -923,6 +1056,31 @@ def test_page_begins_again_when_a_backup_is_restored_under_it(kiosk, visit):
     kiosk.wallet.topup(kiosk.ada.id, 50)
     tab.see("#balance", "$1.50")
     assert tab.page.locator("#entries > .entry").count() == 2
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_refund_that_a_restored_backup_does_not_have_is_forgotten(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page("  from.refunds.clear();\n", "")
+    kiosk.wallet.topup(kiosk.ada.id, 600)
+    charge = kiosk.wallet.charge(kiosk.ada.id, 100)
+    kiosk.wallet.refund(kiosk.ada.id, charge.id)
+    tab = visit(kiosk.url, kiosk.token, refusals=[409])
+    tab.see("#balance", "$6.00")
+
+    def restore(tx):
+        tx("DELETE FROM transactions WHERE sequence > 2")
+        tx("UPDATE accounts SET balance = 500, last_sequence = 2")
+
+    kiosk.wallet.database.write(restore)
+    tab.see("#balance", "$5.00")
+    row = tab.rows()[0]
+    assert row.startswith(f"Charge {MINUS}$1.00")
+    assert ("refunded" in row, "Refund" in row) == (careless, not careless)
 
 
 @pytest.mark.slow
@@ -1156,7 +1314,7 @@ def test_what_was_done_is_said_where_the_eye_is_on_a_phone_also_after_a_dialog(
     tab = visit(kiosk.url, kiosk.token, viewport=PHONE)
     said = []
     tab.move("Charge", amount="20", description="Shoes")
-    tab.hear("Charged $20.00. The balance is $80.00.")
+    tab.hear("Charged $20.00. Balance after it: $80.00.")
     said.append(tab.page.evaluate(IN_SIGHT))
     tab.choose("Hold")
     assert tab.page.locator("#toast").is_hidden()  # What was charged is not said of a hold.
@@ -1164,14 +1322,14 @@ def test_what_was_done_is_said_where_the_eye_is_on_a_phone_also_after_a_dialog(
     tab.see(tab.page.locator("#toast", has_text="Held $4.50 until"))
     tab.open("Capture $4.50")
     tab.press("Capture")
-    tab.hear("Captured $4.50. The balance is $75.50.")
+    tab.hear("Captured $4.50. Balance after it: $75.50.")
     assert tab.page.locator("dialog").is_hidden()
     said.append(tab.page.evaluate(IN_SIGHT))
     tab.open("Refund $20.00")
     tab.fill(amount="5")
     tab.page.evaluate("scrollTo(0, document.body.scrollHeight)")
     tab.press("Refund")
-    tab.hear("Refunded $5.00. The balance is $80.50.")
+    tab.hear("Refunded $5.00. Balance after it: $80.50.")
     said.append(tab.page.evaluate(IN_SIGHT))
     assert all(said) == (not careless)
     assert tab.page.locator("#toast").get_attribute("role") == "status"
@@ -1342,7 +1500,7 @@ def check_works_in_memory(tab):
     token = tab.see(".token").inner_text()
     tab.press("I have kept it")
     tab.move("Top up", amount="5")
-    tab.hear("Topped up $5.00. The balance is $5.00.")
+    tab.hear("Topped up $5.00. Balance after it: $5.00.")
     tab.see("#forgetful", sentence)
     tab.page.reload()
     tab.see("#forgetful", sentence)
@@ -1595,6 +1753,27 @@ def test_csv_has_exactly_what_is_shown_and_spreadsheets_take_nothing_for_a_formu
 
 @pytest.mark.slow
 @in_browser
+@pytest.mark.parametrize("kiosk", ["JPY", "BHD"], indirect=True)
+def test_csv_names_the_currency_with_its_decimals_and_what_a_refund_is_of(kiosk, visit):
+    kiosk.wallet.topup(kiosk.ada.id, 1250)
+    tab = visit(kiosk.url, kiosk.token)
+    tab.see("#entries > .entry")
+    _, _, (row,) = read_csv(tab)
+    amount = {"JPY": "1250", "BHD": "1.250"}[kiosk.wallet.currency]
+    assert (row["amount"], row["balance"]) == (amount, amount)
+    assert row["currency"] == kiosk.wallet.currency
+    charge = kiosk.wallet.charge(kiosk.ada.id, 250)
+    refund = kiosk.wallet.refund(kiosk.ada.id, charge.id)
+    tab.see("#entries > :nth-child(3)")
+    _, _, rows = read_csv(tab)
+    assert [(row["id"], row["reference"]) for row in rows[:2]] == [
+        (refund.id, charge.id),
+        (charge.id, ""),
+    ]
+
+
+@pytest.mark.slow
+@in_browser
 def test_csv_is_as_spreadsheets_of_the_reader_expect_it(kiosk, visit):
     kiosk.wallet.topup(kiosk.ada.id, 125050, "Hallo; Welt")
     kiosk.wallet.charge(kiosk.ada.id, 1, "Ende")
@@ -1632,7 +1811,7 @@ def test_what_is_typed_in_a_dialog_takes_the_place_of_the_amount_that_stood_ther
     tab.page.keyboard.press("Backspace")
     tab.page.keyboard.press("Backspace")
     tab.page.keyboard.press("Enter")
-    tab.hear("Captured $30.00. The balance is $20.00.")
+    tab.hear("Captured $30.00. Balance after it: $20.00.")
 
 
 @pytest.mark.slow
@@ -1675,9 +1854,9 @@ def test_message_of_what_was_done_goes_after_a_while_and_one_of_a_failure_stays(
     charge = kiosk.wallet.charge(kiosk.ada.id, 100)
     tab = visit(kiosk.url, kiosk.token, context={}, has_clock=True)
     tab.move("Top up", amount="1")
-    tab.hear("Topped up $1.00. The balance is $5.00.")
+    tab.hear("Topped up $1.00. Balance after it: $5.00.")
     tab.page.clock.run_for(15_000)
-    tab.hear("Topped up $1.00. The balance is $5.00.")
+    tab.hear("Topped up $1.00. Balance after it: $5.00.")
     tab.page.clock.run_for(10_000)
     tab.page.locator("#toast").wait_for(state="hidden")
     kiosk.wallet.refund(kiosk.ada.id, charge.id)
@@ -1712,6 +1891,195 @@ def test_refusal_of_a_form_is_brought_into_sight_and_gone_with_the_next_action(k
 
 
 # What helps, and what must not harm ###############################################################
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+@pytest.mark.parametrize("fate", ["continue_", "abort"])
+def test_dialog_that_is_filled_in_stays_when_what_was_asked_for_before_comes_late(
+    kiosk, visit, change_page, careless, fate
+):
+    if careless:
+        change_page('find("dialog").matches("[open]:has(form)")', "false")
+    kiosk.wallet.topup(kiosk.ada.id, 5000)
+    kiosk.wallet.hold(kiosk.ada.id, 4000)
+    kiosk.wallet.charge(kiosk.ada.id, 700)
+    tab = visit(kiosk.url, kiosk.token, refusals=["ERR_FAILED"])
+    late = []
+    tab.page.route("**/transactions?type=refund*", lambda route: late.append(route))
+    tab.page.get_by_role("button", name="Refund $7.00").click()
+    wait_until(tab, lambda: late)
+    tab.open("Capture $40.00")
+    tab.fill(amount="3")
+    getattr(late[0], fate)()
+    tab.page.wait_for_function("() => !document.querySelector('#entries [aria-busy=true]')")
+    title, fields = tab.page.evaluate("""() => [find("dialog-title").textContent,
+        [...document.querySelectorAll("dialog[open] [name=amount]")].map((one) => one.value)]""")
+    if careless:
+        lost = {"continue_": ("Refund ", ["7.00"]), "abort": ("Capture", [])}
+        assert (title[:7], fields) == lost[fate]
+        return
+    assert (title, fields) == ("Capture a hold of $40.00", ["3"])
+    tab.press("Capture")
+    tab.hear("Captured $3.00. Balance after it: $40.00.")
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_answer_of_a_proxy_that_has_no_code_is_no_refusal_and_the_movement_goes_on(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page(" || !contents?.code)", ")")
+    tab = visit(kiosk.url, kiosk.token, refusals=[403])
+    tab.see("#balance", "$0.00")
+    tab.page.route(
+        "**/topup", lambda route: route.fulfill(status=403, json={"message": "Forbidden"})
+    )
+    tab.move("Top up", amount="5")
+    if careless:  # It says nothing.
+        wait_until(tab, lambda: tab.faults)
+        assert tab.page.locator("form .failure, #toast > span").filter(visible=True).count() == 0
+        tab.faults.clear()
+        return
+    tab.see("form .failure", re.compile("^The wallet does not answer. This goes on by itself"))
+    tab.press("Sign out")  # It asks before it forgets what it does not know.
+    tab.see("#dialog-title", "A movement has no answer yet")
+    tab.press("Close")
+    tab.page.unroute("**/topup")
+    tab.hear("Topped up $5.00. Balance after it: $5.00.")
+    tab.press("Sign out")
+    tab.see("#told", "You are signed out, and this page has forgotten the token.")
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_history_that_is_scrolled_and_saved_at_once_has_each_movement_once(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page("if (list.isStarted && !list.cursor) return;", "")
+    for _ in range(60):
+        kiosk.wallet.topup(kiosk.ada.id, 500)
+    tab = visit(kiosk.url, kiosk.token)
+    tab.see("#balance", "$300.00")
+    late = []
+    tab.page.route("**/transactions?*cursor=*", lambda route: late.append(route))
+    tab.page.evaluate("find('more').scrollIntoView()")
+    wait_until(tab, lambda: late)
+    with tab.page.expect_download() as downloading:
+        tab.page.get_by_role("button", name="Download as CSV").click()
+        tab.page.unroute_all()  # What waited goes on.
+    rows = Path(downloading.value.path()).read_text().splitlines()[1:]
+    assert (len(rows) == 60) != careless
+    tab.see("#end", "The history begins here.")
+    assert tab.page.locator("#entries > .entry").count() == 60
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_filter_that_has_no_answer_yet_is_waited_for_before_its_rows_are_saved(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page("(!list.isStarted || list.cursor) && pages", "list.cursor && pages")
+    kiosk.wallet.topup(kiosk.ada.id, 500)
+    kiosk.wallet.charge(kiosk.ada.id, 200)
+    tab = visit(kiosk.url, kiosk.token)
+    tab.see("#balance", "$3.00")
+    late = []
+    tab.page.route("**/transactions?type=charge*", lambda route: late.append(route))
+    tab.page.get_by_label("Type").select_option("Charge")
+    wait_until(tab, lambda: late)
+    with tab.page.expect_download() as downloading:
+        tab.page.get_by_role("button", name="Download these as CSV").click()
+        tab.page.unroute_all()  # What waited goes on.
+    assert len(Path(downloading.value.path()).read_text().splitlines()) == (1 if careless else 2)
+    tab.see("#end", "1 movement found.")
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_filtered_history_catches_up_after_a_look_that_failed(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page("  list.newest = newest;\n", "")
+        change_page("list.newest === newest", "live.entries[0] === before")
+        begin = "  await (live.isStarted ?"
+        change_page(begin, f"  const before = live.entries[0];\n{begin}")
+    kiosk.wallet.topup(kiosk.ada.id, 500)
+    kiosk.wallet.charge(kiosk.ada.id, 200)
+    tab = visit(kiosk.url, kiosk.token, refusals=["ERR_FAILED"])
+    tab.see("#balance", "$3.00")
+    tab.page.get_by_label("Type").select_option("Charge")
+    tab.see("#end", "1 movement found.")
+    tab.page.route("**/transactions?type=charge*", lambda route: route.abort())
+    kiosk.wallet.charge(kiosk.ada.id, 100)
+    tab.see("#notice", re.compile("^The wallet does not answer."))
+    tab.page.unroute_all()
+    tab.see("#balance", "$2.00")
+    found = "1 movement found." if careless else "2 movements found."
+    assert tab.page.locator("#end").text_content() == found
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_what_is_done_elsewhere_is_shown_within_two_seconds_over_a_slow_line_too(
+    kiosk, still_visit, change_page, careless
+):
+    if careless:
+        change_page("const took = 3 *", "const took = 10 *")
+    tab = still_visit(kiosk)
+    late = []
+    tab.page.route("**/api/**", lambda route: late.append(route))
+
+    def answer():
+        wait_until(tab, lambda: late)
+        tab.page.clock.run_for(220)
+        late.pop().continue_()
+
+    tab.page.clock.run_for(1000)
+    answer()
+    answer()  # The account, and what is new in its history.
+    settle(tab)
+    kiosk.wallet.topup(kiosk.ada.id, 700)
+    tab.page.clock.run_for(1500)
+    if careless:
+        tab.page.evaluate("0")
+        assert late == []
+        return
+    answer()
+    answer()
+    tab.see("#balance", "$7.00")
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_message_that_goes_takes_no_focus_and_gives_back_what_it_had(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page("if (hadFocus) keepFocus();", "keepFocus();")
+    tab = visit(kiosk.url, kiosk.token, context={}, has_clock=True)
+    tab.move("Top up", amount="1")
+    tab.hear("Topped up $1.00. Balance after it: $1.00.")
+    tab.page.evaluate("document.activeElement.blur()")
+    tab.page.clock.run_for(25_000)
+    tab.page.locator("#toast").wait_for(state="hidden")
+    focused = "document.activeElement.id || document.activeElement.localName"
+    assert tab.page.evaluate(focused) == ("title" if careless else "body")
+    tab.move("Top up", amount="1")
+    tab.page.get_by_role("button", name="Close the message").press("Enter")
+    tab.page.locator("#toast").wait_for(state="hidden")
+    assert tab.page.evaluate(focused) == "title"
 
 
 @pytest.mark.slow
@@ -1866,12 +2234,12 @@ def test_names_descriptions_and_metadata_of_an_attacker_are_text_and_turn_nothin
     tab.open("Refund")
     check()
     tab.press("Refund")
-    tab.hear("Refunded $12.34. The balance is $1,234.56.")
+    tab.hear("Refunded $12.34. Balance after it: $1,234.56.")
     check()
     tab.page.locator("#plot-table summary").click()
     check()
     tab.move("Top up", amount="5", metadata="__proto__ = polluted\nconstructor = x")
-    tab.hear("Topped up $5.00. The balance is $1,239.56.")
+    tab.hear("Topped up $5.00. Balance after it: $1,239.56.")
     made = kiosk.wallet.transactions(evil.id).transactions[0]
     assert made.metadata == {"__proto__": "polluted", "constructor": "x"}
     assert tab.page.evaluate("({}).polluted === undefined && Object.keys({}).length === 0")
@@ -1918,7 +2286,7 @@ def test_metadata_that_is_no_line_of_name_and_value_is_refused_beside_its_field(
     assert kiosk.wallet.transactions(kiosk.ada.id).transactions == []
     tab.fill(metadata="\n  url = https://a/?b=c  \n\n empty =\norder 1042 b\nroom: 5\na b = c d")
     tab.press("Top up")
-    tab.hear("Topped up $5.00. The balance is $5.00.")
+    tab.hear("Topped up $5.00. Balance after it: $5.00.")
     made = kiosk.wallet.transactions(kiosk.ada.id).transactions[0]
     assert made.metadata == {
         "url": "https://a/?b=c", "empty": "", "order": "1042 b", "room": "5", "a b": "c d"
@@ -1956,18 +2324,19 @@ def test_account_whose_id_reads_like_a_part_of_a_path_works_as_any_other(
             tab.see(".failure")
             tab.close()
             return
-        tab.hear("Ida: Topped up $5.00. The balance is $5.00.")
+        tab.hear("Ida: Topped up $5.00. Balance after it: $5.00.")
         tab.move("Hold", amount="2")
         tab.open("Capture $2.00")
         tab.press("Capture")
-        tab.hear("Ida: Captured $2.00. The balance is $3.00.")
+        tab.hear("Ida: Captured $2.00. Balance after it: $3.00.")
         tab.open("Refund")
         tab.press("Refund")
-        tab.hear("Ida: Refunded $2.00. The balance is $5.00.")
+        tab.hear("Ida: Refunded $2.00. Balance after it: $5.00.")
         # An address of the page leads to an account, or nowhere.
         for address in (f"{account.id}/../{account.id}", "acc_/../../livez", "acc_$&", "acc_?x#"):
-            with tab.page.expect_response(lambda answer: answer.status == 404):
+            with tab.page.expect_response(lambda answer: answer.status == 404) as answer:
                 tab.page.evaluate("(address) => { location.hash = address; }", address)
+            assert "/api/accounts/acc_" in answer.value.url
             tab.see("#notice")
             assert tab.page.locator("#forms form").count() == 0
         tab.close()
@@ -2009,7 +2378,7 @@ def test_keyboard_alone_registers_tops_up_holds_captures_and_refunds_on_a_small_
     go_to("Amount")
     keys.type("100")
     keys.press("Enter")
-    tab.hear("Topped up $100.00. The balance is $100.00.")
+    tab.hear("Topped up $100.00. Balance after it: $100.00.")
     keys.press("Shift+Tab")
     keys.press("ArrowRight")
     keys.press("ArrowRight")
@@ -2023,13 +2392,13 @@ def test_keyboard_alone_registers_tops_up_holds_captures_and_refunds_on_a_small_
     keys.press("Control+a")
     keys.type("30")
     keys.press("Enter")
-    tab.hear("Captured $30.00. The balance is $70.00.")
+    tab.hear("Captured $30.00. Balance after it: $70.00.")
     go_to("Refund $30.00")
     keys.press("Enter")
     tab.see("dialog")
     go_to("Amount")
     keys.press("Enter")
-    tab.hear("Refunded $30.00. The balance is $100.00.")
+    tab.hear("Refunded $30.00. Balance after it: $100.00.")
 
 
 @pytest.mark.slow
