@@ -271,6 +271,10 @@ PARSED = {  # What is typed, to minor units, or a part of what is said of it, wi
         "5 EUR": ("12.50",),
         "\N{EURO SIGN}5": ("12.50",),
         "5 5": ("12.50",),
+        "1042 250": ("12.50",),  # Two numbers, or a digit too many.
+        "0 250": ("12.50",),
+        "1 000'000": ("12.50",),
+        "1,234,56,789": ("12.50",),
         ".": ("12.50",),
         ",": ("12.50",),
         "NaN": ("12.50",),
@@ -283,7 +287,12 @@ PARSED = {  # What is typed, to minor units, or a part of what is said of it, wi
     },
     "EUR": {"12,50 \N{EURO SIGN}": 1250, "\N{EURO SIGN}1.250,00": 125000, "$5": ("12.50",)},
     "HUF": {"100": 10000, "0.01": 1, "0.001": ("HUF has 2 decimals: type it as 12.50.",)},
-    "CLF": {"1.5": 15000, "1.0001": 10001, "0.00001": ("CLF has 4 decimals",)},
+    "CLF": {
+        "1.5": 15000,
+        "1.0001": 10001,
+        "0.00001": ("CLF has 4 decimals",),
+        "1.2 500": ("12.5000",),
+    },
     "JPY": {
         "1250": 1250,
         "1,250": 1250,
