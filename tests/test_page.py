@@ -271,6 +271,10 @@ PARSED = {  # What is typed, to minor units, or a part of what is said of it, wi
         "5 EUR": ("12.50",),
         "\N{EURO SIGN}5": ("12.50",),
         "5 5": ("12.50",),
+        "1042 250": ("12.50",),  # Two numbers, or a digit too many.
+        "0 250": ("12.50",),
+        "1 000'000": ("12.50",),
+        "1,234,56,789": ("12.50",),
         ".": ("12.50",),
         ",": ("12.50",),
         "NaN": ("12.50",),
@@ -283,7 +287,12 @@ PARSED = {  # What is typed, to minor units, or a part of what is said of it, wi
     },
     "EUR": {"12,50 \N{EURO SIGN}": 1250, "\N{EURO SIGN}1.250,00": 125000, "$5": ("12.50",)},
     "HUF": {"100": 10000, "0.01": 1, "0.001": ("HUF has 2 decimals: type it as 12.50.",)},
-    "CLF": {"1.5": 15000, "1.0001": 10001, "0.00001": ("CLF has 4 decimals",)},
+    "CLF": {
+        "1.5": 15000,
+        "1.0001": 10001,
+        "0.00001": ("CLF has 4 decimals",),
+        "1.2 500": ("12.5000",),
+    },
     "JPY": {
         "1250": 1250,
         "1,250": 1250,
@@ -652,6 +661,35 @@ def test_what_is_done_elsewhere_is_shown_within_two_seconds_and_not_asked_for_wh
     )  # A stepped line, and each movement a step.
 
 
+@pytest.mark.slow
+@in_browser
+def test_page_that_finds_no_wallet_asks_rarely_while_it_is_idle_and_not_while_it_is_hidden(
+    kiosk, visit
+):
+    tab = visit(kiosk.url, context={}, has_clock=True, refusals=["ERR_FAILED"])
+    tab.see("#ways")
+    asked = []
+    tab.page.route("**/api/**", lambda route: (asked.append(route), route.abort()))
+    tab.page.reload()
+
+    def count_asked():
+        for _ in range(60):
+            tab.page.clock.run_for(1000)
+            tab.page.evaluate("0")
+        return len(asked)
+
+    count_asked()  # Then it is idle.
+    asked.clear()
+    assert 1 <= count_asked() <= 6
+    tab.hide(True)
+    count_asked()  # What it had begun has an end.
+    asked.clear()
+    assert count_asked() == 0
+    tab.page.unroute("**/api/**")
+    tab.hide(False)
+    tab.see("#ways")
+
+
 NEVER_IDLE = ("const IDLE_MS = 30000;", "const IDLE_MS = Infinity;")
 
 
@@ -879,6 +917,73 @@ def test_page_sends_again_with_the_same_key_until_there_is_an_answer(
     assert tab.page.evaluate("sessionStorage.getItem('wallet-pending')") is None
 
 
+TAKES_ANY_ANSWER = (
+    "if (answer.ok ? key && !contents.id : !contents.code) throw contents; // A proxy's.",
+    "contents.code ??= 'unknown';",
+)
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize(
+    ("status", "contents", "careless"),
+    [
+        (500, '{"message": "An unexpected error occurred"}', False),
+        (500, '{"message": "An unexpected error occurred"}', True),
+        (403, '"no"', False),
+        (503, "null", False),
+        (401, '{"message": "Unauthorized"}', False),
+        (201, "{}", False),
+    ],
+)
+def test_answer_that_is_not_the_wallets_settles_no_movement(
+    kiosk, visit, change_page, status, contents, careless
+):
+    if careless:
+        change_page(*TAKES_ANY_ANSWER)
+    tab = visit(kiosk.url, kiosk.token, refusals=[status])
+    tab.see("#balance", "$0.00")
+    keys = []
+
+    def handle(route):
+        keys.append(route.request.headers["idempotency-key"])
+        if len(keys) > 1:
+            return route.continue_()
+        route.fetch()  # It is done, and what comes back is a proxy's.
+        return route.fulfill(status=status, content_type="application/json", body=contents)
+
+    tab.page.route("**/topup", handle)
+    tab.move("Top up", amount="5")
+    if careless:
+        tab.see("#balance", "$5.00")
+        assert tab.page.evaluate("sessionStorage.getItem('wallet-pending')") is None
+        assert len(keys) == 1  # And nothing is said: who loads the page anew does it once more.
+        return
+    tab.hear(
+        "Topped up $5.00. Balance after it: $5.00. It was done before, with this key, and not again."
+    )
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
+
+
+@pytest.mark.slow
+@in_browser
+def test_who_signs_out_while_a_movement_waits_is_asked_first(kiosk, visit):
+    tab = visit(kiosk.url, kiosk.token, refusals=["ERR_FAILED"])
+    tab.see("#balance")
+    waiting = []
+    tab.page.route("**/topup", lambda route: waiting.append(route))
+    tab.move("Top up", amount="5")
+    wait_until(tab, lambda: waiting)
+    tab.press("Sign out")
+    tab.see("dialog h2", "A movement has no answer yet")
+    tab.press("Close")
+    waiting[0].continue_()
+    tab.hear("Topped up $5.00. Balance after it: $5.00.")
+    tab.press("Sign out")
+    tab.see("#told", "You are signed out, and this page has forgotten the token.")
+
+
 @pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize("careless", [False, True])
@@ -1056,6 +1161,44 @@ def test_page_begins_again_when_a_backup_is_restored_under_it(kiosk, visit):
     kiosk.wallet.topup(kiosk.ada.id, 50)
     tab.see("#balance", "$1.50")
     assert tab.page.locator("#entries > .entry").count() == 2
+
+
+TRUSTS_IDS = (
+    ("if (next && list === from.live && balanceBefore(next) !== balance) break;", ""),
+    ("&& balance !== account.balance) beginAnew(from);", "&& false) beginAnew(from);"),
+)
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("amounts", [[10, 20], [10, 20, 30]])
+@pytest.mark.parametrize("careless", [False, True])
+def test_nothing_is_left_of_a_history_that_a_backup_replaced_where_ids_are_given_again(
+    kiosk, visit, change_page, amounts, careless
+):
+    if careless:
+        change_page(*TRUSTS_IDS[len(amounts) == 2])
+    for amount in (100, 200, 300):
+        kiosk.wallet.topup(kiosk.ada.id, amount)
+    tab = visit(kiosk.url, kiosk.token)
+    tab.see("#balance", "$6.00")
+
+    def restore(tx):
+        tx("DELETE FROM transactions WHERE sequence > 1")
+        tx("UPDATE accounts SET balance = 100, last_sequence = 1")
+
+    tab.hide(True)
+    tab.page.evaluate("view.turn.catch(() => {})")
+    kiosk.wallet.database.write(restore)
+    for amount in amounts:
+        kiosk.wallet.topup(kiosk.ada.id, amount)
+    tab.page.evaluate("refresh(), view.turn")
+    tab.hide(False)
+    balances = [entry.balance for entry in kiosk.wallet.transactions(kiosk.ada.id).transactions]
+    shown = [int(re.search(r"\d+\.\d\d$", row)[0].replace(".", "")) for row in tab.rows()]
+    assert (shown == balances) is not careless
+    if not careless:
+        tab.see("#balance", f"${balances[0] / 100:.2f}")
 
 
 @pytest.mark.slow
@@ -1485,6 +1628,72 @@ def test_new_token_is_not_lost_to_a_look_with_the_old_one(
     tab.see("#balance", "$0.00")
 
 
+HASTY = ("if (session.isRenewed) throw", "if (false) throw")
+
+
+@pytest.mark.slow
+@in_browser
+@pytest.mark.parametrize("careless", [False, True])
+def test_new_token_is_not_lost_to_a_movement_that_is_sent_with_the_old_one_meanwhile(
+    kiosk, visit, change_page, careless
+):
+    if careless:
+        change_page(*HASTY)
+    tab = visit(kiosk.url, kiosk.token, refusals=[401, "ERR_FAILED"])
+    tab.see("#balance")
+    renewals, answered = [], []
+
+    def handle(route):  # The wallet is away until the token is new.
+        if not renewals:
+            return route.abort()
+        answered.append(route.fetch())
+        return route.fulfill(response=answered[-1])
+
+    tab.page.route("**/topup", handle)
+    tab.page.route("**/api/account/token", lambda route: renewals.append((route, route.fetch())))
+    tab.move("Top up", amount="5")
+    tab.see("form .failure")
+    tab.open("Make a new token")
+    tab.place().locator("button.primary").click()
+    wait_until(tab, lambda: answered)
+    assert answered[0].status == 401
+    if careless:
+        tab.see("#told")
+        assert tab.page.locator(".token").is_hidden()
+        return
+    route, answer = renewals[0]
+    route.fulfill(response=answer)
+    new = tab.see(".token").inner_text()
+    assert kiosk.wallet.authenticate(new) == kiosk.wallet.account(kiosk.ada.id)
+    tab.hear("Topped up $5.00. Balance after it: $5.00.")  # With the new one.
+    assert kiosk.wallet.account(kiosk.ada.id).balance == 500
+
+
+@pytest.mark.slow
+@in_browser
+def test_account_that_was_registered_stays_on_screen_when_an_earlier_sign_in_is_answered(
+    kiosk, visit
+):
+    tab = visit(kiosk.url)
+    waiting = []
+    tab.page.route(
+        "**/api/account", lambda route: route.continue_() if waiting else waiting.append(route)
+    )
+    tab.field("Token").fill(kiosk.token)
+    tab.press("Sign in")
+    wait_until(tab, lambda: waiting)
+    tab.field("Name").fill("Grace")
+    tab.press("Register")
+    tab.see("#owner", "Grace")
+    with tab.page.expect_response("**/api/account"):
+        waiting[0].continue_()
+    tab.press("I have kept it")
+    tab.move("Top up", amount="5")
+    tab.hear("Topped up $5.00. Balance after it: $5.00.")
+    tab.see("#owner", "Grace")
+    assert kiosk.wallet.account(kiosk.ada.id).balance == 0
+
+
 NO_SITE_DATA = """Object.defineProperty(window, "sessionStorage", {
     get() { throw new DOMException("Access is denied for this document.", "SecurityError"); } });"""
 
@@ -1812,6 +2021,56 @@ def test_what_is_typed_in_a_dialog_takes_the_place_of_the_amount_that_stood_ther
     tab.page.keyboard.press("Backspace")
     tab.page.keyboard.press("Enter")
     tab.hear("Captured $30.00. Balance after it: $20.00.")
+
+
+@pytest.mark.slow
+@in_browser
+def test_dialog_that_is_worked_in_is_neither_replaced_nor_closed_by_what_was_begun_before(
+    kiosk, visit
+):
+    kiosk.wallet.topup(kiosk.ada.id, 10000)
+    slow, quick = (
+        kiosk.wallet.charge(kiosk.ada.id, 1000, description=text) for text in ("Slow", "Quick")
+    )
+    tab = visit(kiosk.url, kiosk.token, refusals=["ERR_FAILED"])
+    waiting = []
+    tab.page.route(f"**/*after={slow.id}", lambda route: waiting.append(route))
+    buttons = {
+        text: tab.page.locator(".entry", has_text=text).get_by_role("button", name="Refund")
+        for text in ("Slow", "Quick")
+    }
+    for end in ("continue_", "abort"):
+        buttons["Slow"].click()
+        wait_until(tab, lambda: waiting)
+        buttons["Quick"].click()
+        tab.see("dialog[open]")
+        tab.fill(amount="1", description=end)
+        getattr(waiting.pop(), end)()
+        tab.see(buttons["Slow"].and_(tab.page.locator(":not([aria-busy])")))
+        tab.place().locator("button.primary").click()
+        tab.hear(f"Refunded $1.00. Balance after it: ${81 + (end == 'abort')}.00.")
+    refunds = kiosk.wallet.transactions(kiosk.ada.id, type="refund").transactions
+    assert {refund.reference for refund in refunds} == {quick.id}
+
+
+@pytest.mark.slow
+@in_browser
+def test_charge_that_thousands_of_refunds_followed_says_what_is_refunded_of_it(kiosk, visit):
+    kiosk.wallet.topup(kiosk.ada.id, 10000)
+    old, other = (kiosk.wallet.charge(kiosk.ada.id, 5000) for _ in range(2))
+    for _ in range(1001):
+        kiosk.wallet.refund(kiosk.ada.id, other.id, 1)
+    kiosk.wallet.refund(kiosk.ada.id, old.id, 5000)
+    for _ in range(50):
+        kiosk.wallet.topup(kiosk.ada.id, 1)
+    tab = visit(kiosk.url, kiosk.token)
+    tab.see("#balance")
+    tab.page.get_by_label("Type").select_option("Charge")
+    tab.see("#end", "2 movements found.")
+    assert [re.search(r"(\$[\d.]+ )?refunded", row)[0] for row in tab.rows()] == [
+        "$10.01 refunded",
+        "refunded",
+    ]
 
 
 @pytest.mark.slow
