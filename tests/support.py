@@ -1796,7 +1796,7 @@ class Visit:
         """Leave the page, and forget what it had kept."""
         for event in list(self.watches):
             self.page.remove_listener(event, self.watches.pop(event))
-        self.page.unroute_all()
+        self.page.unroute_all(behavior="ignoreErrors")
         if self.page.url != "about:blank":
             # The page would warn before it is left, as long as a token is not kept.
             self.page.evaluate("kept.isForgetful || sessionStorage.clear(); showFresh()")
