@@ -75,7 +75,17 @@ from importlib import import_module
 from ipaddress import ip_address
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    get_args,
+)
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # Bottle has no types. These lines say so to mypy in a project that has this file.
@@ -485,10 +495,9 @@ class _Stamp(NamedTuple):
     fingerprint: str
     token_hash: str | None = None
 
-    def check_token(self, rows: Sequence[_Row]) -> None:
-        """Raise Unauthorized if a token was sent whose hash is not the first value of `rows`."""
-        if self.token_hash and not (rows and secrets.compare_digest(self.token_hash, rows[0][0])):
-            raise Unauthorized(headers=INVALID_TOKEN)
+    @property
+    def is_issuers(self) -> bool:
+        return self.key.startswith("§")  # No account can send such a key.
 
     def derive(self, account_id: str, index: int) -> _Stamp:
         """Return the stamp of another entry of the same request, maybe in another account."""
@@ -505,6 +514,10 @@ class _Entry(NamedTuple):
     metadata: Mapping[str, str] = {}
     reference: str | None = None
     held: int = 0
+
+    @property
+    def metadata_json(self) -> str | None:
+        return json.dumps(self.metadata, ensure_ascii=False) if self.metadata else None
 
 
 def _random_base62(length: int) -> str:
@@ -825,15 +838,30 @@ TRANSACTION_COLUMNS = (
 ENTRY_COLUMNS = f"account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS}"
 INSERT_ENTRY = f"""
     INSERT INTO transactions ({ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-CLOCK = "CASE WHEN updated_at < ? THEN ? ELSE updated_at END"  # Takes the time twice; never back.
-# The check of a charge: what is held must stay within the balance that is left.
-POST_ENTRY = f"""
-    UPDATE accounts SET balance = balance + ?, held = held + ?,
-        last_sequence = last_sequence + 1, updated_at = {CLOCK}
-    WHERE id = ? AND frozen = 0 AND balance + ? <= ? AND held + ? BETWEEN 0 AND balance + ?
-        AND token_hash = coalesce(?, token_hash)
-        AND NOT EXISTS (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
-    RETURNING last_sequence, balance, updated_at"""
+UPDATE_ACCOUNT = """
+    UPDATE accounts SET balance = ?, held = ?, last_sequence = ?, updated_at = ? WHERE id = ?"""
+LOCK = "SELECT 1 FROM accounts WHERE id IN (%s) ORDER BY id"
+# Accounts, and what a key did in each before, if anything.
+FIND = f"""
+    SELECT id, token_hash, frozen, accounts.balance, held, last_sequence, updated_at,
+        t.{ENTRY_COLUMNS.replace(", ", ", t.")} FROM"""
+FIND_ONE = f"""{FIND} accounts LEFT JOIN transactions t
+    ON t.account_id = id AND t.idempotency_key = ? WHERE id = ?"""
+# Where a statement may do all of it, it does so without a wait, or makes nothing.
+POST_AT_ONCE = f"""
+    WITH free AS (SELECT id FROM accounts WHERE id = ? FOR UPDATE SKIP LOCKED), posted AS (
+        UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1,
+            updated_at = greatest(updated_at, ?)
+        WHERE id IN (SELECT id FROM free) AND frozen = 0 AND balance + ? BETWEEN held AND ?
+            AND token_hash = coalesce(?, token_hash) AND NOT EXISTS (
+                SELECT 1 FROM transactions WHERE account_id = id AND idempotency_key = ?)
+        RETURNING id, last_sequence, balance, updated_at)
+    INSERT INTO transactions ({ENTRY_COLUMNS})
+    SELECT id, ?, ?, last_sequence, ?, ?, balance, ?, ?, NULL, updated_at FROM posted
+    RETURNING {TRANSACTION_COLUMNS}"""
+FIND_MANY = f"""WITH sent (sent_key, account) AS (VALUES %s) {FIND} sent
+    JOIN accounts ON id = account
+    LEFT JOIN transactions t ON t.account_id = id AND t.idempotency_key = sent_key"""
 ACCOUNT = """
     SELECT token_hash, id, name, balance, balance - held + (
         SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
@@ -861,6 +889,124 @@ ACTIVE_HOLDS = f"""
 CLAIM_KEY = """
     INSERT INTO issuer_keys VALUES (?, ?) ON CONFLICT (idempotency_key)
     DO UPDATE SET idempotency_key = excluded.idempotency_key RETURNING account_id"""
+
+
+@dataclass
+class _Locked:
+    """An account that is locked, as it is going to be."""
+
+    id: str
+    token_hash: str
+    frozen: int
+    balance: int
+    held: int
+    last_sequence: int
+    updated_at_us: int
+
+
+class _Books:
+    """Accounts that a transaction has locked, and what it is about to write into them.
+
+    Until it ends, nobody else can change them. So the rules are applied here, to one entry after
+    the other, and `write` writes what comes of it. Each account is given with a stamp, to look up
+    what its key did before.
+    """
+
+    def __init__(self, tx: _Tx, *stamps: tuple[str, _Stamp]) -> None:
+        self.tx = tx
+        self._locked: dict[str, _Locked] = {}
+        self._changed: dict[str, _Locked] = {}
+        self._rows: list[_Row] = []
+        self._earlier: dict[tuple[str, str], _Row] = {}
+        keys = [(stamp.key, account_id) for account_id, stamp in stamps]
+        if tx.waits:
+            self._find(keys, "")
+        # What was done before takes no lock, which can be had only where something can be written.
+        if tx.row_lock and not all((one, key) in self._earlier for key, one in keys):
+            ids = sorted({account_id for _, account_id in keys})  # One order: so none deadlock.
+            parts = [(one,) for one in ids] if tx.is_sharded else [tuple(ids)]
+            tx.many(LOCK % ", ".join("?" * len(parts[0])) + tx.row_lock, parts)
+            # Only a statement that begins now sees all that was committed before.
+            self._find(keys, "" if tx.waits else tx.row_lock)
+
+    def _find(self, keys: list[tuple[str, str]], lock: str) -> None:
+        if len(keys) == 1 or self.tx.is_sharded:
+            rows = [row for key in keys for row in self.tx(FIND_ONE + lock, *key)]
+        else:
+            rows = self.tx(FIND_MANY % ", ".join(["(?, ?)"] * len(keys)) + lock,
+                           *(value for key in keys for value in key))
+        for row in rows:
+            self._locked[row[0]] = _Locked(*row[:7])
+            if row[7]:
+                self._earlier[row[7:9]] = row[9:]
+
+    def begin(self, account_id: str, stamp: _Stamp) -> Transaction | None:
+        """Return what the key did before. Raises Unauthorized and what `post` does of accounts."""
+        if stamp.token_hash:
+            account = self._locked.get(account_id)
+            sent = secrets.compare_digest(stamp.token_hash, account.token_hash if account else "")
+            if not sent:
+                raise Unauthorized(headers=INVALID_TOKEN)
+        self._account(account_id)
+        fingerprint, *row = self._earlier.get((account_id, stamp.key), (None,))
+        if row and fingerprint != stamp.fingerprint:
+            raise IdempotencyKeyReused()
+        return _as_transaction(account_id, tuple(row), replayed=True) if row else None
+
+    def post(self, entry: _Entry, stamp: _Stamp) -> Transaction:
+        """Change the balance and what is held, and note why.
+
+        Raises AccountNotFound, AccountFrozen, BalanceLimitExceeded, InsufficientFunds.
+        """
+        account, now_us = self._account(entry.account_id), _now_us()
+        change = SIGN_BY_TYPE.get(entry.type, 0) * entry.amount  # type: ignore[call-overload]
+        if account.frozen:
+            raise AccountFrozen()
+        balance = account.balance + change
+        if balance > AMOUNT_MAX:
+            if entry.type == "transfer_in":  # Nobody else is to learn this account's balance.
+                raise BalanceLimitExceeded("The balance of the other account would be too high.")
+            detail = f"The balance is {account.balance}, and may be {AMOUNT_MAX} at most."
+            raise BalanceLimitExceeded(detail, balance=account.balance)
+        if 0 < account.held > balance - entry.held:
+            self.end_expired(account.id)
+        if account.held > balance - entry.held:
+            available, needed = account.balance - account.held, entry.held - change
+            free = f", {available} of it available" if account.held else ""
+            raise InsufficientFunds(
+                f"The balance is {account.balance}{free}, and this needs {needed}.",
+                balance=account.balance, available=available, required=needed)
+        account.balance, account.held = balance, account.held + entry.held
+        account.last_sequence += 1
+        account.updated_at_us = max(account.updated_at_us, now_us)  # It never goes back.
+        row = (account.last_sequence, entry.type, entry.amount, balance, entry.description,
+               entry.metadata_json, entry.reference, account.updated_at_us)
+        self._changed[account.id] = account
+        self._rows.append((account.id, stamp.key, stamp.fingerprint, *row))
+        self._earlier[account.id, stamp.key] = (stamp.fingerprint, *row)
+        return _as_transaction(account.id, row)
+
+    def end_expired(self, account_id: str) -> None:
+        """Stop counting the holds that have expired."""
+        account = self._account(account_id)
+        ended = self.tx("""UPDATE holds SET status = 'expired'
+                           WHERE account_id = ? AND status = 'active' AND expires_at <= ?
+                           RETURNING amount""", account_id, _now_us())
+        account.held -= sum(amount for amount, in ended)
+        self._changed[account_id] = account
+
+    def write(self) -> None:
+        """Write what has come of it so far."""
+        self.tx.many(UPDATE_ACCOUNT, [
+            (account.balance, account.held, account.last_sequence, account.updated_at_us, id)
+            for id, account in self._changed.items()])
+        self.tx.many(INSERT_ENTRY, self._rows)
+        self._changed, self._rows = {}, []
+
+    def _account(self, account_id: str) -> _Locked:
+        if account_id not in self._locked:
+            raise AccountNotFound()
+        return self._locked[account_id]
 
 
 class Wallet:
@@ -914,7 +1060,7 @@ class Wallet:
         # The account may be there already, if an earlier COMMIT was not answered.
         sql = """INSERT INTO accounts VALUES (?, ?, ?, 0, 0, 0, 0, ?, ?)
                  ON CONFLICT (id) DO NOTHING"""
-        self._write(sql, account_id, name, _hash_token(token), now_us, now_us)
+        self._change(sql, account_id, name, _hash_token(token), now_us, now_us)
         return self._as_account(account_id, name, 0, 0, 0, 0, now_us), token
 
     def authenticate(self, token: str) -> Account:
@@ -939,7 +1085,7 @@ class Wallet:
         # The new one may be there already, if an earlier COMMIT was not answered.
         sql = """UPDATE accounts SET token_hash = ?
                  WHERE id = ? AND token_hash IN (coalesce(?, token_hash), ?) RETURNING id"""
-        if not self._write(sql, new_hash, account_id, old_hash, new_hash):
+        if not self._change(sql, new_hash, account_id, old_hash, new_hash):
             raise Unauthorized(headers=INVALID_TOKEN) if token else AccountNotFound()
         return new_token
 
@@ -971,7 +1117,7 @@ class Wallet:
         Raises AccountNotFound.
         """
         sql = "UPDATE accounts SET frozen = ? WHERE id = ?"
-        self._write(sql, int(bool(frozen)), _parse_account_id(account_id))
+        self._change(sql, int(bool(frozen)), _parse_account_id(account_id))
         return self.account(account_id)
 
     def topup(self, account_id: str, amount: int, description: str | None = None,
@@ -996,7 +1142,11 @@ class Wallet:
         fields, stamp = _parse_request(
             MOVEMENT, account_id, type, amount=amount, description=description, **options)
         entry = _Entry(account_id, type, **fields)
-        return self._write_once(stamp, account_id, lambda tx: self._post_entry(tx, entry, stamp))
+        if stamp.is_issuers:  # It touches more than the account.
+            return self._write(account_id, stamp, lambda books: (
+                books.begin(account_id, stamp) or books.post(entry, stamp)))
+        made: Transaction = self.database.gather(_post_each, (entry, stamp))
+        return made
 
     def batch(self, transactions: Sequence[Mapping[str, object]], *,
               account_id: str | None = None, key: str | None = None,
@@ -1016,21 +1166,22 @@ class Wallet:
                   else stamp.derive(entry.account_id, index)
                   for index, entry in enumerate(entries)]
 
-        def batch(tx: _Execute) -> list[Transaction]:
+        def batch(books: _Books) -> list[Transaction]:
             made: list[Transaction] = []
-            rows: list[_Row] = []
             try:
-                if len(firsts) > 1:
-                    self._begin(tx, stamp, *firsts)
-                for entry, own_stamp in zip(entries, stamps, strict=True):
-                    made.append(self._post_entry(tx, entry, own_stamp, rows))
+                for index, (entry, own_stamp) in enumerate(zip(entries, stamps, strict=True)):
+                    is_first = index == firsts[entry.account_id]
+                    if is_first and books.begin(entry.account_id, own_stamp):
+                        books = _Books(books.tx, *pairs)
+                        return [one for pair in pairs if (one := books.begin(*pair))]
+                    made.append(books.post(entry, own_stamp))
             except WalletError as error:
                 raise error.add(index=len(made)) from None
-            if rows:
-                _insert_rows(tx, f"transactions ({ENTRY_COLUMNS})", rows)
             return made
 
-        return self._write_once(stamp, entries[0].account_id, batch)
+        pairs = [(entry.account_id, one) for entry, one in zip(entries, stamps, strict=True)]
+        others = [(account_id, stamp) for account_id in firsts]
+        return self._write(entries[0].account_id, stamp, batch, *others[1:], size=len(entries))
 
     def refund(self, account_id: str, transaction_id: str, amount: int | None = None,
                description: str | None = None, **options: Unpack[_Options]) -> Transaction:
@@ -1044,21 +1195,21 @@ class Wallet:
         refunded = """SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM transactions
                       WHERE account_id = ? AND type = 'refund' AND reference = ?"""
 
-        def refund(tx: _Execute) -> Transaction:
-            if earlier := self._begin(tx, stamp, account_id):
+        def refund(books: _Books) -> Transaction:
+            if earlier := books.begin(account_id, stamp):
                 return earlier
-            charge = self._transaction(tx, account_id, transaction_id)
+            charge = self._transaction(books.tx, account_id, transaction_id)
             if charge.type != "charge":
                 raise NotRefundable(f"This is a {charge.type}, and only a charge can be refunded.")
-            refundable = charge.amount - tx(refunded, account_id, transaction_id)[0][0]
+            refundable = charge.amount - books.tx(refunded, account_id, transaction_id)[0][0]
             fields["amount"] = amount or refundable
             if not 0 < fields["amount"] <= refundable:
                 detail = f"Of this charge, {refundable} can still be refunded."
                 raise RefundExceedsCharge(detail, refundable=refundable)
-            entry = _Entry(account_id, "refund", **fields, reference=transaction_id)
-            return self._post_entry(tx, entry, stamp)
+            return books.post(
+                _Entry(account_id, "refund", **fields, reference=transaction_id), stamp)
 
-        return self._write_once(stamp, account_id, refund)
+        return self._write(account_id, stamp, refund)
 
     def transfer(self, account_id: str, to: str, amount: int, description: str | None = None,
                  **options: Unpack[_Options]) -> Transaction:
@@ -1072,15 +1223,16 @@ class Wallet:
             _refuse_fields([("#/to", "must be another account")])
         spent = _Entry(account_id, "transfer_out", **fields, reference=to)
         received = _Entry(to, "transfer_in", **fields, reference=account_id)
+        other_stamp = stamp.derive(account_id, 1)
 
-        def transfer(tx: _Execute) -> Transaction:
-            if earlier := self._begin(tx, stamp, account_id, to):
+        def transfer(books: _Books) -> Transaction:
+            if earlier := books.begin(account_id, stamp):
                 return earlier
-            made = self._post_entry(tx, spent, stamp)
-            self._post_entry(tx, received, stamp.derive(account_id, 1))
+            made = books.post(spent, stamp)
+            books.post(received, other_stamp)
             return made
 
-        return self._write_once(stamp, account_id, transfer)
+        return self._write(account_id, stamp, transfer, (to, other_stamp))
 
     def hold(self, account_id: str, amount: int, description: str | None = None, *,
              expires_in_s: int | None = None, **options: Unpack[_Options]) -> Hold:
@@ -1091,20 +1243,21 @@ class Wallet:
             expires_in_s=expires_in_s, **options)
         duration_us = fields.pop("expires_in_s") * 1_000_000
 
-        def hold(tx: _Execute) -> Hold:
-            made = self._begin(tx, stamp, account_id)
+        def hold(books: _Books) -> Hold:
+            made = books.begin(account_id, stamp)
             if not made:
-                self._end_expired(tx, account_id, _now_us())
-                entry = _Entry(account_id, "hold", **fields, held=amount)
-                made = self._post_entry(tx, entry, stamp)
+                books.end_expired(account_id)
+                made = books.post(_Entry(account_id, "hold", **fields, held=amount), stamp)
+                books.write()
                 begun_us = min(_as_us(made.created_at), _now_us())  # The account's may be ahead.
-                tx("INSERT INTO holds VALUES (?, ?, ?, ?, 'active', 0)", account_id,
-                   _parse_entry_id("txn", account_id, made.id), amount, begun_us + duration_us)
+                sequence = _parse_entry_id("txn", account_id, made.id)
+                books.tx.many("INSERT INTO holds VALUES (?, ?, ?, ?, 'active', 0)",
+                              [(account_id, sequence, amount, begun_us + duration_us)])
             # If the hold has ended since, this is the first answer all the same.
-            kept = self._hold(tx, account_id, "hld" + made.id.removeprefix("txn"))
+            kept = self._hold(books.tx, account_id, "hld" + made.id.removeprefix("txn"))
             return replace(kept, status="active", captured=0, replayed=made.replayed)
 
-        return self._write_once(stamp, account_id, hold)
+        return self._write(account_id, stamp, hold)
 
     def capture(self, account_id: str, hold_id: str, amount: int | None = None,
                 description: str | None = None, **options: Unpack[_Options]) -> Transaction:
@@ -1117,16 +1270,16 @@ class Wallet:
         fields, stamp = _parse_request(PART, account_id, "capture", sequence, amount=amount,
                                        description=description, **options)
 
-        def capture(tx: _Execute) -> Transaction:
-            if earlier := self._begin(tx, stamp, account_id):
+        def capture(books: _Books) -> Transaction:
+            if earlier := books.begin(account_id, stamp):
                 return earlier
-            hold = self._end_hold(tx, account_id, hold_id, "captured", amount)
+            hold = self._end_hold(books.tx, account_id, hold_id, "captured", amount)
             given = {name: getattr(hold, name) if value in (None, {}) else value
                      for name, value in fields.items()}
-            entry = _Entry(account_id, "charge", **given, reference=hold_id, held=-hold.amount)
-            return self._post_entry(tx, entry, stamp)
+            return books.post(
+                _Entry(account_id, "charge", **given, reference=hold_id, held=-hold.amount), stamp)
 
-        return self._write_once(stamp, account_id, capture)
+        return self._write(account_id, stamp, capture)
 
     def release(self, account_id: str, hold_id: str, *, key: str | None = None,
                 token: str | None = None) -> Hold:
@@ -1137,15 +1290,15 @@ class Wallet:
         sequence = _parse_entry_id("hld", account_id, hold_id)
         stamp = _make_stamp(key, token, "release", sequence)
 
-        def release(tx: _Execute) -> Hold:
-            earlier = self._begin(tx, stamp, account_id)
+        def release(books: _Books) -> Hold:
+            earlier = books.begin(account_id, stamp)
             if not earlier:
-                held = self._end_hold(tx, account_id, hold_id, "released", 0).amount
-                entry = _Entry(account_id, "release", held, reference=hold_id, held=-held)
-                self._post_entry(tx, entry, stamp)
-            return replace(self._hold(tx, account_id, hold_id), replayed=bool(earlier))
+                held = self._end_hold(books.tx, account_id, hold_id, "released", 0).amount
+                books.post(
+                    _Entry(account_id, "release", held, reference=hold_id, held=-held), stamp)
+            return replace(self._hold(books.tx, account_id, hold_id), replayed=bool(earlier))
 
-        return self._write_once(stamp, account_id, release)
+        return self._write(account_id, stamp, release)
 
     def get_hold(self, account_id: str, hold_id: str) -> Hold:
         """Return one hold of this account. Raises NotFound."""
@@ -1231,91 +1384,7 @@ class Wallet:
             else:
                 time.sleep(poll_s)
 
-    def _post_entry(self, tx: _Execute, entry: _Entry, stamp: _Stamp,
-                    later: list[_Row] | None = None) -> Transaction:
-        """Change the balance and what is held, and write down why, at most once for a stamp.
-
-        One UPDATE looks up the key and the token, checks all bounds and takes the next sequence
-        number, so nothing can come between. It finds no row where the key was used or the money
-        does not suffice. If there is a list `later`, the caller inserts the rows in it.
-        """
-        account_id, now_us = entry.account_id, _now_us()
-        change = SIGN_BY_TYPE.get(entry.type, 0) * entry.amount  # type: ignore[call-overload]
-        update = partial(
-            tx, POST_ENTRY, change, entry.held, now_us, now_us, account_id, change, AMOUNT_MAX,
-            entry.held, change, stamp.token_hash, account_id, stamp.key)
-        if not (posted := update()):
-            if earlier := self._begin(tx, stamp, account_id):
-                return earlier
-            self._check_movement(tx, entry, change, now_us)
-            self._end_expired(tx, account_id, now_us)
-            posted = update()
-        ((sequence, balance, created_at_us),) = posted
-        metadata = json.dumps(entry.metadata, ensure_ascii=False) if entry.metadata else None
-        row = (sequence, entry.type, entry.amount, balance, entry.description, metadata,
-               entry.reference, created_at_us)
-        values = (account_id, stamp.key, stamp.fingerprint, *row)
-        if later is None:
-            tx(INSERT_ENTRY, *values)
-        else:
-            later.append(values)
-        return _as_transaction(account_id, row)
-
-    def _check_movement(self, tx: _Execute, entry: _Entry, change: int, now_us: int) -> None:
-        """Raise why the money cannot move. Return if only expired holds are in the way.
-
-        The account is locked.
-        """
-        (_, account), needed = self._account(tx, entry.account_id, now_us), entry.held - change
-        if account.frozen:
-            raise AccountFrozen()
-        if account.balance + change > AMOUNT_MAX:
-            if entry.type == "transfer_in":  # Nobody else is to learn this account's balance.
-                raise BalanceLimitExceeded("The balance of the other account would be too high.")
-            detail = f"The balance is {account.balance}, and may be {AMOUNT_MAX} at most."
-            raise BalanceLimitExceeded(detail, balance=account.balance)
-        if account.available < needed:
-            held = account.available < account.balance
-            available = f", {account.available} of it available" if held else ""
-            raise InsufficientFunds(
-                f"The balance is {account.balance}{available}, and this needs {needed}.",
-                balance=account.balance, available=account.available, required=needed)
-
-    def _begin(self, tx: _Execute, stamp: _Stamp, account_id: str,
-               *others: str) -> Transaction | None:
-        """Return what the key did in the first account; else lock all, and look again.
-
-        Raises Unauthorized, AccountNotFound, IdempotencyKeyReused.
-        """
-        if stamp.token_hash:
-            stamp.check_token(tx("SELECT token_hash FROM accounts WHERE id = ?", account_id))
-        if earlier := self._find_earlier(tx, stamp, account_id):
-            return earlier
-        now_us = _now_us()
-        sql = f"UPDATE accounts SET updated_at = {CLOCK} WHERE id = ? RETURNING token_hash"
-        for locked in sorted({account_id, *others}):  # In one order, so that none deadlock.
-            found = tx(sql, now_us, now_us, _parse_account_id(locked))
-            if locked == account_id:
-                stamp.check_token(found)
-        return self._find_earlier(tx, stamp, account_id)
-
-    def _find_earlier(self, tx: _Execute, stamp: _Stamp, account_id: str) -> Transaction | None:
-        earlier = tx(f"""SELECT fingerprint, {TRANSACTION_COLUMNS} FROM transactions
-                         WHERE account_id = ? AND idempotency_key = ?""", account_id, stamp.key)
-        if earlier and earlier[0][0] != stamp.fingerprint:
-            raise IdempotencyKeyReused()
-        return _as_transaction(account_id, earlier[0][1:], replayed=True) if earlier else None
-
-    def _end_expired(self, tx: _Execute, account_id: str, now_us: int) -> None:
-        """Stop counting the holds that have expired. The account is locked."""
-        ended = tx("""UPDATE holds SET status = 'expired'
-                      WHERE account_id = ? AND status = 'active' AND expires_at <= ?
-                      RETURNING amount""", account_id, now_us)
-        if ended:
-            total = sum(amount for amount, in ended)
-            tx("UPDATE accounts SET held = held - ? WHERE id = ?", total, account_id)
-
-    def _end_hold(self, tx: _Execute, account_id: str, hold_id: str, status: HoldStatus,
+    def _end_hold(self, tx: _Tx, account_id: str, hold_id: str, status: HoldStatus,
                   captured: int | None) -> Hold:
         """Give an active hold its last status. None captures all. The account is locked."""
         hold = self._hold(tx, account_id, hold_id)
@@ -1325,28 +1394,31 @@ class Wallet:
             captured = hold.amount
         if captured > hold.amount:
             _refuse_fields([("#/amount", f"must be at most {hold.amount}, which is what is held")])
-        tx("UPDATE holds SET status = ?, captured = ? WHERE account_id = ? AND sequence = ?",
-           status, captured, account_id, _parse_entry_id("hld", account_id, hold_id))
+        tx.many("UPDATE holds SET status = ?, captured = ? WHERE account_id = ? AND sequence = ?",
+                [(status, captured, account_id, _parse_entry_id("hld", account_id, hold_id))])
         return hold
 
-    def _write_once(self, stamp: _Stamp, account_id: str, function: Callable[[_Execute], T]) -> T:
-        """Run a write of an account. A key of the issuer has its effect in no other account.
+    def _write(self, account_id: str, stamp: _Stamp, function: Callable[[_Books], T],
+               *others: tuple[str, _Stamp], size: int = 1) -> T:
+        """Run a write of accounts. A key of the issuer has its effect in no other one.
 
         Raises IdempotencyKeyReused.
         """
 
-        def write(tx: _Execute) -> T:
-            is_issuers = stamp.key.startswith("§")  # No account can send such a key.
-            if is_issuers and tx(CLAIM_KEY, stamp.key, account_id)[0][0] != account_id:
+        def write(tx: _Tx) -> T:
+            if stamp.is_issuers and tx(CLAIM_KEY, stamp.key, account_id)[0][0] != account_id:
                 raise IdempotencyKeyReused()
-            return function(tx)
+            books = _Books(tx, (account_id, stamp), *others)
+            result = function(books)
+            books.write()
+            return result
 
-        return self.database.write(write)
+        return self.database.write(write, size=size)
 
     def _read(self, sql: str, *parameters: str | int | None) -> list[_Row]:
         return self.database.read(lambda tx: tx(sql, *parameters))
 
-    def _write(self, sql: str, *parameters: str | int | None) -> list[_Row]:
+    def _change(self, sql: str, *parameters: str | int | None) -> list[_Row]:
         return self.database.write(lambda tx: tx(sql, *parameters))
 
     def _account(self, tx: _Execute, account_id: str,
@@ -1519,8 +1591,8 @@ class Wallet:
             raise ConfigurationError(
                 f"{code} is not in ISO 4217: say how many decimals it has, as with {code}/0")
         for statement in _read_sql("schema.sql"):
-            self._write(self.database.adapt(statement))
-        self._write("INSERT INTO wallet VALUES (1, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+            self._change(self.database.adapt(statement))
+        self._change("INSERT INTO wallet VALUES (1, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
                     SCHEMA_VERSION, code, digits)
 
     def _try_read(self, columns: str, table: str) -> list[_Row] | None:
@@ -1533,6 +1605,32 @@ class Wallet:
             return None
 
 
+def _post_each(tx: _Tx, moves: Sequence[tuple[_Entry, _Stamp]],
+               ) -> list[Transaction | WalletError | None]:
+    """Post movements. Return for each what came of it, or None for an account that was left out."""
+    if tx.is_one_statement:
+        return [_post_at_once(tx, *move) for move in moves]
+    books = _Books(tx, *((entry.account_id, stamp) for entry, stamp in moves))
+    outcomes: list[Transaction | WalletError | None] = []
+    for entry, stamp in moves:
+        try:
+            outcomes.append(books.begin(entry.account_id, stamp) or books.post(entry, stamp))
+        except (AccountNotFound, Unauthorized) as error:
+            outcomes.append(error if tx.waits else None)  # Another transaction may have it.
+        except WalletError as error:
+            outcomes.append(error)
+    books.write()
+    return outcomes
+
+
+def _post_at_once(tx: _Tx, entry: _Entry, stamp: _Stamp) -> Transaction | None:
+    change = entry.amount if entry.type == "topup" else -entry.amount
+    rows = tx(POST_AT_ONCE, entry.account_id, change, _now_us(), change, AMOUNT_MAX,
+              stamp.token_hash, stamp.key, stamp.key, stamp.fingerprint, entry.type, entry.amount,
+              entry.description, entry.metadata_json)
+    return _as_transaction(entry.account_id, rows[0]) if rows else None
+
+
 def _migrate(adapt: Callable[[str], str], tx: _Execute) -> int:
     """Make the tables those of the next version, unless another process has. Return the version."""
     ((version,),) = tx(
@@ -1543,11 +1641,6 @@ def _migrate(adapt: Callable[[str], str], tx: _Execute) -> int:
         tx(adapt(statement))
     tx("UPDATE wallet SET schema_version = ?", version + 1)
     return int(version) + 1
-
-
-def _insert_rows(tx: _Execute, into: str, rows: Sequence[_Row]) -> None:
-    values = ", ".join([f"({', '.join('?' * len(rows[0]))})"] * len(rows))
-    tx(f"INSERT INTO {into} VALUES {values}", *(value for row in rows for value in row))
 
 
 def _read_sql(name: str) -> list[str]:
@@ -1566,6 +1659,26 @@ class _Execute(Protocol):
     def __call__(self, sql: str, *parameters: str | int | None) -> list[_Row]: ...
 
 
+class _Tx(_Execute, Protocol):
+    """The same, where it may write. A SELECT that ends with `row_lock` locks what it finds.
+
+    What another has locked it waits for or, unless it `waits`, does not find. If it
+    `is_one_statement`, that is all there may be. If accounts are `is_sharded` over several nodes,
+    each statement is about one of them.
+    """
+
+    row_lock: str = ""
+    waits: bool = True
+    is_one_statement: bool = False
+    is_sharded: bool = False
+
+    def many(self, sql: str, rows: Sequence[_Row]) -> None:
+        """Run one statement with each of `rows`, before the next one at the latest."""
+
+
+_Each = Callable[[_Tx, Sequence[Any]], Sequence[Any]]
+
+
 class Database(Protocol):
     """What an engine supplies. It knows nothing about money.
 
@@ -1579,13 +1692,21 @@ class Database(Protocol):
     location: str
     observe: Callable[[Sequence[Exception | None]], None] = staticmethod(lambda outcomes: None)
 
-    def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
+    def write(self, function: Callable[[_Tx], T], timeout_s: float | None = None,
+              size: int = 1) -> T:
         """Run `function` in one transaction. Return its result once that is committed.
 
         It may be run more than once and grouped with others, so it touches nothing outside its
         transaction. An error that it raises undoes what it did, and nothing else. Raises
         Unavailable where nothing was changed, and OutcomeUnknown where that cannot be told. On
-        Postgres it may take `timeout_s`, by default DATABASE_TIMEOUT_S.
+        Postgres it may take `timeout_s`, by default DATABASE_TIMEOUT_S. `size` is how many entries
+        it makes.
+        """
+
+    def gather(self, function: _Each, item: Any) -> Any:
+        """Do so with `item`, which `function` may be given together with others that wait.
+
+        It returns for each its result or its error.
         """
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
@@ -1666,10 +1787,9 @@ def open_database(dsn: str, connections: int, create: bool, **options: bool) -> 
 class SQLiteDatabase(Database):
     """SQLite, with one connection that writes, and others that read.
 
-    Writes are put in order here, since those who wait for SQLite's own lock poll and overtake each
-    other. Whoever finds nobody at work leads: it commits for all who stand in line, so that many
-    threads share the price of one sync. None returns before that COMMIT has. With `alone`, as in
-    memory, there is this one connection, and readers take turns with it.
+    Writes stand in line here, since those who wait for SQLite's own lock poll and overtake each
+    other. Many share one COMMIT and the price of its sync, and none returns before that has. With
+    `alone`, as in memory, there is this one connection, and readers take turns with it.
     """
 
     def __init__(self, path: str | None, create: bool, read_only: bool = False,
@@ -1683,13 +1803,7 @@ class SQLiteDatabase(Database):
         self._read_only, self._alone = read_only, path is None or (alone and not read_only)
         self._data_version: int | None = None  # None: not watched. 0: not known.
         self._warned_until = 0.0
-        self._process_id = os.getpid()
-        self._lock = threading.Lock()
-        self._quiet = threading.Condition(self._lock)  # Told when nobody leads.
-        self._queue: list[_Write] = []
-        self._batch: list[_Write] = []
-        self._leader: _Write | None = None  # Whose thread commits at the moment.
-        self._closed = False
+        self._line = _Line(self._commit)
         self._file: tuple[int, ...] = ()  # What _identify said when it was opened.
         self._idle_readers: list[sqlite3.Connection] = []
         self._reading = 0  # How many readers are in use.
@@ -1702,46 +1816,20 @@ class SQLiteDatabase(Database):
             kind = NotReady if may_pass else ConfigurationError
             raise kind(f"cannot open {self.location}: {reason}") from error
 
-    def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
-        write = _Write(function, threading.get_ident())
-        try:
-            with self._lock:
-                _check_usable(self._process_id, self._closed)
-                if self._leader and self._leader.thread_id == write.thread_id:
-                    raise RuntimeError(
-                        "a write, or in memory a read, inside a write would wait for itself")
-                self._queue.append(write)
-                if self._leader is None:
-                    self._appoint_leader()
-            write.turn.acquire()  # Until another has committed it, or leaves it to this one.
-            if self._leader is write:
-                with self._lock:
-                    _check_usable(self._process_id, self._closed)
-                    self._batch, self._queue = self._queue, []
-                self._commit(self._batch)
-        except BaseException:  # Closed, or interrupted: a write that nobody has begun is dropped.
-            with self._lock:
-                self._queue = [other for other in self._queue if other is not write]
-            raise
-        finally:
-            if self._leader is write:
-                with self._lock:
-                    for other in self._batch:
-                        if other is not write:
-                            other.turn.release()
-                    self._batch = []
-                    self._appoint_leader()
-        if write.error or not write.done:  # The leader may have been interrupted.
-            raise write.error or OutcomeUnknown()
-        result: T = write.result
+    def write(self, function: Callable[[_Tx], T], timeout_s: float | None = None,
+              size: int = 1) -> T:
+        result: T = self._line.stand(_Write(lambda tx, _: [function(tx)], size=size))
         return result
+
+    def gather(self, function: _Each, item: Any) -> Any:
+        return self._line.stand(_Write(function, item))
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function` beside the writer, or in turn with it."""
         if self._alone:
             return self.write(function)
-        with self._lock:
-            _check_usable(self._process_id, self._closed)
+        with self._line.lock:
+            self._line.check_usable()
             reader = self._idle_readers.pop() if self._idle_readers else None
             self._reading += 1
         try:
@@ -1750,13 +1838,13 @@ class SQLiteDatabase(Database):
                 reader.execute("PRAGMA query_only = ON")
                 cache_kb = SQLITE_VERIFY_CACHE_KB if self._read_only else SQLITE_READER_CACHE_KB
                 reader.execute(f"PRAGMA cache_size = -{cache_kb}")
-            return function(_execute_on(reader))
+            return function(_SQLiteTx(reader))
         except sqlite3.DatabaseError as error:
             raise self.failed(_unavailable(error)) from error
         finally:
-            with self._lock:
+            with self._line.lock:
                 self._reading -= 1
-                if reader and self._closed:
+                if reader and self._line.is_closed:
                     reader.close()
                 elif reader:
                     self._idle_readers.append(reader)
@@ -1785,24 +1873,14 @@ class SQLiteDatabase(Database):
     def usage(self) -> dict[str, int]:
         # What waits is a write, for the commit before it.
         return {"idle": len(self._idle_readers), "in_use": self._reading,
-                "waiting": len(self._queue)}
+                "waiting": len(self._line.waiting)}
 
     def close(self) -> None:
         """Wait DATABASE_TIMEOUT_S for the writes that are begun; then close what is not in use."""
-        with self._lock:
-            self._closed = True  # From here on no write is begun.
-            self._quiet.wait_for(lambda: self._leader is None, timeout=DATABASE_TIMEOUT_S)
+        with self._line.close():
             while self._idle_readers:
                 self._idle_readers.pop().close()
             self._writer.close()
-
-    def _appoint_leader(self) -> None:
-        """Let the first in line commit next. The lock is held."""
-        self._leader = self._queue[0] if self._queue else None
-        if self._leader:
-            self._leader.turn.release()
-        else:
-            self._quiet.notify_all()
 
     def _commit(self, batch: list[_Write]) -> None:
         """Run every write of `batch` in one transaction, and note what became of each.
@@ -1817,7 +1895,7 @@ class SQLiteDatabase(Database):
             if self._try_commit(batch) is None and not any(write.error for write in succeeded):
                 failure = None
         for write in batch:
-            write.error = type(failure)(str(failure)) if failure else write.error
+            write.outcome = type(failure)(str(failure)) if failure else write.outcome
             write.done = True
         self.observe([write.error for write in batch])
 
@@ -1831,15 +1909,21 @@ class SQLiteDatabase(Database):
         try:
             execute("BEGIN IMMEDIATE")
             self._look_for_others()
-            if len(batch) == 1:
-                if not self._run(batch[0]):
-                    return None  # What it did is rolled back below.
-            else:
-                for write in batch:  # What a failed write did is undone, and nothing else.
+            groups: dict[_Each, list[_Write]] = {}
+            for write in batch:
+                groups.setdefault(write.function, []).append(write)
+            # Many together come first, as a savepoint that grows is a file.
+            for writes in sorted(groups.values(), key=len, reverse=True):
+                if len(writes) == 1 < len(batch):
                     execute("SAVEPOINT one_write")
-                    if not self._run(write):
+                    if not self._run(writes):  # What it did is undone, and nothing else.
                         execute("ROLLBACK TO one_write")
                     execute("RELEASE one_write")
+                elif not self._run(writes):
+                    for write in writes:  # One may be at fault for all: so each runs by itself.
+                        write.function = partial(write.function)
+                    execute("ROLLBACK")
+                    return self._try_commit(batch) if len(batch) > 1 else None
             committing = True
             execute("COMMIT")
             return None
@@ -1855,16 +1939,22 @@ class SQLiteDatabase(Database):
                 with suppress(sqlite3.Error):  # The next BEGIN would fail too, and be told.
                     execute("ROLLBACK")
 
-    def _run(self, write: _Write) -> bool:
-        """Run one write. Did it succeed? A fault of the database fails the whole transaction."""
+    def _run(self, writes: list[_Write]) -> bool:
+        """Run writes of one function. Did it succeed? A fault of the database fails all that is
+        committed with it.
+        """
         try:
-            write.result, write.error = write.function(_execute_on(self._writer)), None
+            tx, items = _SQLiteTx(self._writer), [write.item for write in writes]
+            for write, outcome in zip(writes, writes[0].function(tx, items), strict=True):
+                write.outcome = outcome
         except Exception as error:
             is_fault = isinstance(error, sqlite3.DatabaseError)
             if is_fault and not isinstance(error, sqlite3.IntegrityError):
                 raise
-            write.error = error
-        return write.error is None
+            for write in writes:
+                write.outcome = error
+            return False
+        return True
 
     def _look_for_others(self) -> None:
         """Warn, now and then, of others that write, if this SQLite has a bug then."""
@@ -1970,19 +2060,120 @@ class SQLiteDatabase(Database):
         return connection
 
 
+class _SQLiteTx(_Tx):
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __call__(self, sql: str, *parameters: str | int | None) -> list[_Row]:
+        # All rows are fetched at once: a RETURNING that is not read to its end blocks COMMIT.
+        return self._connection.execute(sql, parameters).fetchall()
+
+    def many(self, sql: str, rows: Sequence[_Row]) -> None:
+        self._connection.executemany(sql, rows)
+
+
 @dataclass(eq=False)
 class _Write:
     """A write that stands in line, and what became of it."""
 
-    function: Callable[[_Execute], Any]
-    thread_id: int
+    function: _Each
+    item: Any = None
+    size: int = 1
+    outcome: Any = None
     done: bool = False
-    result: Any = None
-    error: Exception | None = None
+    thread_id: int = field(default_factory=threading.get_ident)
+    since: float = field(default_factory=time.monotonic)
     turn: threading.Lock = field(default_factory=threading.Lock)  # Free once its thread may go on.
 
     def __post_init__(self) -> None:
         self.turn.acquire()
+
+    @property
+    def error(self) -> Exception | None:
+        return self.outcome if isinstance(self.outcome, Exception) else None
+
+
+W = TypeVar("W", bound=_Write)
+
+
+class _Line(Generic[W]):
+    """Writes that stand in line. Whoever finds nobody at work leads, and works for others too.
+
+    It takes all that make one entry, or else larger ones, up to BATCH_MAX entries, and these take
+    turns. So no work is without bounds, and who makes one entry waits for one large write at most.
+    """
+
+    def __init__(self, work: Callable[[list[W]], None]) -> None:
+        self._work, self._process_id = work, os.getpid()
+        self.lock = threading.Lock()
+        self._quiet = threading.Condition(self.lock)  # Told when nobody leads.
+        self.waiting: list[W] = []
+        self._taken: list[W] = []
+        self._leader: W | None = None  # Whose thread works at the moment.
+        self._was_large = self.is_closed = False
+
+    def stand(self, write: W) -> Any:
+        """Wait until the write is done. Return its outcome, or raise it if it is an error."""
+        try:
+            with self.lock:
+                self.check_usable()
+                if self._leader and self._leader.thread_id == write.thread_id:
+                    raise RuntimeError(
+                        "a write, or in memory a read, inside a write would wait for itself")
+                self.waiting.append(write)
+                if self._leader is None:
+                    self._appoint_leader()
+            write.turn.acquire()  # Until another has done it, or leaves it to this one.
+            if self._leader is write:
+                with self.lock:
+                    self.check_usable()
+                    self._take(write)
+                self._work(self._taken)
+        except BaseException:  # Closed, or interrupted: a write that nobody has begun is dropped.
+            with self.lock:
+                self.waiting = [other for other in self.waiting if other is not write]
+            raise
+        finally:
+            if self._leader is write:
+                with self.lock:
+                    for other in self._taken:
+                        if other is not write:
+                            other.turn.release()
+                    self._taken = []
+                    self._appoint_leader()
+        if write.error or not write.done:  # The leader may have been interrupted.
+            raise write.error or OutcomeUnknown()
+        return write.outcome
+
+    def close(self) -> threading.Lock:
+        """Begin nothing more. Wait DATABASE_TIMEOUT_S for what is begun. Return the lock."""
+        with self.lock:
+            self.is_closed = True
+            self._quiet.wait_for(lambda: self._leader is None, timeout=DATABASE_TIMEOUT_S)
+        return self.lock
+
+    def check_usable(self) -> None:
+        _check_usable(self._process_id, self.is_closed)
+
+    def _take(self, leader: W) -> None:
+        """Take what is like the leader's write out of the line. The lock is held."""
+        self._was_large, entries, left = leader.size > 1, 0, list[W]()
+        for write in self.waiting:
+            if (write.size > 1) is self._was_large and entries + write.size <= BATCH_MAX:
+                self._taken.append(write)
+                entries += write.size
+            else:
+                left.append(write)
+        self.waiting = left
+
+    def _appoint_leader(self) -> None:
+        """Let the first in line work next, of those whose turn it is. The lock is held."""
+        turns = [write for write in self.waiting if (write.size > 1) is not self._was_large]
+        self._leader = next(iter(turns or self.waiting), None)
+        if self._leader:
+            self._leader.turn.release()
+        else:
+            self._quiet.notify_all()
 
 
 def _identify(path: str) -> tuple[int, ...]:
@@ -1995,11 +2186,6 @@ def _check_usable(process_id: int, closed: bool) -> None:
     crossed = "No connection can cross a fork: open the wallet after it."
     if closed or os.getpid() != process_id:
         raise Unavailable("This wallet is closed." if closed else crossed, reason="closed")
-
-
-def _execute_on(connection: sqlite3.Connection) -> _Execute:
-    # All rows are fetched at once: a RETURNING that is not read to its end blocks COMMIT.
-    return lambda sql, *parameters: connection.execute(sql, parameters).fetchall()
 
 
 def _unavailable(reason: object) -> Unavailable:

@@ -26,11 +26,11 @@ from wallet import (
     _as_time,
     _Execute,
     _format_time,
-    _insert_rows,
     _now_us,
     _parse_time,
     _read_sql,
     _Row,
+    _Tx,
     logger,
 )
 
@@ -209,13 +209,14 @@ def copy_wallet(source: Wallet, target: Wallet, report: Report = _ignore) -> dic
     source is wrong. After a copy that broke off, the target has no wallet, and its currency is
     forgotten.
     """
-    def copy(read: _Execute, tx: _Execute) -> None:
+    def copy(read: _Execute, tx: _Tx) -> None:
         target.database.lock(tx)
         steps = _count_steps(2 * sum(counts.values()), report)  # Each row is read back too.
         # All may be there already, if an earlier COMMIT was not answered.
         for table in KEY_COLUMNS if not tx(first) else ():
             for rows in _read_table(read, table):
-                _insert_rows(tx, table, rows)
+                marks = ", ".join("?" * len(rows[0]))
+                tx.many(f"INSERT INTO {table} VALUES ({marks})", rows)
                 steps(rows)
         if any(_digest_table(tx, table, steps) != _digest_table(read, table, len)
                for table in KEY_COLUMNS):

@@ -10,12 +10,22 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
-from psycopg import Connection, Error, IntegrityError, OperationalError, errors
+from psycopg import (
+    Connection,
+    Cursor,
+    Error,
+    IntegrityError,
+    OperationalError,
+    Pipeline,
+    errors,
+)
 from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import ConnectionPool, PoolTimeout
 
@@ -29,8 +39,12 @@ from wallet import (
     Unavailable,
     WrongBooks,
     _check_usable,
+    _Each,
     _Execute,
+    _Line,
     _Row,
+    _Tx,
+    _Write,
 )
 
 logger = logging.getLogger("wallet")
@@ -58,6 +72,13 @@ CHANGED_MEANWHILE = READ_ONLY, "23505", "42P07", "42710"
 COLLATION_VERSIONS = """
     SELECT quote_ident(datname), datcollversion, pg_database_collation_actual_version(oid)
     FROM pg_database WHERE datname = current_database()"""
+
+# The server gives up before the client has to cut the connection, and frees the locks of a client
+# that has vanished. This is set for one transaction, else a pooler would hand the settings on.
+LIMITS = """
+    SELECT set_config('statement_timeout', %s, true),
+        set_config('idle_in_transaction_session_timeout', %s, true)"""
+SHARDING = "citus.", "crdb_", "yb_"  # How the settings of such engines begin.
 
 ALONE = "wallet alone"  # The application_name of a copy's sessions, which ignore each other.
 LOCK = """
@@ -112,6 +133,7 @@ class PostgresDatabase(Database):
                 " with %40 for an @ in the password, and other special characters likewise")
         self.location = f"postgresql://{host}{port and f':{port}'}/{database}"
         self._process_id, self._away_until = os.getpid(), 0.0
+        self._line: _Line[_Together] = _Line(self._gather)
         self._begin = "BEGIN READ ONLY" if read_only else "BEGIN"
         # A prepared statement belongs to a session, and a pooler such as PgBouncer changes those.
         options: dict[str, Any] = POSTGRES_DEFAULTS | given | {
@@ -119,9 +141,9 @@ class PostgresDatabase(Database):
         try:
             with TimedConnection.connect(**options) as connection:
                 connection.deadline = time.monotonic() + wallet.DATABASE_TIMEOUT_S
-                self._check_server(partial(_execute_on, connection), read_only)
+                self._check_server(PostgresTx(connection=connection), read_only)
                 if alone and not read_only:
-                    self._wait_until_alone(partial(_execute_on, connection))
+                    self._wait_until_alone(PostgresTx(connection=connection))
                     options["application_name"] = ALONE
         except (Error, UnicodeError) as error:
             reason = " ".join(str(error).split())
@@ -134,9 +156,20 @@ class PostgresDatabase(Database):
             open=True, max_waiting=POSTGRES_WAITING_MAX, name="wallet",
             reconnect_timeout=POSTGRES_DIAL_S, reconnect_failed=ConnectionPool.check)
 
-    def write(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
+    def write(self, function: Callable[[_Tx], T], timeout_s: float | None = None,
+              size: int = 1) -> T:
         """Run `function` in a transaction of its own (see Database)."""
         return self._call(function, True, timeout_s)
+
+    def gather(self, function: _Each, item: Any) -> Any:
+        """Run `function` once for all that wait. Where that does not do it for an item, such as
+        where another transaction is in the way, run it again for this one alone, and wait.
+        """
+        write = _Together(function, item)
+        if not self._is_sharded:
+            with suppress(_NotTogether):
+                return self._line.stand(write)
+        return self._call(partial(_run_one, function, item), True, None, write)
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
         """Run `function`, each statement in a transaction of its own."""
@@ -179,43 +212,50 @@ class PostgresDatabase(Database):
         """Close what is not in use. What is in use is closed when its call has ended."""
         self._pool.close()
 
-    def _call(self, function: Callable[[_Execute], T], is_write: bool,
-              timeout_s: float | None) -> T:
+    def _gather(self, writes: list[_Together]) -> None:
+        """Try to run writes of one function together. None waits for a lock, so that no row that is
+        locked for long delays the others.
+        """
+        tx = PostgresTx(is_one_statement=len(writes) == 1, waits=False)
+        outcomes: Sequence[Any] = ()
+        deadline = writes[0].since + wallet.DATABASE_TIMEOUT_S
+        try:
+            if time.monotonic() > self._away_until:
+                items = [write.item for write in writes]
+                outcomes = self._attempt(tx, lambda tx: writes[0].function(tx, items), deadline)
+        except Error as error:
+            logger.debug("%d writes are run one by one: %s", len(writes), error)
+            for write in writes:
+                write.is_unknown = tx.may_be_kept(error)
+        for write, outcome in zip_longest(writes, outcomes):
+            write.outcome, write.done = _NotTogether() if outcome is None else outcome, True
+        self.observe([None for write in writes if not write.error])
+
+    def _call(self, function: Callable[[_Tx], T], is_write: bool, timeout_s: float | None,
+              earlier: _Together | None = None) -> T:
         """Run `function` until it succeeds, while running it again may help and there is time."""
         _check_usable(self._process_id, self._pool.closed)
         started = time.monotonic()
-        deadline = started + (timeout_s or wallet.DATABASE_TIMEOUT_S)
+        deadline = (earlier.since if earlier else started) + (
+            timeout_s or wallet.DATABASE_TIMEOUT_S)
+        unknown, mendings, pause_s = earlier.is_unknown if earlier else False, 0, RETRY_PAUSE_S
         if started < self._away_until:
-            raise self.failed(wallet._unavailable("the database has stopped answering"))
-        unknown, mendings, pause_s = False, 0, RETRY_PAUSE_S
+            away = wallet._unavailable("the database has stopped answering")
+            raise self.failed(OutcomeUnknown() if unknown else away)
         while True:
-            connection, committing = None, False
-            patience_s = min(wallet.DATABASE_TIMEOUT_S, deadline - time.monotonic())
+            tx = PostgresTx(is_read=not is_write, is_sharded=self._is_sharded)
             try:
-                with self._pool.connection(patience_s) as connection:
-                    connection.deadline = deadline - POSTGRES_DIAL_S  # Leaves time to cancel.
-                    tx = partial(_execute_on, connection)
-                    if not is_write:
-                        return function(tx)
-                    # The server gives up before the client has to cut the connection, and frees
-                    # the locks of a client that has vanished. This is set for this transaction
-                    # alone, else a pooler would hand the settings on.
-                    timeout_ms = max(1, int((deadline - time.monotonic()) * 800))
-                    tx(f"{self._begin}; SET LOCAL statement_timeout = {timeout_ms};"
-                       f" SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}")
-                    result = function(tx)
-                    committing = True
-                    tx("COMMIT")
+                result = self._attempt(tx, function, deadline)
+                if is_write:
                     self.observe([None])
-                    return result
+                return result
             except Error as error:
-                state = error.sqlstate
-                lost_a_race = state in LOST_A_RACE
-                unknown |= committing and not lost_a_race
+                state, connection, committing = error.sqlstate, tx.connection, tx.may_be_kept(error)
+                unknown |= committing
                 lost = connection.closed if connection else isinstance(error, PoolTimeout)
                 mendable = committing or state in CHANGED_MEANWHILE
                 mendings += mendable
-                again = lost or lost_a_race or (mendable and mendings <= MENDINGS_MAX)
+                again = lost or state in LOST_A_RACE or (mendable and mendings <= MENDINGS_MAX)
                 if state == READ_ONLY:  # A standby now: find the primary.
                     self._pool.drain()
                 if isinstance(error, IntegrityError) and not again and not unknown:
@@ -230,6 +270,25 @@ class PostgresDatabase(Database):
                     raise self.failed(failure) from error
             time.sleep(random.uniform(0, pause_s))
             pause_s = min(2 * pause_s, RETRY_PAUSE_MAX_S)
+
+    def _attempt(self, tx: PostgresTx, function: Callable[[_Tx], T], deadline: float) -> T:
+        """Run `function` in a transaction, unless it is one statement, or only reads."""
+        patience_s = min(wallet.DATABASE_TIMEOUT_S, deadline - time.monotonic())
+        with self._pool.connection(patience_s) as connection:
+            tx.connection = connection
+            connection.deadline = deadline - POSTGRES_DIAL_S  # Leaves time to cancel.
+            if tx.is_read or tx.is_one_statement:
+                tx.is_committing = tx.is_one_statement
+                return function(tx)
+            timeout_ms = str(max(1, int((deadline - time.monotonic()) * 800)))
+            # What needs no answer goes with what follows, in one round trip.
+            with connection.pipeline() as tx.pipeline:
+                connection.execute(self._begin)
+                connection.execute(LIMITS, (timeout_ms, timeout_ms))
+                result = function(tx)
+                tx.is_committing = True
+                connection.execute("COMMIT")
+            return result
 
     def _wait_until_alone(self, tx: _Execute) -> None:
         """Refuse a database to which another session of our name is connected.
@@ -248,6 +307,7 @@ class PostgresDatabase(Database):
     def _check_server(self, tx: _Execute, read_only: bool) -> None:
         """Refuse a server that can keep no wallet. Warn of one that may lose what it commits."""
         settings: dict[str, str] = dict(tx("SELECT name, setting FROM pg_settings"))
+        self._is_sharded = any(name.startswith(SHARDING) for name in settings)
         self.engine = f"Postgres {settings.get('server_version', 'unknown').partition(' ')[0]}"
         if settings.get("transaction_read_only") == "on" and not read_only:
             raise NotReady(f"{self.location} is read-only: name the primary server")
@@ -267,7 +327,62 @@ class PostgresDatabase(Database):
                     self.location, kept, now, name, name)
 
 
-def _execute_on(connection: TimedConnection, sql: str, *parameters: str | int | None) -> list[_Row]:
-    # Only without parameters may there be several statements.
-    cursor = connection.execute(sql.replace("?", "%s"), parameters or None)
-    return cursor.fetchall() if cursor.description else []
+@dataclass(eq=False)
+class _Together(_Write):
+    is_unknown: bool = False  # It may be kept, though it failed.
+
+
+class _NotTogether(Exception):
+    """It is to be run alone."""
+
+
+@dataclass(eq=False)
+class PostgresTx(_Tx):
+    """Runs the statements of a transaction, in a pipeline or each by itself."""
+
+    waits: bool = True
+    is_read: bool = False
+    is_one_statement: bool = False
+    is_sharded: bool = False
+    is_committing: bool = False
+    connection: TimedConnection | None = None
+    pipeline: Pipeline | None = None
+    # The last of `many` that may not have been answered yet, and how many rows it writes.
+    sent: tuple[Cursor[_Row], int] | None = None
+
+    @property
+    def row_lock(self) -> str:  # type: ignore[override]
+        return " FOR UPDATE OF accounts" + ("" if self.waits else " SKIP LOCKED")
+
+    def may_be_kept(self, error: Error) -> bool:
+        """May the transaction be kept, though it failed?
+
+        Behind a statement that failed in a pipeline, the server runs no COMMIT.
+        """
+        is_unwritten = self.sent and self.sent[0].rowcount < self.sent[1]
+        is_answer = self.is_one_statement and self.connection and not self.connection.closed
+        is_undone = error.sqlstate and (is_unwritten or is_answer)
+        return self.is_committing and error.sqlstate not in LOST_A_RACE and not is_undone
+
+    def __call__(self, sql: str, *parameters: str | int | None) -> list[_Row]:
+        assert self.connection
+        # Only without parameters may there be several statements, and in no pipeline.
+        cursor = self.connection.execute(sql.replace("?", "%s"), parameters or None)
+        if self.pipeline:
+            self.pipeline.sync()
+            self.sent = None
+        return cursor.fetchall() if cursor.description else []
+
+    def many(self, sql: str, rows: Sequence[_Row]) -> None:
+        assert self.connection
+        cursor = self.connection.cursor()
+        self.sent = cursor, len(rows)
+        cursor.executemany(sql.replace("?", "%s"), rows)
+
+
+def _run_one(function: _Each, item: Any, tx: _Tx) -> Any:
+    """Return, or raise, what comes of one item."""
+    (outcome,) = function(tx, [item])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome

@@ -1168,7 +1168,7 @@ def hold_the_writer(wallet, sql="SELECT 1"):
 
 def wait_for_queue(wallet, length):
     deadline = time.monotonic() + 30
-    while len(wallet.database._queue) < length:
+    while len(wallet.database._line.waiting) < length:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
