@@ -118,7 +118,7 @@ BATCH_MAX = 1000  # Movements: a tenth of a second on SQLite, and as many round 
 HOLD_DEFAULT_S, HOLD_MAX_S = 7 * 24 * 3600, 30 * 24 * 3600  # As with card networks.
 STATEMENTS_MAX = 2  # Long answers at once: each takes a thread while it is made, then disk space.
 PAGE_BYTES_MAX = 2**20  # A longer one is compressed.
-STATEMENT_ROWS = 100  # Read at once: a statement never takes more than 4 MB of memory.
+STATEMENT_ROWS = 500  # Read at once, which takes 20 MB if each has all the metadata there may be.
 ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
 HIDDEN_CHARACTERS_MIN = 8  # A part of a token with fewer tells little, and may be any word.
 # In no line of text: control characters, and the lone surrogates that UTF-8 cannot have.
@@ -1187,13 +1187,15 @@ class Wallet:
             raise MalformedRequest("Send cursor or after, but not both.")
         below = SEQUENCE_MAX if cursor is None else _parse_cursor("txn", account_id, cursor)
         above = 0 if after in (None, "0") else _parse_cursor("txn", account_id, str(after))
-        entries = self._entries(account_id, limit + 1, above=above, below=below,
-                                newest_first=newest_first, **filters)
+        found = self._entries(account_id, limit + 1, above=above, below=below,
+                              newest_first=newest_first, **filters)
+        entries = (_as_transaction(account_id, row) for rows in found for row in rows)
         return _as_page(Page, entries, limit)
 
     def statement(self, account_id: str, **filters: Unpack[_Filters]) -> Iterator[Transaction]:
         """Return the history as it is now, oldest first, little of it in memory at a time."""
-        return self._entries(account_id, STATEMENT_ROWS, **filters)
+        found = self._entries(account_id, STATEMENT_ROWS, **filters)
+        return (_as_transaction(account_id, row) for rows in found for row in rows)
 
     def balance_at(self, account_id: str, at: str | datetime) -> int:
         """Return what the balance was at a time (RFC 3339, or an aware datetime).
@@ -1421,8 +1423,8 @@ class Wallet:
     def _entries(self, account_id: str, rows_max: int, *, above: int = 0,
                  below: int = SEQUENCE_MAX, newest_first: bool = False,
                  type: TransactionType | None = None, since: str | datetime | None = None,
-                 until: str | datetime | None = None) -> Iterator[Transaction]:
-        """Return the transactions within all filters, read `rows_max` at a time."""
+                 until: str | datetime | None = None) -> Iterator[list[_Row]]:
+        """Return the transactions within all filters, in lists of at most `rows_max`."""
         if type not in (None, *SIGN_BY_TYPE):
             raise MalformedRequest(f"type must be one of: {', '.join(SIGN_BY_TYPE)}.")
         order = "DESC" if newest_first else "ASC"
@@ -1437,23 +1439,26 @@ class Wallet:
         first, last = self.database.read(bounds)
         start_sql = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ?"
         end_sql = f"AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
-        of_type = f"{start_sql} AND type = ? {end_sql}"
-        types, sql = ([type], of_type) if type else ([], f"{start_sql} {end_sql}")
-        each_type = types or list(SIGN_BY_TYPE)
-        of_each = " UNION ALL ".join(f"SELECT * FROM ({of_type}) AS {one}" for one in each_type)
+        types = [type] if type else list(SIGN_BY_TYPE)
+        of_each = " UNION ALL ".join(
+            f"SELECT * FROM ({start_sql} AND type = ? {end_sql}) AS {one}" for one in types)
 
-        def entries(above: int, below: int) -> Iterator[Transaction]:
-            rows = self._read(sql, account_id, *types, above, below, rows_max)
+        def entries(above: int, below: int) -> Iterator[list[_Row]]:
+            by_type = bool(type)
             while True:
-                yield from (_as_transaction(account_id, row)
-                            for row in rows if row[1] in SIGN_BY_TYPE)
+                sql, values = f"{start_sql} {end_sql}", [account_id, above, below, rows_max]
+                if by_type:
+                    sql = f"{of_each} ORDER BY sequence {order} LIMIT ?"
+                    values = [value for one in types
+                              for value in (account_id, one, above, below, rows_max)] + values[-1:]
+                rows = self._read(sql, *values)
+                found = [row for row in rows if row[1] in SIGN_BY_TYPE]
+                yield found
                 if len(rows) < rows_max:
                     return
                 above, below = (above, rows[-1][0]) if newest_first else (rows[-1][0], below)
-                # Each type by its index, so that no number of holds has to be passed over.
-                each = [value for one in each_type
-                        for value in (account_id, one, above, below, rows_max)]
-                rows = self._read(f"{of_each} ORDER BY sequence {order} LIMIT ?", *each, rows_max)
+                # Each type has its index, so that no number of holds has to be passed over.
+                by_type = bool(type) or 2 * len(found) < rows_max
 
         return entries(max(above, first), min(below, last + 1))
 
@@ -2125,7 +2130,7 @@ for _path, _frozen in (("/freeze", True), ("/unfreeze", False)):
 @_route(f"/api{STATEMENT_END}", query=("type", "since", "until"))
 def _get_statement(wallet: Wallet, caller: object, **arguments: Any) -> _Response:
     part = _import_part("statements")
-    chunks = part.take_turn(part.to_csv(wallet, wallet.statement(**arguments)))
+    chunks = part.take_turn(part.to_csv(wallet, **arguments))
     next(chunks)
     return _Response(200, chunks, part.HEADERS)
 

@@ -369,16 +369,22 @@ def _run_history(wallet: Wallet, given: _Given, output: Output) -> None:
     if given["csv"] and output.as_json:
         raise MalformedRequest("Take --csv or --json, but not both.")
     read = partial(wallet.transactions, given["account"], **_parse_filters(given))
-    _show_newest(read, given, output, partial(_write_csv, wallet) if given["csv"] else
+    statements = _import_part("statements")
+
+    def write_csv(found: Iterator[Transaction]) -> None:
+        rows = ([statements.as_row(one)] for one in found)
+        _write(statements.write(wallet, given["account"], rows))
+
+    _show_newest(read, given, output, write_csv if given["csv"] else
                  partial(output.list, columns=TRANSACTION_COLUMNS))
 
 
 def _run_statement(wallet: Wallet, given: _Given, output: Output) -> None:
-    found = wallet.statement(given["account"], **_parse_filters(given))
+    filters = _parse_filters(given)
     if output.as_json:
-        output.list(found, TRANSACTION_COLUMNS)
+        output.list(wallet.statement(given["account"], **filters), TRANSACTION_COLUMNS)
     else:
-        _write_csv(wallet, found)
+        _write(_import_part("statements").to_csv(wallet, given["account"], **filters))
 
 
 def _run_holds(wallet: Wallet, given: _Given, output: Output) -> None:
@@ -406,8 +412,8 @@ def _show_newest(read: Callable[..., Any], given: _Given, output: Output,
         output.note("there are older ones, which a higher --limit shows")
 
 
-def _write_csv(wallet: Wallet, transactions: Iterator[Transaction]) -> None:
-    for chunk in _import_part("statements").to_csv(wallet, transactions):
+def _write(chunks: Iterable[bytes]) -> None:
+    for chunk in chunks:
         sys.stdout.buffer.write(chunk)
 
 
