@@ -64,7 +64,6 @@ import threading
 import time
 import traceback
 import zlib
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -845,6 +844,15 @@ ACCOUNTS = f"""
     {ACCOUNT} WHERE created_at >= ? AND (created_at, id) < (?, ?)
         AND length(replace(lower(name COLLATE "C"), ?, '')) <= length(name) - ?
     ORDER BY created_at DESC, id DESC LIMIT ?"""
+# Times never go back within an account: few entries are looked at.
+COUNT_BEFORE = """
+    WITH RECURSIVE halves (low, high) AS (
+        SELECT CAST(0 AS BIGINT), CAST(? AS BIGINT) UNION ALL
+        SELECT CASE WHEN created_at < ? THEN sequence ELSE low END,
+            CASE WHEN created_at < ? THEN high ELSE sequence - 1 END
+        FROM halves JOIN transactions ON account_id = ? AND sequence = ((low + high) >> 1) + 1
+        WHERE low < high)
+    SELECT low FROM halves WHERE low >= high"""
 HOLD_STATUS = "CASE WHEN status = 'active' AND expires_at <= ? THEN 'expired' ELSE status END"
 HOLDS_OF = f"""
     SELECT h.sequence, h.amount, {HOLD_STATUS}, captured, expires_at, description, metadata,
@@ -1178,9 +1186,9 @@ class Wallet:
         """Return a page of history: newest first, or with `after` oldest first, behind that id.
 
         An `after` of "0" begins at the oldest. A page begins at a sequence number, so each costs
-        the same however long the history is, and new transactions shift nothing. The numbers
-        become visible in order: whoever asks on and on with the last id as `after` misses nothing
-        and gets nothing twice. Raises AccountNotFound, CursorBeyondEnd, MalformedRequest.
+        the same, and new transactions shift nothing. The numbers become visible in order: whoever
+        asks on with the last id as `after` misses nothing and gets nothing twice.
+        Raises AccountNotFound, CursorBeyondEnd, MalformedRequest.
         """
         limit, newest_first = _parse_limit(limit), after is None
         if cursor is not None and after is not None:
@@ -1439,25 +1447,22 @@ class Wallet:
         first, last = self.database.read(bounds)
         start_sql = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ?"
         end_sql = f"AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
-        types, of_all = [type] if type else list(SIGN_BY_TYPE), f"{start_sql} {end_sql}"
-        of_each = " UNION ALL ".join(
-            f"SELECT * FROM ({start_sql} AND type = ? {end_sql}) AS {one}" for one in types
-        ) + f" ORDER BY sequence {order} LIMIT ?"
+        types, of_all = [type] if type else [*SIGN_BY_TYPE], f"{start_sql} {end_sql}"
+        of_each = " UNION ALL ".join(f"SELECT * FROM ({start_sql} AND type = ? {end_sql}) AS {one}"
+                                     for one in types) + f" ORDER BY sequence {order} LIMIT ?"
 
         def entries(above: int, below: int) -> Iterator[list[_Row]]:
             by_type = bool(type)
             while True:
-                if by_type:
-                    each = [value for one in types
-                            for value in (account_id, one, above, below, rows_max)]
-                    rows = self._read(of_each, *each, rows_max)
-                else:
-                    rows = self._read(of_all, account_id, above, below, rows_max)
+                rest = above, below, rows_max
+                each = [value for one in types for value in (account_id, one, *rest)]
+                rows = (self._read(of_each, *each, rows_max) if by_type else
+                        self._read(of_all, account_id, *rest))
                 yield (found := [row for row in rows if row[1] in SIGN_BY_TYPE])
                 if len(rows) < rows_max:
                     return
                 above, below = (above, rows[-1][0]) if newest_first else (rows[-1][0], below)
-                # Each type has its index: many holds need not be passed over.
+                # By their types, no number of holds is passed over.
                 by_type = bool(type) or 2 * len(found) < rows_max
 
         return entries(max(above, first), min(below, last + 1))
@@ -1476,11 +1481,8 @@ class Wallet:
 
     def _count_before(self, tx: _Execute, account_id: str, time_us: int) -> int:
         """Return how many entries an account had before a time. Raises AccountNotFound."""
-        entries = range(1, self._last_sequence(tx, account_id) + 1)
-        sql = "SELECT created_at FROM transactions WHERE account_id = ? AND sequence = ?"
-        # Times never go back within an account, so that few entries need to be looked at.
-        return bisect_left(
-            entries, time_us, key=lambda sequence: int(tx(sql, account_id, sequence)[0][0]))
+        return int(tx(COUNT_BEFORE, self._last_sequence(tx, account_id), time_us, time_us,
+                      account_id)[0][0])
 
     def _prepare(self, unit: tuple[str, int | None] | None, create: bool,
                  migrations: range) -> tuple[str, int]:
@@ -1610,10 +1612,6 @@ class Database(Protocol):
 
     def usage(self) -> dict[str, int]:
         """Return how many connections are `idle` and `in_use`, and how many calls `waiting`."""
-
-    def check(self) -> None:
-        """See that indexes have what tables have. Raises WrongBooks."""
-        return
 
     def failed(self, error: Unavailable) -> Unavailable:
         """Tell `observe` of a call that has failed, and return its error."""

@@ -17,7 +17,7 @@ from functools import partial
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from wallet import (
     LONG_TIMEOUT_S,
@@ -66,7 +66,7 @@ def verify(wallet: Wallet, report: Report = _ignore) -> tuple[int, int]:
     Return how many accounts and entries there are. This writes nothing, and others may write
     meanwhile. Raises WrongBooks, which names the first row that is wrong.
     """
-    database = wallet.database
+    database: Any = wallet.database
     # A pool that serves others too keeps half of its connections for them.
     pool = getattr(database, "_pool", None)
     threads = max(1, min(VERIFY_THREADS, pool.max_size // 2 if pool else os.cpu_count() or 1))

@@ -755,9 +755,11 @@ def test_verify_finds_a_key_that_has_two_entries(file_dsn, tmp_path):
             wallet.topup(id, 1, key=key)
         wallet_books.verify(wallet)
     path.write_bytes(path.read_bytes().replace(b"key-one-2", b"key-one-1"))
-    with Wallet(file_dsn, read_only=True) as wallet:
-        with pytest.raises(WrongBooks, match="twice in it"):
-            wallet_books.verify(wallet)
+    with (
+        Wallet(file_dsn, read_only=True) as wallet,
+        pytest.raises(WrongBooks, match="twice in it"),
+    ):
+        wallet_books.verify(wallet)
 
 
 @pytest.mark.parametrize(
@@ -784,9 +786,11 @@ def test_verify_leaves_an_index_of_somebody_else_to_sqlite(
             " WHERE name = 'other'"
         )
         connection.commit()
-    with Wallet(file_dsn, read_only=True) as wallet:
-        with pytest.raises(WrongBooks, match="row 1 missing from index other"):
-            wallet_books.verify(wallet)
+    with (
+        Wallet(file_dsn, read_only=True) as wallet,
+        pytest.raises(WrongBooks, match="row 1 missing from index other"),
+    ):
+        wallet_books.verify(wallet)
 
 
 def test_verify_of_a_wallet_without_accounts_has_nothing_to_say(dsn):
