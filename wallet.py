@@ -1447,17 +1447,17 @@ class Wallet:
         first, last = self.database.read(bounds)
         start_sql = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ?"
         end_sql = f"AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
-        types, of_all = [type] if type else [*SIGN_BY_TYPE], f"{start_sql} {end_sql}"
-        of_each = " UNION ALL ".join(f"SELECT * FROM ({start_sql} AND type = ? {end_sql}) AS {one}"
-                                     for one in types) + f" ORDER BY sequence {order} LIMIT ?"
+        types = [type] if type else [*SIGN_BY_TYPE]
+        of_each = " UNION ALL ".join(
+            f"SELECT * FROM ({start_sql} AND type = ? {end_sql}) AS {one}" for one in types)
 
         def entries(above: int, below: int) -> Iterator[list[_Row]]:
             by_type = bool(type)
             while True:
                 rest = above, below, rows_max
                 each = [value for one in types for value in (account_id, one, *rest)]
-                rows = (self._read(of_each, *each, rows_max) if by_type else
-                        self._read(of_all, account_id, *rest))
+                rows = (self._read(f"{of_each} ORDER BY sequence {order} LIMIT ?", *each, rows_max)
+                        if by_type else self._read(f"{start_sql} {end_sql}", account_id, *rest))
                 yield (found := [row for row in rows if row[1] in SIGN_BY_TYPE])
                 if len(rows) < rows_max:
                     return

@@ -166,7 +166,8 @@ class _FileChecks:
 
     def __init__(self, tx: _Execute, location: str) -> None:
         self._tx, self._location = tx, location
-        self._primary, self.indexes, self._rows = "", dict[str, str](), ""
+        self._primary = self._rows = self._missing = ""
+        self.indexes: dict[str, str] = {}  # How many entries more or less than rows each has.
 
     def check_all_but_rows(self) -> bool:
         """Look at every page, at every row by itself, and at the indexes of the other tables.
@@ -188,37 +189,41 @@ class _FileChecks:
         They cannot at one that somebody has added with an expression, an order or a rule of its
         own. Then integrity_check does it all.
         """
-        cases = []
-        for _, name, unique, origin, _ in self._tx("PRAGMA index_list(transactions)"):
-            keys = self._tx("SELECT cid, name, coll FROM pragma_index_xinfo(?) WHERE key", name)
-            if (origin == "c" and unique) or any(
+        cases = primary = ""
+        for _, index, unique, origin, _ in self._tx("PRAGMA index_list(transactions)"):
+            keys = self._tx("SELECT cid, name, coll FROM pragma_index_xinfo(?) WHERE key", index)
+            if (origin == "c" and unique) or not re.fullmatch(r"\w+", index) or any(
                     number < 0 or order != "BINARY" for number, _, order in keys):
                 return False
-            ((sql,),) = self._tx("SELECT coalesce(sql, '') FROM sqlite_master WHERE name = ?", name)
-            where = f"({sql.partition(' WHERE ')[2] or 1})"
-            self.indexes[name] = f"""
-                SELECT (SELECT count(*) FROM transactions NOT INDEXED WHERE {where}) -
-                       (SELECT count(*) FROM transactions INDEXED BY "{name}" WHERE {where})"""
+            ((sql,),) = self._tx("SELECT coalesce(sql, '') FROM sqlite_master WHERE name = ?",
+                                 index)
+            condition = f"({sql.partition(' WHERE ')[2] or 1})"
+            self.indexes[index] = f"""
+                SELECT (SELECT count(*) FROM transactions NOT INDEXED WHERE {condition}) -
+                       (SELECT count(*) FROM transactions INDEXED BY {index} WHERE {condition})"""
             if origin == "pk":
-                self._primary = name
+                primary = index
                 continue
             same = " AND ".join(f"transactions.{key} IS t.{key}" for _, key, _ in keys)
             other = "" if unique else "AND transactions.rowid = t.rowid"
             # An entry of another row, which a unique index has not, makes the sum more than 1.
-            cases.append(f"""
-                WHEN {where} AND (
+            cases = f"""{cases}
+                WHEN {condition} AND (
                     SELECT sum(1 + (transactions.rowid <> t.rowid))
-                    FROM transactions INDEXED BY "{name}" WHERE {where} AND {same} {other}
-                ) IS NOT 1 THEN '{name}'""")
-        self._rows = f"""
+                    FROM transactions INDEXED BY {index} WHERE {condition} AND {same} {other}
+                ) IS NOT 1 THEN '{index}'"""
+        self._primary, self._rows = primary, f"""
             SELECT place, CASE
-                WHEN t.account_id IS NOT owner OR t.sequence IS NOT number THEN '{self._primary}'
-                {' '.join(cases)} END AS lacking
+                WHEN t.account_id IS NOT owner OR t.sequence IS NOT number THEN '{primary}' {cases}
+                END AS lacking
             FROM (SELECT rowid AS place, account_id AS owner, sequence AS number
-                  FROM transactions INDEXED BY "{self._primary}"
-                  WHERE account_id > ? AND account_id <= ?) AS entries
-                LEFT JOIN transactions AS t NOT INDEXED ON t.rowid = place
+                  FROM transactions INDEXED BY {primary} WHERE account_id > ? AND account_id <= ?
+                 ) AS entries LEFT JOIN transactions AS t NOT INDEXED ON t.rowid = place
             WHERE lacking IS NOT NULL LIMIT 1"""
+        self._missing = f"""
+            SELECT (SELECT coalesce(sum(last_sequence), 0) FROM accounts WHERE id > ? AND id <= ?) -
+                   (SELECT count(*) FROM transactions INDEXED BY {primary}
+                    WHERE account_id > ? AND account_id <= ?)"""
         return True
 
     def check_rows(self, low: str, high: str) -> None:
@@ -228,10 +233,7 @@ class _FileChecks:
 
     def check_counts(self, low: str, high: str) -> None:
         """See that the rows of these accounts were all found, as many as the accounts say."""
-        ((missing,),) = self._tx(f"""
-            SELECT (SELECT coalesce(sum(last_sequence), 0) FROM accounts WHERE id > ? AND id <= ?) -
-                   (SELECT count(*) FROM transactions INDEXED BY "{self._primary}"
-                    WHERE account_id > ? AND account_id <= ?)""", low, high, low, high)
+        ((missing,),) = self._tx(self._missing, low, high, low, high)
         if missing:
             self._refuse(f"wrong # of entries in index {self._primary}")
 

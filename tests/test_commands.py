@@ -747,6 +747,31 @@ def test_verify_finds_what_an_index_of_the_transactions_lacks_or_has_too_much(
             wallet_books.verify(wallet)
 
 
+def test_verify_finds_an_entry_in_a_wrong_place_that_hides_those_behind_it(
+    file_dsn, tmp_path, monkeypatch
+):
+    path = tmp_path / "wallet.db"
+    with Wallet(file_dsn) as wallet:
+        id = wallet.register("Ada")[0].id
+        for _ in range(6):
+            wallet.topup(id, 1)
+        ((page,),) = wallet.database.read(
+            lambda tx: tx("SELECT rootpage FROM sqlite_master WHERE name = ?", INDEXES[0])
+        )
+    content = bytearray(path.read_bytes())
+    places, start = [], 4096 * (page - 1)
+    while (place := content.find(id.encode(), start, 4096 * page)) > 0:
+        places, start = [place, *places], place + 1  # The first entry is at the end of the page.
+    assert len(places) == 6
+    content[places[3] : places[3] + len(id)] = b"acc_zzzzzzzzzzzzzzzz"
+    path.write_bytes(content)
+    with Wallet(file_dsn, read_only=True) as wallet:
+        with pytest.raises(WrongBooks, match=f"is damaged: .* index {INDEXES[0]}"):
+            wallet_books.verify(wallet)
+        monkeypatch.setattr(wallet_books._FileChecks, "check_counts", lambda *given: None)
+        wallet_books.verify(wallet)
+
+
 def test_verify_finds_a_key_that_has_two_entries(file_dsn, tmp_path):
     path = tmp_path / "wallet.db"
     with Wallet(file_dsn) as wallet:

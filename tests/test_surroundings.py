@@ -734,9 +734,9 @@ def test_workers_that_share_a_file_are_warned_of(tmp_path):
 BREAKS_OFF = """
 import sys, wallet, wallet_cli, wallet_statements
 make = wallet_statements.to_csv
-def break_off(of_wallet, transactions):
-    for number, chunk in enumerate(make(of_wallet, transactions), 1):
-        if number == 4:
+def break_off(*given, **filters):
+    for number, chunk in enumerate(make(*given, **filters), 1):
+        if number == 3:
             raise wallet.Unavailable("broken")
         yield chunk
 if {broken}:
