@@ -1886,10 +1886,10 @@ def test_statement_of_any_length_takes_little_memory(wallet, ada):
     fill_with_topups(wallet, ada.id, 5500)
     tracemalloc.start()
     try:
-        length = sum(map(len, wallet_statements.to_csv(wallet, wallet.statement(ada.id))))
+        length = sum(map(len, wallet_statements.to_csv(wallet, ada.id)))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
-        assert len(b"".join(wallet_statements.to_csv(wallet, wallet.statement(ada.id)))) == length
+        assert len(b"".join(wallet_statements.to_csv(wallet, ada.id))) == length
         control = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

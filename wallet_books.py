@@ -9,17 +9,22 @@ import os
 import re
 import sqlite3
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, NoReturn
 
 from wallet import (
     LONG_TIMEOUT_S,
     SCHEMA_VERSION,
     ConfigurationError,
     SQLiteDatabase,
+    T,
     Unavailable,
     Wallet,
     WrongBooks,
@@ -38,6 +43,10 @@ CLOCK_AHEAD_MAX_S = 60  # More than clocks that are set by a network differ by.
 BACKUP_PAGES = 5000  # At a time, 20 MB. Ctrl-C is heard in between.
 COPY_ROWS = 500  # To a statement: SQLite takes 32,766 parameters, Postgres 65,535.
 VERIFY_ACCOUNTS = 100  # To a statement, which is one step of the progress bar.
+# To a statement too, unless one account has more: what one check has read is in SQLite's cache then
+# for the next one.
+VERIFY_ENTRIES = 10_000
+VERIFY_THREADS = 4  # Each of them keeps one processor busy, or one connection of Postgres.
 # Each table's key, which its first columns are.
 KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"),
                "holds": ("account_id", "sequence"), "issuer_keys": ("idempotency_key",)}
@@ -57,16 +66,29 @@ def verify(wallet: Wallet, report: Report = _ignore) -> tuple[int, int]:
     Return how many accounts and entries there are. This writes nothing, and others may write
     meanwhile. Raises WrongBooks, which names the first row that is wrong.
     """
-    wallet.database.check()
-    return _verify_books(partial(_read, wallet), report)
+    database: Any = wallet.database
+    # A pool that serves others too keeps half of its connections for them.
+    pool = getattr(database, "_pool", None)
+    threads = max(1, min(VERIFY_THREADS, pool.max_size // 2 if pool else os.cpu_count() or 1))
+    look = partial(_read, wallet)
+    if isinstance(database, SQLiteDatabase):
+        file = _FileChecks(look, database.location)
+        return _verify_books(look, report, threads, file if file.check_all_but_rows() else None)
+    database.check()
+    return _verify_books(look, report, threads)
 
 
 def _read(wallet: Wallet, sql: str, *parameters: str | int | None) -> list[_Row]:
     return wallet.database.read(lambda tx: tx(sql, *parameters), LONG_TIMEOUT_S)
 
 
-def _verify_books(tx: _Execute, report: Report) -> tuple[int, int]:
-    """Return how many accounts and entries there are, all as they should be. Raises WrongBooks."""
+def _verify_books(tx: _Execute, report: Report, threads: int = 0,
+                  file: _FileChecks | None = None) -> tuple[int, int]:
+    """Return how many accounts and entries there are, all as they should be. Raises WrongBooks.
+
+    With `threads`, several statements run at once: each sees one moment, and asks for nothing that
+    another has seen.
+    """
     checks = _read_sql("checks.sql")
     ((total, end),) = tx("""
         SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (
@@ -74,22 +96,155 @@ def _verify_books(tx: _Execute, report: Report) -> tuple[int, int]:
                 SELECT max(id) AS id FROM accounts UNION ALL
                 SELECT max(account_id) FROM transactions UNION ALL
                 SELECT max(account_id) FROM holds) AS ends) FROM accounts""")
-    low, accounts, entries = "", 0, 0
-    while low != end:
-        page = tx(f"""SELECT id, last_sequence FROM accounts WHERE id > ? AND id <= ?
-                      ORDER BY id LIMIT {VERIFY_ACCOUNTS}""", low, end)
-        # The last part has what belongs to no account too.
-        high = page[-1][0] if len(page) == VERIFY_ACCOUNTS else end
+
+    def check_part(low: str, high: str, page: list[_Row]) -> list[_Row]:
+        if file:
+            file.check_rows(low, high)
         for check in checks:
-            pairs = check.count("?") // 2  # A check without any looks at all accounts, once.
-            found = tx(f"{check} LIMIT 1", *(low, high) * pairs) if pairs or high == end else []
-            for table, account_id, sequence, wrong in found:
-                row = account_id if sequence is None else f"{account_id}, {sequence}"
-                raise WrongBooks(f"{table} ({row}): {wrong}")
-        low, accounts = high, accounts + len(page)
-        entries += sum(row[1] for row in page)
-        report(accounts + entries, total)
+            # A check without any looks at all accounts, once.
+            if (pairs := check.count("?") // 2) or high == end:
+                _refuse(tx(f"{check} LIMIT 1", *(low, high) * pairs))
+        if file:
+            file.check_counts(low, high)
+        return page
+
+    def parts() -> Iterator[Callable[[], list[_Row]]]:
+        low = ""
+        while low != end:
+            page = tx(f"""SELECT id, last_sequence FROM accounts WHERE id > ? AND id <= ?
+                          ORDER BY id LIMIT {VERIFY_ACCOUNTS}""", low, end)
+            before = accumulate((row[1] for row in page), initial=0)
+            part = [row for row, count in zip(page, before, strict=False)
+                    if count < VERIFY_ENTRIES]
+            # The last part has what belongs to no account too.
+            high = part[-1][0] if len(part) == VERIFY_ACCOUNTS or part != page else end
+            yield partial(check_part, low, high, part)
+            low = high
+        if file:
+            yield from (partial(file.check_index, name) for name in file.indexes)
+
+    accounts = entries = 0
+    for page in _run_in_order(parts(), threads):
+        accounts, entries = accounts + len(page), entries + sum(row[1] for row in page)
+        if page:
+            report(accounts + entries, total)
     return accounts, entries
+
+
+def _refuse(found: list[_Row]) -> None:
+    for table, account_id, sequence, wrong in found:
+        row = account_id if sequence is None else f"{account_id}, {sequence}"
+        raise WrongBooks(f"{table} ({row}): {wrong}")
+
+
+def _run_in_order(parts: Iterator[Callable[[], T]], threads: int) -> Iterator[T]:
+    """Yield what the parts return, in their order, so that the first error is always the same."""
+    if not threads:
+        yield from (part() for part in parts)
+        return
+    pool = ThreadPoolExecutor(threads)
+    try:
+        running: deque[Future[T]] = deque()
+        for part in parts:
+            running.append(pool.submit(part))
+            if len(running) > 2 * threads:  # Few of them wait: they may be millions.
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no statement.
+
+
+class _FileChecks:
+    """Sees that a file of SQLite is whole, and that each index has what its table has.
+
+    PRAGMA integrity_check does that too, but takes twice as long as all else for `transactions`: it
+    looks up each row in the order of the file, where neighbours are of many accounts and so far
+    apart in each index, and in one thread. Here the rows are looked up account by account. What an
+    index lacks is found so, and what it has too much is found by counting.
+    """
+
+    def __init__(self, tx: _Execute, location: str) -> None:
+        self._tx, self._location = tx, location
+        self._primary = self._rows = self._missing = ""
+        self.indexes: dict[str, str] = {}  # How many entries more or less than rows each has.
+
+    def check_all_but_rows(self) -> bool:
+        """Look at every page, at every row by itself, and at the indexes of the other tables.
+
+        Return whether the rows of `transactions` are still to be looked up in its indexes.
+        """
+        rest = self._prepare()
+        found = self._tx("SELECT name FROM sqlite_master WHERE type = 'table' AND name <> ?",
+                         "transactions" if rest else "")
+        for check in ("quick_check(1)", *(f"integrity_check('{name}')" for (name,) in found)):
+            wrong = self._tx(f"PRAGMA {check}")[0][0]
+            if wrong != "ok":
+                self._refuse(wrong)
+        return rest
+
+    def _prepare(self) -> bool:
+        """Make the statements. Return whether they can look at all indexes.
+
+        They cannot at one that somebody has added with an expression, an order or a rule of its
+        own. Then integrity_check does it all.
+        """
+        cases = primary = ""
+        for _, index, unique, origin, _ in self._tx("PRAGMA index_list(transactions)"):
+            keys = self._tx("SELECT cid, name, coll FROM pragma_index_xinfo(?) WHERE key", index)
+            if (origin == "c" and unique) or not re.fullmatch(r"\w+", index) or any(
+                    number < 0 or order != "BINARY" for number, _, order in keys):
+                return False
+            ((sql,),) = self._tx("SELECT coalesce(sql, '') FROM sqlite_master WHERE name = ?",
+                                 index)
+            condition = f"({sql.partition(' WHERE ')[2] or 1})"
+            self.indexes[index] = f"""
+                SELECT (SELECT count(*) FROM transactions NOT INDEXED WHERE {condition}) -
+                       (SELECT count(*) FROM transactions INDEXED BY {index} WHERE {condition})"""
+            if origin == "pk":
+                primary = index
+                continue
+            same = " AND ".join(f"transactions.{key} IS t.{key}" for _, key, _ in keys)
+            other = "" if unique else "AND transactions.rowid = t.rowid"
+            # An entry of another row, which a unique index has not, makes the sum more than 1.
+            cases = f"""{cases}
+                WHEN {condition} AND (
+                    SELECT sum(1 + (transactions.rowid <> t.rowid))
+                    FROM transactions INDEXED BY {index} WHERE {condition} AND {same} {other}
+                ) IS NOT 1 THEN '{index}'"""
+        self._primary, self._rows = primary, f"""
+            SELECT place, CASE
+                WHEN t.account_id IS NOT owner OR t.sequence IS NOT number THEN '{primary}' {cases}
+                END AS lacking
+            FROM (SELECT rowid AS place, account_id AS owner, sequence AS number
+                  FROM transactions INDEXED BY {primary} WHERE account_id > ? AND account_id <= ?
+                 ) AS entries LEFT JOIN transactions AS t NOT INDEXED ON t.rowid = place
+            WHERE lacking IS NOT NULL LIMIT 1"""
+        self._missing = f"""
+            SELECT (SELECT coalesce(sum(last_sequence), 0) FROM accounts WHERE id > ? AND id <= ?) -
+                   (SELECT count(*) FROM transactions INDEXED BY {primary}
+                    WHERE account_id > ? AND account_id <= ?)"""
+        return True
+
+    def check_rows(self, low: str, high: str) -> None:
+        """See that each index has the entries of these accounts, once if it is unique."""
+        for place, name in self._tx(self._rows, low, high):
+            self._refuse(f"row {place} missing from index {name}, or twice in it")
+
+    def check_counts(self, low: str, high: str) -> None:
+        """See that the rows of these accounts were all found, as many as the accounts say."""
+        ((missing,),) = self._tx(self._missing, low, high, low, high)
+        if missing:
+            self._refuse(f"wrong # of entries in index {self._primary}")
+
+    def check_index(self, name: str) -> list[_Row]:
+        """See that an index has no entry too many."""
+        if self._tx(self.indexes[name]) != [(0,)]:
+            self._refuse(f"wrong # of entries in index {name}")
+        return []
+
+    def _refuse(self, found: str) -> NoReturn:
+        raise WrongBooks(f"{self._location} is damaged: {' '.join(found.split())}")
 
 
 def warn_of_clock(wallet: Wallet) -> None:
@@ -156,6 +311,9 @@ def _copy_file(wallet: Wallet, path: str, report: Report, verb: str,
             Path(temporary).touch(0o600)
             with (closing(database.connect()) as source,
                   closing(sqlite3.connect(temporary)) as target):
+                # Nobody knows of this file until it is synced below.
+                target.execute("PRAGMA journal_mode = OFF")
+                target.execute("PRAGMA synchronous = OFF")
                 source.execute("BEGIN")
                 source.execute("SELECT currency FROM wallet")  # From here on nothing new shows.
                 source.backup(target, pages=BACKUP_PAGES,

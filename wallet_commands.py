@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -60,6 +61,7 @@ TRANSACTION_COLUMNS = (
 HOLD_COLUMNS = "id", "status", "amount", "captured", "expires_at", "description", "created_at"
 COLUMNS = {Account: ACCOUNT_COLUMNS, Transaction: TRANSACTION_COLUMNS, Hold: HOLD_COLUMNS}
 ROWS_MEASURED = 1000  # Of a table, before its first line is printed: the columns fit all of these.
+LEFT_CHARACTERS = len(", 99 min 59 s left")
 SHOWN_CHARACTERS_MAX = 40  # Of a value that is refused.
 _Record = Account | Transaction | Hold
 _Arguments = dict[str, dict[str, Any]]  # What argparse's add_argument takes, by its name.
@@ -77,6 +79,7 @@ class Output:
         self.currency, self.digits = "", 2
         self._width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else 0
         self._is_drawing = False
+        self._began_at, self._began_with, self._done = 0.0, 0, 0
 
     def tell(self, sentence: str, **members: Any) -> None:
         """Print a sentence, or what it says."""
@@ -126,17 +129,24 @@ class Output:
         return len(columns)
 
     def report(self, done: int, total: int) -> None:
-        """Draw how much is done on stderr, if that is a terminal."""
+        """Draw how much is done on stderr, if that is a terminal, and how long the rest takes."""
         if is_terminal(sys.stderr):
+            now = time.monotonic()
+            if not self._is_drawing or done < self._done:  # As where a copy is made, then verified.
+                self._began_at, self._began_with = now, done
+            self._done = done
             percent = 100 * done // max(done, total, 1)
-            print(f"[{'#' * (percent // 5):20}] {percent:3} %", end="\r", file=sys.stderr,
-                  flush=True)
+            speed = (done - self._began_with) / max(now - self._began_at, 0.001)
+            left = format_time_left((total - done) / speed) if speed else ""
+            print(f"[{'#' * (percent // 5):20}] {percent:3} %{left:{LEFT_CHARACTERS}}", end="\r",
+                  file=sys.stderr, flush=True)
             self._is_drawing = True
 
     def end_report(self) -> None:
         """Wipe out what `report` has drawn."""
         if self._is_drawing:
-            print(" " * len("[####################] 100 %"), end="\r", file=sys.stderr, flush=True)
+            print(" " * (len("[####################] 100 %") + LEFT_CHARACTERS), end="\r",
+                  file=sys.stderr, flush=True)
             self._is_drawing = False
 
     def fail(self, error: WalletError | str) -> None:
@@ -183,6 +193,12 @@ class Output:
         if 0 < self._width < wcwidth.width(line):
             line = wcwidth.clip(line, 0, self._width - 1) + "…"
         return str(line)
+
+
+def format_time_left(seconds: float) -> str:
+    """Return how long something still takes, as a progress bar shows it."""
+    minutes, rest = divmod(min(max(0, round(seconds)), 5999), 60)
+    return f", {minutes} min {rest:2} s left" if minutes else f", {rest} s left"
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -369,16 +385,22 @@ def _run_history(wallet: Wallet, given: _Given, output: Output) -> None:
     if given["csv"] and output.as_json:
         raise MalformedRequest("Take --csv or --json, but not both.")
     read = partial(wallet.transactions, given["account"], **_parse_filters(given))
-    _show_newest(read, given, output, partial(_write_csv, wallet) if given["csv"] else
+    statements = _import_part("statements")
+
+    def write_csv(found: Iterator[Transaction]) -> None:
+        rows = ([statements.as_row(one)] for one in found)
+        _write(statements.write(wallet, given["account"], rows))
+
+    _show_newest(read, given, output, write_csv if given["csv"] else
                  partial(output.list, columns=TRANSACTION_COLUMNS))
 
 
 def _run_statement(wallet: Wallet, given: _Given, output: Output) -> None:
-    found = wallet.statement(given["account"], **_parse_filters(given))
+    filters = _parse_filters(given)
     if output.as_json:
-        output.list(found, TRANSACTION_COLUMNS)
+        output.list(wallet.statement(given["account"], **filters), TRANSACTION_COLUMNS)
     else:
-        _write_csv(wallet, found)
+        _write(_import_part("statements").to_csv(wallet, given["account"], **filters))
 
 
 def _run_holds(wallet: Wallet, given: _Given, output: Output) -> None:
@@ -406,8 +428,8 @@ def _show_newest(read: Callable[..., Any], given: _Given, output: Output,
         output.note("there are older ones, which a higher --limit shows")
 
 
-def _write_csv(wallet: Wallet, transactions: Iterator[Transaction]) -> None:
-    for chunk in _import_part("statements").to_csv(wallet, transactions):
+def _write(chunks: Iterable[bytes]) -> None:
+    for chunk in chunks:
         sys.stdout.buffer.write(chunk)
 
 

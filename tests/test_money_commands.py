@@ -629,6 +629,26 @@ def test_columns_are_as_wide_as_what_is_in_them_whatever_its_width(file_dsn, cap
 # Long work ########################################################################################
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.2, ", 0 s left"), (59, ", 59 s left"), (61.4, ", 1 min  1 s left"),
+     (1e9, ", 99 min 59 s left"), (-5, ", 0 s left")])
+def test_time_that_is_left_is_told_in_minutes_and_seconds(seconds, shown):
+    assert wallet_commands.format_time_left(seconds) == shown
+    assert len(shown) <= wallet_commands.LEFT_CHARACTERS
+
+
+def test_bar_tells_what_the_rest_takes_and_begins_anew_with_the_next_work(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    output = wallet_commands.Output(as_json=False)
+    for done in (10, 20, 0, 5):
+        output.report(done, 100)
+    lines = screen.getvalue().split("\r")
+    assert [" left" in one for one in lines] == [False, True, False, True, False]
+
+
 def test_long_work_draws_a_bar_on_a_terminal_and_wipes_it_out(file_dsn, tmp_path, monkeypatch):
     fill_books(file_dsn, monkeypatch)
     for arguments in (["verify"], ["backup", f"{tmp_path}/backup.db"],
@@ -639,9 +659,10 @@ def test_long_work_draws_a_bar_on_a_terminal_and_wipes_it_out(file_dsn, tmp_path
         shown = on_a_terminal(80, *arguments, stream="stderr")
         *drawn, wiped, end = shown.split("\r")
         assert drawn
-        assert all(re.fullmatch(r"\[#* *\] +\d+ %", one) and len(one) == 28 for one in drawn), drawn
-        assert drawn[-1] == "[####################] 100 %"
-        assert (wiped, end) == (" " * 28, "")
+        form = r"\[#* *\] +\d+ %(, (\d+ min [ \d])?\d s left)? *"
+        assert all(re.fullmatch(form, one) and len(one) == len(wiped) for one in drawn), drawn
+        assert drawn[-1].startswith("[####################] 100 %")
+        assert (wiped.strip(), end) == ("", "")
 
 
 def test_long_work_draws_nothing_in_a_pipe_and_has_json(file_dsn, tmp_path, monkeypatch, capsys):

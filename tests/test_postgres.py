@@ -1091,10 +1091,12 @@ WANTING = [
 # constants.
 SQL_PARTS = {
     "cache_kb",
+    "cases",  # Of _FileChecks: these and index, primary, same and other are names in the file.
     "check",
     "columns",
     "condition",
     "end_sql",
+    "index",
     "into",
     "key",
     "marks",
@@ -1102,6 +1104,10 @@ SQL_PARTS = {
     "of_type",
     "one",
     "order",
+    "other",
+    "primary",
+    "same",
+    "start_sql",
     "table",
     "values",
     "' DESC, '.join(columns)",

@@ -183,9 +183,9 @@ def test_slow_readers_of_statements_leave_even_a_wallet_of_one_thread_to_the_oth
 BREAKING = """
 import sys, wallet, wallet_cli, wallet_statements
 breaks = iter({breaks})
-def break_off(wallet_, transactions, chunks=wallet_statements.to_csv):
+def break_off(*given, chunks=wallet_statements.to_csv, **filters):
     last = next(breaks, 1)
-    for number, chunk in enumerate(chunks(wallet_, transactions), 1):
+    for number, chunk in enumerate(chunks(*given, **filters), 1):
         if number == last:
             raise wallet.Unavailable("broken")
         yield chunk
@@ -197,7 +197,7 @@ sys.exit(wallet_cli.main())
 @pytest.mark.slow
 @pytest.mark.parametrize("careless", [False, True])
 def test_statement_that_breaks_off_cannot_be_taken_for_a_whole_one(long_history, careless):
-    breaks, dsn = (1, 5, 100), f"sqlite:///{long_history.wallet.database.location}"
+    breaks, dsn = (1, 5, 20), f"sqlite:///{long_history.wallet.database.location}"
     program = BREAKING.format(breaks=breaks)
     if careless:  # It ends the statement as if it were whole.
         program = program.replace('raise wallet.Unavailable("broken")', "return")
