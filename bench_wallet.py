@@ -69,6 +69,7 @@ HERE = Path(__file__).resolve().parent
 ACCOUNTS = 256  # So many that no two requests at a time share one, most of the time.
 BATCH, LARGE_BATCH = 100, 1_000  # Movements.
 STATEMENT, LONG_HISTORY, SHORT_HISTORY = 100_000, 1_000_000, 100  # Entries of an account.
+CONNECTIONS = (8, 64, 128, 256)  # What topups are measured with.
 LARGE_BOOKS, LARGE_ACCOUNTS = 10_000_000, 1_000
 NUISANCES = 4  # Clients that send batches, or read statements, without end.
 THREADS, CONNECTIONS_MAX = 8, 2_000  # Of the bare route under waitress, as the wallet has them.
@@ -126,11 +127,8 @@ UNITS = {"rate_per_s": "/s", "capacity_per_s": "/s", "mb_per_s": " MB/s", "p99_m
          "start_ms": " ms", "resident_mb": " MB", "grown_mb": " MB"}
 LESS_IS_BETTER = ("p99_ms", "start_ms", "resident_mb", "grown_mb")
 ONCE = ("verify", "backup", "cp")  # Loads that take so long that only the last round has them.
-PLAIN, PLAIN_BATCH, BARE_TOPUP, BARE_READ = (
-    Measure("plain"), Measure("plain", "batch"), Measure("bare_waitress"),
-    Measure("bare_waitress", "read"))
-WAITRESS = tuple(Measure("waitress", "topup", number) for number in (8, 128, 256, 64))
-PGBENCH_BATCH = Measure("pgbench", "batch", 8)
+PLAIN, BARE_READ = Measure("plain"), Measure("bare_waitress", "read")
+WAITRESS = tuple(Measure("waitress", "topup", connections) for connections in CONNECTIONS)
 
 
 def rows_of_server(server: str, p99_ms: float) -> list[Row]:
@@ -172,8 +170,8 @@ ROWS = {
               Measure(f"{server} postgres", "topup", connections), bar,
               (Measure("pgbench", "topup", connections),))
           for connections in (32, 64) for server, bar in (("granian", 0.90), ("waitress", 0.70))),
-        Row("waitress: durable topups, 64 connections, beside its bare route", WAITRESS[-1], 0.60,
-            (BARE_TOPUP,)),
+        Row("waitress: durable topups, 64 connections, beside its bare route",
+            Measure("waitress"), 0.60, (Measure("bare_waitress"),)),
         Row("Granian: durable topups, 64 connections, beside the plain loop", Measure("granian"),
             1.30, (PLAIN,)),
         Row("Granian: account reads, 64 connections, beside waitress's bare route",
@@ -186,7 +184,7 @@ ROWS = {
         Row("waitress: 90 % reads, 10 % topups, 64 connections, beside its bare route",
             Measure("waitress", "mix"), 0.70, (Measure("bare_waitress", "mix"),)),
         *(Row(f"waitress: topups, {measure.connections} connections, beside the best", measure,
-              0.75, WAITRESS) for measure in sorted(WAITRESS)),
+              0.75, WAITRESS) for measure in WAITRESS),
         Row("waitress: topups of one account, beside many", Measure("waitress", "hot"), 0.90,
             (Measure("waitress"),)),
         *rows_of_server("waitress", 100)],
@@ -199,9 +197,9 @@ ROWS = {
         *rows_of_server("granian", 30)],
     "Batches of 100": [
         *(Row(f"batches, {NAMES[server]}: movements, 8 connections, beside the plain loop's",
-              Measure(server, "batch", 8), 1.5, (PLAIN_BATCH,)) for server in NAMES),
+              Measure(server, "batch", 8), 1.5, (Measure("plain", "batch"),)) for server in NAMES),
         *(Row(f"batches, {NAMES[server]} over Postgres: movements, 8 connections, beside pgbench",
-              Measure(f"{server} postgres", "batch", 8), 1.5, (PGBENCH_BATCH,))
+              Measure(f"{server} postgres", "batch", 8), 1.5, (Measure("pgbench", "batch", 8),))
           for server in NAMES)],
     "Fairness: another client's p99": [
         Row(f"fairness, {NAMES[server]}{over}: beside {NUISANCES} {doing}",
@@ -320,11 +318,7 @@ def make_requests(load: str, accounts: Sequence[Account]) -> list[bytes]:
 
 def run_wrk(ports: Sequence[int], requests: Sequence[bytes], connections: int, seconds: int,
             meanwhile: Callable[[], float]) -> tuple[Run, int]:
-    """Return what wrk found, and the number of answers.
-
-    What `meanwhile` returns during the load is the memory, and the load's processor time is that
-    of all answers yet.
-    """
+    """Return what wrk found, with what `meanwhile` returns as memory, and the number of answers."""
     with tempfile.TemporaryDirectory(prefix="wallet-wrk-") as folder:
         script, sent = Path(folder, "script.lua"), Path(folder, "requests")
         names = ", ".join(f'"{port}"' for port in ports)
@@ -347,20 +341,14 @@ def run_wrk(ports: Sequence[int], requests: Sequence[bytes], connections: int, s
               if told[name]]
     load_s = sum(after[2:4]) - sum(before[2:4])  # Of the children.
     run = Run(told["answers"] / told["duration_us"] * 1e6, told["p50_us"] / 1e3,
-              told["p99_us"] / 1e3, resident_mb, load_us=1e6 * load_s,
+              told["p99_us"] / 1e3, resident_mb,
+              load_us=1e6 * load_s / (told["answers"] or math.nan),
               fault=", ".join(faults) or ("" if told["answers"] else "no answers"))
     return run, told["answers"]
 
 
-class Answer(NamedTuple):
-    """What `exchange` keeps of an answer: a statement may be long."""
-
-    status: int
-    end: bytes
-
-
-def exchange(port: int, request: bytes) -> Answer:
-    """Send a request with `Connection: close`, and read all of its answer."""
+def exchange(port: int, request: bytes) -> tuple[int, bytes]:
+    """Send a request with `Connection: close`. Return the status and the end of a long answer."""
     buffer, head, end = bytearray(1 << 18), b"", b""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(request)
@@ -368,47 +356,51 @@ def exchange(port: int, request: bytes) -> Answer:
             head = head or bytes(buffer[:count])
             end = (end + buffer[max(0, count - 200):count])[-200:]
     found = re.match(rb"HTTP/1\.1 (\d{3}) ", head)
-    return Answer(int(found[1]) if found else 0, end)
+    return int(found[1]) if found else 0, end
+
+
+def ask_for_statement(port: int, account: Account) -> tuple[bool, str]:
+    """Read all of an account's transactions. Return whether that was refused, and what is wrong."""
+    status, end = exchange(port, http_request("GET", "/api/transactions.csv", account.token,
+                                              headers="Connection: close\r\n"))
+    is_whole = f"transactions in this statement: {account.entries},".encode() in end
+    return status == 503, "" if is_whole else f"a statement of status {status} ends with {end!r}"
+
+
+def send_large_batch(port: int, account: Account) -> tuple[bool, str]:
+    """Send a batch. Return whether it was refused, which none may be, and what is wrong."""
+    status, end = exchange(port, http_request("POST", "/api/transactions/batch", account.token,
+                                              batch_of(LARGE_BATCH), "Connection: close\r\n"))
+    return False, "" if status in (200, 201) else f"a batch has status {status}: {end!r}"
 
 
 @contextmanager
 def nuisances(port: int, load: str, accounts: Sequence[Account]) -> Iterator[list[str]]:
     """Let clients send batches or read statements without end, if the load is beside these.
 
-    Yield a list that has in the end what became of each answer: "" or what was wrong.
+    Yield a list that has in the end what was wrong with each answer: "" for nothing.
     """
     ended, found = threading.Event(), list[str]()
-    # Other accounts than the other client's, most of the time, and the one with a long history.
-    senders = [http_request("POST", "/api/transactions/batch", account.token, batch_of(LARGE_BATCH),
-                            "Connection: close\r\n") for account in accounts[-NUISANCES:]]
-    reader = read_statement(accounts[0])
-    statement = f"transactions in this statement: {accounts[0].entries},".encode()
 
-    def insist(request: bytes, wanted: bytes) -> None:
+    def insist(function: Callable[[int, Account], tuple[bool, str]], account: Account) -> None:
         while not ended.is_set():
-            answer = exchange(port, request)
-            if answer.status == 503 and request == reader:  # Two are being read already.
+            refused, fault = function(port, account)
+            if refused:  # Others are reading, as many as may.
                 ended.wait(REFUSED_PAUSE_S)
             else:
-                right = 200 <= answer.status < 300 and wanted in answer.end
-                found.append("" if right else f"{load}: status {answer.status}, {answer.end!r}")
+                found.append(fault)
 
-    kinds = {"beside batches": [(one, b"") for one in senders],
-             "beside statements": [(reader, statement)] * NUISANCES}
+    # The other client begins with other accounts, and only the first has a long statement.
+    running = {"beside batches": [(send_large_batch, one) for one in accounts[-NUISANCES:]],
+               "beside statements": [(ask_for_statement, accounts[0])] * NUISANCES}.get(load, [])
     with ThreadPoolExecutor(NUISANCES) as pool:
-        running = [pool.submit(insist, *one) for one in kinds.get(load, [])]
+        futures = [pool.submit(insist, *one) for one in running]
         try:
             yield found
         finally:
             ended.set()
-            for future in running:
+            for future in futures:
                 future.result()
-
-
-def read_statement(account: Account) -> bytes:
-    """Return the request for all of an account's transactions."""
-    return http_request("GET", "/api/transactions.csv", account.token, None,
-                        "Connection: close\r\n")
 
 
 # Targets ##########################################################################################
@@ -434,6 +426,8 @@ class Server:
                  processes: int = 1, database_pid: int = 0, **environment: str) -> None:
         self.dsn, self.accounts, self._database_pid = dsn, accounts, database_pid
         self.verified = not dsn
+        self._tasks = {"statement": self._read_statement, "verify": self._verify,
+                       "backup": self._back_up, "cp": self._copy}
         started, given = time.perf_counter(), {"WALLET_DSN": dsn} if dsn else environment
         self._ports = [find_port() for _ in range(processes)]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
@@ -453,38 +447,32 @@ class Server:
         """Send it a load. Then see that the database has what was answered, and at most what was
         under way besides.
         """
-        tasks = {"statement": self._read_statement, "verify": self._verify, "backup": self._back_up,
-                 "cp": self._copy}
-        if load in tasks:
-            return tasks[load]()
-        self.verified &= load not in MOVEMENTS
-        largest = load == "topup" and connections == 256
-        before, started_s = self._count(), self._processor_s()
-        with nuisances(self._ports[0], load, self.accounts or [Account("", "")]) as found:
+        if task := self._tasks.get(load):
+            return task()
+        movements, is_beside = MOVEMENTS.get(load, 0), load.startswith("beside")
+        self.verified &= movements == 0
+        before, before_s = self._count(), self._processor_s()
+        with nuisances(self._ports[0], load, self.accounts) as found:
             run, answered = run_wrk(
                 self._ports, make_requests(load, self.accounts), connections,
-                seconds * (2 if found is not None and load.startswith("beside") else 1),
-                self._resident_mb if largest else lambda: math.nan)
-        used_s = [end - start for end, start in
-                  zip(self._processor_s(), started_s, strict=True)]
-        movements, of_others = MOVEMENTS.get(load, 0), 0
-        if load == "beside batches":
-            of_others = len(found) * LARGE_BATCH
-        grown = self._count() - before - of_others
+                seconds * (2 if is_beside else 1),
+                self._resident_mb if connections == max(CONNECTIONS) else lambda: math.nan)
+        after_s = self._processor_s()
+        grown = self._count() - before
+        grown -= LARGE_BATCH * len(found) if load == "beside batches" else 0
         # In a mix, all that is under way may be topups.
         least = answered * movements - (connections if 0 < movements < 1 else 0)
-        most = (answered + connections) * movements + 1
-        faults = [run.fault, *found]
-        if load.startswith("beside") and not found:
-            faults.append("nobody was in the way")
-        if self.dsn and not least <= grown <= most:
+        faults = [run.fault, *found, *["nobody was in the way"] * (is_beside and not found)]
+        if self.dsn and not least <= grown <= (answered + connections) * movements + 1:
             faults.append(f"{answered} answers, but {grown} new transactions")
-        each = 1e6 / (answered * max(1, movements) or math.nan)
+        each = max(1, movements)
+        wallet_us, database_us = (
+            1e6 * (after - start) / (answered * each or math.nan)
+            for start, after in zip(before_s, after_s, strict=True))
         return run._replace(
-            rate_per_s=run.rate_per_s * max(1, movements), fault=next(filter(None, faults), ""),
-            wallet_us=used_s[0] * each, database_us=used_s[1] * each,
-            load_us=run.load_us * each / 1e6,
-            capacity_per_s=len(self._ports) * 1e6 / (used_s[0] * each or math.nan))
+            rate_per_s=run.rate_per_s * each, fault=next(filter(None, faults), ""),
+            wallet_us=wallet_us, database_us=database_us, load_us=run.load_us / each,
+            capacity_per_s=1e6 * len(self._ports) / (wallet_us or math.nan))
 
     def stop(self) -> None:
         """Stop it, and see that every balance equals the sum of its transactions."""
@@ -520,19 +508,15 @@ class Server:
         return sum(memory_kb(*one) for one in self._family().items()) / 1000
 
     def _read_statement(self) -> Run:
-        """Read the longest statement. Memory is looked at meanwhile."""
-        account, started, before_mb = self.accounts[0], time.perf_counter(), self._resident_mb()
-        most_mb = before_mb
+        """Read the longest statement, and look at the memory meanwhile."""
+        started, memory_mb = time.perf_counter(), [self._resident_mb()]
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(exchange, self._ports[0], read_statement(account))
+            future = pool.submit(ask_for_statement, self._ports[0], self.accounts[0])
             while not future.done():
-                most_mb = max(most_mb, self._resident_mb())
                 time.sleep(0.1)
-        took_s = time.perf_counter() - started
-        answer = future.result()
-        right = f"transactions in this statement: {account.entries},".encode() in answer.end
-        return Run(account.entries / took_s, grown_mb=most_mb - before_mb,
-                   fault="" if right else f"statement: {answer}")
+                memory_mb.append(self._resident_mb())
+        return Run(self.accounts[0].entries / (time.perf_counter() - started),
+                   grown_mb=max(memory_mb) - memory_mb[0], fault=future.result()[1])
 
     def _verify(self) -> Run:
         """Verify the books, as `python wallet.py verify` does."""
@@ -1131,6 +1115,8 @@ def report(options: argparse.Namespace, bench: Bench) -> bool:
                         if not any(measure.target in left_out for measure in row.measures)]
               for section, rows in chosen.items()}
     chosen = {section: rows for section, rows in chosen.items() if rows}
+    if not (chosen or left_out):
+        raise BenchError(f"no row has {options.only!r} in its name")
     runs = bench.measure(list(dict.fromkeys(
         measure for rows in chosen.values() for row in rows for measure in row.measures)))
     found = {row.title: judge(row, runs) for rows in chosen.values() for row in rows}
