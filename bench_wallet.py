@@ -430,7 +430,7 @@ class Server:
                        "backup": self._back_up, "cp": self._copy}
         started, given = time.perf_counter(), {"WALLET_DSN": dsn} if dsn else environment
         self._ports = [find_port() for _ in range(processes)]
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # `_end` closes it.
         self._processes = [
             subprocess.Popen(
                 [*pinned(number), sys.executable, *COMMANDS[name], "--port", str(port)], cwd=HERE,
@@ -439,7 +439,9 @@ class Server:
         while not all(map(answers, self._ports)):
             if any(process.poll() is not None for process in self._processes):
                 self._log.seek(0)
-                raise BenchError(f"{name} did not start: {self._log.read().decode()[-300:]}")
+                reason = self._log.read().decode()[-300:]
+                self._end()
+                raise BenchError(f"{name} did not start: {reason or 'it says nothing'}")
             time.sleep(0.002)
         self.start_ms = (time.perf_counter() - started) * 1000
 
@@ -761,7 +763,8 @@ def real_answers() -> str:
         for route, body in (("POST /api/transactions/topup", b'{"amount": 1}'),
                             ("GET /api/account", None)):
             with closing(HTTPConnection(urlsplit(url).netloc)) as connection:
-                connection.request(*route.split(), body=body, headers=headers)
+                method, path = route.split()
+                connection.request(method, path, body, headers)
                 answer = connection.getresponse()
                 kept = {name: value for name, value in answer.headers.items()  # The server adds
                         if name in ("Cache-Control", "X-Content-Type-Options",  # the others.
