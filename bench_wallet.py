@@ -618,6 +618,7 @@ def check_installed(server: str) -> None:
         raise LeftOut("Granian is not installed: pip install granian")
 
 
+HASH = "0" * 64  # A token's, and a fingerprint.
 # A movement, with numbers for the parameters that are its own.
 MOVE = """
     UPDATE accounts SET balance = balance + 1, held = held + 0,
@@ -633,7 +634,6 @@ RECORD = """
         balance, description, metadata, reference, created_at)
     VALUES ({account}, {key}, {token}, {sequence}, 'topup', 1, {balance}, NULL, NULL, NULL,
         {updated_at})"""
-HASH = "0" * 64  # A token's, and a fingerprint.
 
 
 def loop(function: Callable[[str], object], accounts: Sequence[str], seconds: int) -> float:
@@ -793,18 +793,25 @@ def query(dsn: str, sql: str) -> Any:
 
 
 # An account's entries: topups of 1, and a charge that is rare. Both engines know these statements.
-FILL = """
+FILL = f"""
     WITH RECURSIVE numbers (number) AS (
-        SELECT CAST(1 AS BIGINT) UNION ALL SELECT number + 1 FROM numbers WHERE number < {entries})
+        SELECT CAST(1 AS BIGINT)
+        UNION ALL SELECT number + 1 FROM numbers WHERE number < {{entries}})
     INSERT INTO transactions
-    SELECT '{account}', number, CASE number WHEN 2 THEN 'charge' ELSE 'topup' END, 1,
+    SELECT '{{account}}', number, CASE number WHEN 2 THEN 'charge' ELSE 'topup' END, 1,
         number - CASE number WHEN 1 THEN 0 ELSE 2 END, NULL, NULL, NULL,
-        CAST(1000000000000000 + number AS TEXT) || '-{key}', '{hash}', number
+        CAST(1000000000000000 + number AS TEXT) || '-{'-' * 16}', '{HASH}', number
     FROM numbers"""
 FILL_ACCOUNT = """
     UPDATE accounts SET balance = {entries} - 2, last_sequence = {entries}, created_at = 0,
         updated_at = {entries}
     WHERE id = '{account}'"""
+# No check of a row is made meanwhile: `Server.stop` sees that the books are right.
+HURRY = {
+    "sqlite": ["PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF",
+               "PRAGMA cache_size = -200000", "PRAGMA ignore_check_constraints = ON"],
+    "postgres": ["""SELECT set_config('session_replication_role', 'replica', false) FROM pg_roles
+                    WHERE rolname = current_user AND rolsuper"""]}
 INDICES = {
     "sqlite": """SELECT name, sql FROM sqlite_master
                  WHERE type = 'index' AND tbl_name = 'transactions' AND sql <> ''""",
@@ -817,36 +824,31 @@ def make_books(dsn: str, entries: Sequence[int]) -> list[Account]:
     """Make a wallet with an account for each number of entries that it shall have.
 
     Rows come in the order of their keys, and of many the indices last: SQLite has 10,000,000 after
-    half a minute then. No check of a row is made: `Server.stop` sees that the books are right.
+    half a minute then.
     """
     with Wallet(dsn) as new:
         made = sorted((account.id, token) for account, token in (
             new.register("Bench") for _ in entries))
     accounts = [Account(*one, count) for one, count in zip(made, entries, strict=True)]
-    is_sqlite = dsn.startswith("sqlite:")
+    filled = [one for one in accounts if one.entries]
+    engine = "sqlite" if dsn.startswith("sqlite:") else "postgres"
     with closing(sqlite3.connect(dsn.removeprefix("sqlite:///"), isolation_level=None)
-                 if is_sqlite else connect_postgres(dsn)) as connection:
-        for statement in (
-                "PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF",
-                "PRAGMA cache_size = -200000", "PRAGMA ignore_check_constraints = ON",
-        ) if is_sqlite else ("SET session_replication_role = replica",):
+                 if engine == "sqlite" else connect_postgres(dsn)) as connection:
+        for statement in HURRY[engine]:
             connection.execute(statement)
-        indices = connection.execute(INDICES["sqlite" if is_sqlite else "postgres"]).fetchall()
-        indices = indices if sum(entries) > 1_000_000 else []
+        indices = connection.execute(INDICES[engine]).fetchall() if len(filled) > 1 else []
         connection.execute("BEGIN")
         for name, _ in indices:
             connection.execute(f"DROP INDEX {name}")
-        for number, account in enumerate(accounts):
-            values = {"account": account.id, "entries": account.entries, "hash": HASH,
-                      "key": "-" * 16}
-            for sql in (FILL_ACCOUNT, FILL) if account.entries else ():
-                connection.execute(sql.format(**values))
-            if account.entries and number % 100 == 0:
-                progress(f"filling books: account {number + 1:,} of {len(accounts):,}")
+        for number, account in enumerate(filled):
+            for sql in (FILL_ACCOUNT, FILL):
+                connection.execute(sql.format(account=account.id, entries=account.entries))
+            if number % 100 == 99:
+                progress(f"filling books: account {number + 1:,} of {len(filled):,}")
         for _, statement in indices:
             connection.execute(statement)
         connection.execute("COMMIT")
-        if not is_sqlite:
+        if engine == "postgres":
             connection.execute("VACUUM ANALYZE")
     os.sync()  # Else it goes on being written while others are measured.
     return accounts
