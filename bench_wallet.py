@@ -939,8 +939,7 @@ class Bench:
             return self._keep(Server(first, BENCH_ANSWERS=real_answers(),
                                      accounts=[Account("", f"wlt_{number:054}")
                                                for number in range(ACCOUNTS)]))
-        is_postgres = "postgres" in rest
-        known = False
+        is_postgres, known = "postgres" in rest, False
         if "large" in rest:
             dsn, accounts, known = self._make_large_books(is_postgres)
         else:
@@ -969,13 +968,14 @@ class Bench:
 
     def _make_large_books(self, is_postgres: bool) -> tuple[str, list[Account], bool]:
         """Make the large books, or find them in the cache, where they were verified."""
-        total, folder = self._options.large or LARGE_BOOKS, self._cache or self._folder
+        total = self._options.large or LARGE_BOOKS
+        is_given = is_postgres and self._options.postgres  # Nothing is kept on such a server.
+        folder = self._folder if is_given else self._cache or self._folder
         name = f"large_{total}_{wallet.SCHEMA_VERSION}"
         kept = folder / f"{name}.{'postgres' if is_postgres else 'sqlite'}.json"
-        is_kept = self._cache and not self._options.postgres
         dsn = f"sqlite:///{folder}/{name}.db"
         if is_postgres:
-            dsn = self.postgres.new_dsn(name if is_kept else "")
+            dsn = self.postgres.new_dsn(name if folder == self._cache else "")
         if not (known := kept.exists()):
             folder.mkdir(parents=True, exist_ok=True)
             for part in folder.glob(f"{name}.db*") if not is_postgres else ():
@@ -1112,7 +1112,8 @@ def print_tables(chosen: dict[str, list[Row]], found: dict[str, dict[str, Any]],
     for section, rows in chosen.items():
         head = [section, "figure", "yardstick", "ratio", "spread", "must reach", "met", "p99 ms"]
         print(format_table(head, [format_row(row, found[row.title]) for row in rows]), end="\n\n")
-    print(tell_processors(runs))
+    if told := tell_processors(runs):
+        print(told)
     lines = [format_row(row, found[row.title]) for rows in chosen.values() for row in rows]
     missed = [line for line in lines if line[6] == "NO"]
     print(f"Missed: {len(missed)} of {sum(line[6] != '' for line in lines)} bars.")
@@ -1122,18 +1123,19 @@ def print_tables(chosen: dict[str, list[Row]], found: dict[str, dict[str, Any]],
 
 def report(options: argparse.Namespace, bench: Bench) -> bool:
     """Measure, and print what was found. Return whether every bar is met."""
-    started, wanted = time.monotonic(), options.only.lower()
-    chosen = {section: [row for row in rows if wanted in row.title.lower()
-                        and (options.only or options.large or not row.large)]
-              for section, rows in ROWS.items()}
-    left_out = bench.prepare(
-        measure for rows in chosen.values() for row in rows for measure in row.measures)
-    chosen = {section: [row for row in rows
-                        if not any(measure.target in left_out for measure in row.measures)]
-              for section, rows in chosen.items()}
-    chosen = {section: rows for section, rows in chosen.items() if rows}
-    if not (chosen or left_out):
+    started, wanted, left_out = time.monotonic(), options.only.lower(), dict[str, str]()
+
+    def is_wanted(row: Row) -> bool:
+        return (wanted in row.title.lower() and bool(options.only or options.large or not row.large)
+                and not any(measure.target in left_out for measure in row.measures))
+
+    measures = [measure for rows in ROWS.values() for row in filter(is_wanted, rows)
+                for measure in row.measures]
+    if not measures:
         raise BenchError(f"no row has {options.only!r} in its name")
+    left_out |= bench.prepare(measures)
+    chosen = {section: [*filter(is_wanted, rows)] for section, rows in ROWS.items()
+              if any(map(is_wanted, rows))}
     runs = bench.measure(list(dict.fromkeys(
         measure for rows in chosen.values() for row in rows for measure in row.measures)))
     found = {row.title: judge(row, runs) for rows in chosen.values() for row in rows}
