@@ -318,18 +318,9 @@ def test_uv_runs_the_wallet_with_what_it_says_it_needs(tmp_path):
 
 
 def run_bench(*arguments, **settings):
-    command = [
-        sys.executable,
-        str(HERE / "bench_wallet.py"),
-        "--rounds",
-        "1",
-        "--seconds",
-        "1",
-        *arguments,
-    ]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=environment(**settings)
-    )
+    command = [sys.executable, str(HERE / "bench_wallet.py"), "--rounds", "1", "--seconds", "1"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60,
+                          env=environment(**settings))
 
 
 @pytest.mark.slow
@@ -343,9 +334,21 @@ def test_bench_says_how_to_install_what_it_needs_and_prints_ratios():
         run_bench("--only", "in process: topups in memory", "--json", PATH="/nowhere").stdout
     )
     (row,) = found["rows"]
-    assert row["ratio"] == pytest.approx(row["rate_per_s"] / row["limit_per_s"])
+    assert row["ratio"] == pytest.approx(row["rate_per_s"] / row["limit"])
+    assert row["least"] == row["greatest"] == row["ratio"]
     assert row["met"] == (row["ratio"] >= row["bar"])
-    assert run_bench("--only", "no such row").stdout.startswith("| measure")
+    unknown = run_bench("--only", "no such row")
+    assert unknown.stderr == "bench: no row has 'no such row' in its name\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
+def test_bench_finds_in_the_books_what_was_answered_and_says_which_bars_are_missed():
+    started = run_bench("--only", "fairness, waitress: beside 4 senders")
+    table, _, end = started.stdout.partition("\nMissed: ")
+    (line,) = [line for line in table.splitlines() if line.startswith("| fairness")]
+    assert re.fullmatch(r"\| fairness, .*\| [\d,]+ ms .*<= 150 ms *\| (yes|NO) .*", line), line
+    assert end.startswith("1 of 1" if "| NO" in line else "0 of 1"), started
 
 
 def test_image_has_every_file_that_the_service_reads():
