@@ -81,15 +81,17 @@ TLS = b"\x16"  # With which a handshake begins (RFC 8446, section 5.1), and no r
 NO_TLS = "this port does not speak TLS: use http, or a proxy that has a certificate"
 # What two servers in a row might read in two ways: that is how a request is smuggled past a proxy
 # (RFC 9112, sections 5.2 and 6.1). And what waitress's own patterns would take seconds over.
-MALFORMED = {
-    rb"\A(?![!-~]+ [^\x00-\x20\x7f]+ HTTP/1\.[01](?:\r\n|\Z))": "the request line is malformed",
-    rb"\n[ \t]|[ \t]{64}": "a header is folded, or has too much white space",
-    rb"\n(?:content-length|transfer-encoding)[ \t]*:(?![ \t]*[^\s,]+[ \t\r]*(?:\n|\Z))":
-        "the length of the body must be told once",
-    rb"(?s)(?:\n(?:content-length|transfer-encoding)[ \t]*:.*){2}":
-        "the length of the body must be told once",
-    rb"(?s)(?:\nidempotency-key[ \t]*:.*){2}": "Idempotency-Key came more than once",
-}
+# Most begin with a line's end, so that a search for them is short.
+LENGTH = rb"\n(?:content-length|transfer-encoding)[ \t]*:"
+KEY = rb"\nidempotency-key[ \t]*:"
+MALFORMED = {re.compile(pattern, re.IGNORECASE | re.DOTALL): reason for pattern, reason in (
+    (rb"\A(?![!-~]+ [^\x00-\x20\x7f]+ HTTP/1\.[01](?:\r\n|\Z))", "the request line is malformed"),
+    (rb"\n[ \t]", "a header is folded, or has too much white space"),
+    (rb"[ \t]{64}", "a header is folded, or has too much white space"),
+    (LENGTH + rb"(?![ \t]*[^\s,]+[ \t\r]*(?:\n|\Z))", "the length of the body must be told once"),
+    (LENGTH + b".*" + LENGTH, "the length of the body must be told once"),
+    (KEY + b".*" + KEY, "Idempotency-Key came more than once"),
+)}
 
 
 class _Parser(HTTPRequestParser):
@@ -101,14 +103,15 @@ class _Parser(HTTPRequestParser):
 
     def received(self, data: bytes) -> int:
         self.received_at = time.monotonic()
-        if not self.headers_finished and (self.header_plus + data).lstrip()[:1] == TLS:
+        if (TLS in data and not self.headers_finished
+                and (self.header_plus + data).lstrip().startswith(TLS)):
             self.error, self.completed = BadRequest(NO_TLS), True
             return len(data)
         return int(super().received(data))
 
     def parse_header(self, header_plus: bytes) -> None:
         for pattern, reason in MALFORMED.items():
-            if re.search(pattern, header_plus, re.IGNORECASE):
+            if pattern.search(header_plus):
                 raise ParsingError(reason)
         try:
             super().parse_header(header_plus)
@@ -148,10 +151,11 @@ class _Task(WSGITask):
         self.channel.write_soon(head + data)
 
     def get_environment(self) -> dict[str, Any]:
-        refusal = _find_refusal(self.channel, self.request)
         environ: dict[str, Any] = super().get_environment()
-        return environ | {RECEIVED: self.request.received_at, "PATH_INFO": self.request.path,
-                          **({REFUSAL: refusal} if refusal else {})}
+        environ[RECEIVED], environ["PATH_INFO"] = self.request.received_at, self.request.path
+        if refusal := _find_refusal(self.channel, self.request):
+            environ[REFUSAL] = refusal
+        return environ
 
 
 class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # 3.10 takes no argument.
