@@ -24,6 +24,7 @@ from typing import Any
 # mypy: allow-subclassing-any
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
+from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
@@ -90,6 +91,8 @@ MALFORMED = {re.compile(pattern, re.IGNORECASE | re.DOTALL): reason for pattern,
     (rb"[ \t]{64}", "a header is folded, or has too much white space"),
     (LENGTH + rb"(?![ \t]*[^\s,]+[ \t\r]*(?:\n|\Z))", "the length of the body must be told once"),
     (LENGTH + b".*" + LENGTH, "the length of the body must be told once"),
+    (rb"\A[^\n]*HTTP/1\.0\r.*\ntransfer-encoding[ \t]*:",
+     "Transfer-Encoding goes with HTTP/1.1 only"),
     (KEY + b".*" + KEY, "Idempotency-Key came more than once"),
 )}
 
@@ -103,8 +106,7 @@ class _Parser(HTTPRequestParser):
 
     def received(self, data: bytes) -> int:
         self.received_at = time.monotonic()
-        if (TLS in data and not self.headers_finished
-                and (self.header_plus + data).lstrip().startswith(TLS)):
+        if not self.headers_finished and (self.header_plus + data).lstrip()[:1] == TLS:
             self.error, self.completed = BadRequest(NO_TLS), True
             return len(data)
         return int(super().received(data))
@@ -117,8 +119,6 @@ class _Parser(HTTPRequestParser):
             super().parse_header(header_plus)
         except ValueError:  # urlsplit and int raise it.
             raise ParsingError("the target or the length is malformed") from None
-        if "TRANSFER_ENCODING" in self.headers:  # waitress takes it out with HTTP/1.1.
-            raise ParsingError("Transfer-Encoding goes with HTTP/1.1 only")
         if self.path == BATCH_PATH:
             self.adj: Adjustments = copy.copy(self.adj)
             self.adj.max_request_body_size = BATCH_BODY_BYTES_MAX + 1
@@ -126,8 +126,6 @@ class _Parser(HTTPRequestParser):
 
 class _Task(WSGITask):
     """Lets the application answer even what the parser refused. That ends the connection."""
-
-    wrote_header = False
 
     def start(self) -> None:
         super().start()
@@ -141,20 +139,17 @@ class _Task(WSGITask):
             self.request.headers.pop("CONNECTION", None)  # Else HTTP/1.0 is promised the contrary.
 
     def write(self, data: bytes) -> None:
-        """Send the headers and a whole body in one piece."""
         if not data or self.wrote_header or self.content_length != len(data):
             super().write(data)
             self.chunked_response &= self.request.command != "HEAD"  # Which has no last chunk.
-            return
-        head = self.build_response_header()
-        self.wrote_header, self.content_bytes_written = True, len(data)
-        self.channel.write_soon(head + data)
+        else:
+            _leave_to_loop(self.channel, self.build_response_header() + data)
+            self.wrote_header, self.content_bytes_written = True, len(data)
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
         environ[RECEIVED], environ["PATH_INFO"] = self.request.received_at, self.request.path
-        if refusal := _find_refusal(self.channel, self.request):
-            environ[REFUSAL] = refusal
+        environ[REFUSAL] = _find_refusal(self.channel, self.request)
         return environ
 
 
@@ -202,7 +197,8 @@ class _Channel(HTTPChannel):
 class Server(TcpWSGIServer):
     channel_class, logger = _Channel, logging.Logger("waitress", logging.ERROR)
     serve_until = next_channel_cleanup = math.inf  # `turn` cleans up, by a clock nobody can set.
-    looked_at, warned_until, is_draining, ending = 0.0, 0.0, False, threading.RLock()
+    looked_at, warned_until, ending = 0.0, 0.0, threading.RLock()
+    is_draining = is_woken = False
 
     def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
         self.url, self.sockets, self.probes = url_of(bound), dict[int, Any](), deque[_Channel]()
@@ -225,6 +221,7 @@ class Server(TcpWSGIServer):
     def turn(self, timeout_s: float, idle_s: float) -> None:
         """Handle what happens next. Now and then, let go of clients that are late."""
         wasyncore.loop(timeout_s, use_poll=True, map=self.sockets, count=1)
+        self.is_woken = False
         while self.probes:
             self.probes.popleft().service()
         if (now := time.monotonic()) - self.looked_at >= timeout_s:
@@ -254,9 +251,21 @@ class Server(TcpWSGIServer):
         self.pull_trigger()
 
     def pull_trigger(self) -> None:
-        with self.ending:  # After the end, the number of its pipe may be another file's.
-            if self.sockets:
-                super().pull_trigger()
+        """Let the loop look at all connections again, if it is not about to."""
+        if not self.is_woken:
+            with self.ending:  # After the end, the number of its pipe may be another file's.
+                if self.sockets:
+                    self.is_woken = True
+                    super().pull_trigger()
+
+
+def _leave_to_loop(channel: _Channel, answer: bytes) -> None:
+    """Let the loop send a whole answer. A thread that sends gives up its turn, and waits for it."""
+    outbuf = OverflowableBuffer(channel.adj.outbuf_overflow)
+    outbuf.append(answer)
+    with channel.outbuf_lock:
+        channel.outbufs.append(outbuf)
+        channel.total_outbufs_len += len(answer)
 
 
 def _find_refusal(channel: _Channel, request: _Parser) -> WalletError | None:
