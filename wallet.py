@@ -338,7 +338,7 @@ SIGN_BY_TYPE: dict[TransactionType, int] = {
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 UNKEYED = "0" * 64  # The fingerprint of a request without a key: it cannot come again.
 PAIRS = [high + low for high in BASE62 for low in BASE62]  # Of digits, by their number.
-TOKEN = re.compile("wlt_[0-9A-Za-z]{54}")
+_is_token = re.compile("wlt_[0-9A-Za-z]{54}").fullmatch
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999  # Of the years 1 to 9999.
 
@@ -527,8 +527,7 @@ def _checksum(text: str) -> str:
 
 def _parse_token(token: object) -> str:
     """Return the id of the account that a token is for. Raises Unauthorized."""
-    if (isinstance(token, str) and TOKEN.fullmatch(token)
-            and _checksum(token[:-6]) == token[-6:]):
+    if isinstance(token, str) and _is_token(token) and _checksum(token[:-6]) == token[-6:]:
         return "acc_" + token[4:20]
     raise Unauthorized(headers=INVALID_TOKEN)
 
@@ -835,12 +834,11 @@ POST_ENTRY = f"""
         AND token_hash = coalesce(?, token_hash)
         AND NOT EXISTS (SELECT 1 FROM transactions WHERE account_id = ? AND idempotency_key = ?)
     RETURNING last_sequence, balance, updated_at"""
-ACCOUNT = """
-    SELECT token_hash, id, name, balance, balance - held + (
-        SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
-        WHERE account_id = accounts.id AND status = 'active' AND expires_at <= ?), (
-        SELECT count(*) FROM holds
-        WHERE account_id = accounts.id AND status = 'active' AND expires_at > ?), frozen, created_at
+ACTIVE = "FROM holds WHERE account_id = accounts.id AND status = 'active' AND expires_at"
+ACCOUNT = f"""
+    SELECT token_hash, id, name, balance,
+        balance - held + (SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) {ACTIVE} <= ?),
+        (SELECT count(*) {ACTIVE} > ?), frozen, created_at
     FROM accounts"""
 ACCOUNT_BY_ID = f"{ACCOUNT} WHERE id = ?"
 ACCOUNTS = f"""
@@ -2303,8 +2301,8 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
 # and what App notes for the log and the metrics.
 REFUSAL, RECEIVED = "wallet.refusal", "wallet.received"
 ROUTE, CALLER = "wallet.route", "wallet.caller"
-HOST = re.compile(r"[\w.~!$&'()*+;=%:[\]-]+", re.ASCII)  # Two have a comma.
-REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,100}")
+_is_host = re.compile(r"[\w.~!$&'()*+;=%:[\]-]+", re.ASCII).fullmatch  # Two have a comma.
+_is_request_id = re.compile("[A-Za-z0-9._-]{1,100}").fullmatch
 NO_ROUTE = ("There is no such route. /openapi.yaml lists all, and without an issuer there are none"
             " below /api/accounts.")
 # Routes that are asked all day, and the ends of an open page's.
@@ -2349,16 +2347,21 @@ class App:
             answer = _error_response(InternalError())
         cors = self._cors.headers(environ) if self._cors else {}
         status, headers, body = _render(answer, request_id, cors)
-        duration_s, route = time.monotonic() - started, environ.get(ROUTE)
-        is_poll = "HTTP_X_POLLING" in environ and method != "POST" and route
+        duration_s, route = time.monotonic() - started, environ.get(ROUTE, "")
+        is_poll = "HTTP_X_POLLING" in environ and method != "POST"
         is_quiet = route in QUIET or (is_poll and route.endswith(POLLED))
         level = logging.DEBUG if is_quiet and answer.status < 400 else logging.INFO
         if access_logger.isEnabledFor(level):
             caller = environ.get(CALLER)
             if not isinstance(caller, Account) and answer.status in (401, 500, 503):
                 caller = None  # It is only what the token says, and maybe nobody has looked it up.
-            _log_access(level, method, path, answer.status, round(duration_s * 1000, 1),
-                        request_id, getattr(caller, "id", caller), self._client(environ))
+            # Never a query or a body, nor a token that somebody put into the path.
+            fields = (_loggable(method)[:20], _loggable(path)[:200], answer.status,
+                      round(duration_s * 1000, 1), request_id, getattr(caller, "id", caller),
+                      self._client(environ))
+            shown = ["-" if value in (None, "") else value for value in fields]
+            access_logger.log(level, "%s %s %s %s ms %s %s %s", *shown,
+                              extra=dict(zip(REQUEST_FIELDS, fields, strict=True)))
         if self.metrics:
             self.metrics.count(route, method, answer, duration_s)
         start_response(status, headers)
@@ -2390,17 +2393,22 @@ class App:
     def _dispatch(self, environ: WSGIEnvironment) -> _Response:
         if refusal := environ.get(REFUSAL):
             raise refusal
-        _check_host(environ)
+        host = environ.get("HTTP_HOST", "")
+        if not host and environ.get("SERVER_PROTOCOL") == "HTTP/1.1":  # RFC 9112, section 3.2
+            raise MalformedRequest("HTTP/1.1 needs the header Host.")
+        if host and not _is_host(host):
+            raise MalformedRequest("The header Host must be one name or address, and may have a"
+                                   " port.")
+        if "\n" in environ["PATH_INFO"]:  # Which a pattern's end would match.
+            raise NotFound(NO_ROUTE)
         try:
-            if "\n" in environ["PATH_INFO"]:  # Which a pattern's end would match.
-                raise HTTPError(404)
             route, arguments = self.routes.match(environ)
         except HTTPError as error:
             if error.status_code != 405:
                 raise NotFound(NO_ROUTE) from None
             allow = error.headers["Allow"].replace(",", ", ").replace("GET", "GET, HEAD")
-            if preflight := self._cors and self._cors.preflight(environ, allow):
-                answer: _Response = preflight
+            answer: _Response | None = self._cors and self._cors.preflight(environ, allow)
+            if answer:
                 return answer
             raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
         takes, environ[ROUTE] = route.config, route.rule
@@ -2460,15 +2468,6 @@ class App:
         return _parse_token(token) if takes.get("key") else self.wallet.authenticate(token)
 
 
-def _check_host(environ: WSGIEnvironment) -> None:
-    """Raise MalformedRequest unless there is one Host, as HTTP/1.1 needs (RFC 9112, 3.2)."""
-    host = environ.get("HTTP_HOST", "")
-    if not host and environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
-        raise MalformedRequest("HTTP/1.1 needs the header Host.")
-    if host and not HOST.fullmatch(host):
-        raise MalformedRequest("The header Host must be one name or address, and may have a port.")
-
-
 def _refuse_topups(transactions: object) -> None:
     """Raise Forbidden, with its index, for a topup in a batch that is not the issuer's."""
     for index, one in enumerate(transactions if isinstance(transactions, list) else ()):
@@ -2478,7 +2477,7 @@ def _refuse_topups(transactions: object) -> None:
 
 def _make_request_id(sent: str) -> str:
     """Return the client's request id if it is fit for a header and a log, and has no token."""
-    if (REQUEST_ID.fullmatch(sent) and "wlt_" not in sent
+    if (_is_request_id(sent) and "wlt_" not in sent
             and not any(token in sent for token in _hidden)):
         return sent
     return f"{random.getrandbits(64):016x}"
@@ -2502,14 +2501,6 @@ _encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=_to
 # A record of a request has these as attributes, for formatters of your own.
 REQUEST_FIELDS = (
     "method", "path", "status", "duration_ms", "request_id", "account_id", "client")
-
-
-def _log_access(level: int, method: str, path: str, *others: object) -> None:
-    """Log REQUEST_FIELDS: never a query or body, nor a token that somebody put into the path."""
-    known = (_loggable(method)[:20], _loggable(path)[:200], *others)
-    shown = ("-" if value in (None, "") else value for value in known)
-    access_logger.log(level, "%s %s %s %s ms %s %s %s", *shown,
-                      extra=dict(zip(REQUEST_FIELDS, known, strict=True)))
 
 
 def _log_fault(request_id: str) -> None:

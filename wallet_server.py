@@ -127,6 +127,8 @@ class _Parser(HTTPRequestParser):
 class _Task(WSGITask):
     """Lets the application answer even what the parser refused. That ends the connection."""
 
+    wrote_header = False
+
     def start(self) -> None:
         super().start()
         self.channel.answered += 1
@@ -251,8 +253,7 @@ class Server(TcpWSGIServer):
         self.pull_trigger()
 
     def pull_trigger(self) -> None:
-        """Let the loop look at all connections again, if it is not about to."""
-        if not self.is_woken:
+        if not self.is_woken:  # Else the loop looks at all connections soon.
             with self.ending:  # After the end, the number of its pipe may be another file's.
                 if self.sockets:
                     self.is_woken = True
