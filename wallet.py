@@ -131,7 +131,7 @@ STATEMENT_ROWS = 500  # Read at once: 20 MB, where each has all the metadata it 
 ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
 HIDDEN_CHARACTERS_MIN = 8  # A part of a token with fewer tells little, and may be any word.
 # In no line of text: control characters, and the lone surrogates that UTF-8 cannot have.
-UNFIT = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
+UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 FIELD_ERRORS_MAX = 20  # More than a request has fields. Keeps the answer to a hostile body short.
 
 # Requests.
@@ -346,7 +346,8 @@ SIGN_BY_TYPE: dict[TransactionType, int] = {
     "topup": +1, "charge": -1, "refund": +1, "transfer_in": +1, "transfer_out": -1}
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 UNKEYED = "0" * 64  # The fingerprint of a request without a key: it cannot come again.
-CHECKSUM_PLACES = [62**place for place in range(5, -1, -1)]
+PAIRS = [high + low for high in BASE62 for low in BASE62]  # Of digits, by their number.
+_is_token = re.compile("wlt_[0-9A-Za-z]{54}").fullmatch
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999  # Of the years 1 to 9999.
 
@@ -532,14 +533,13 @@ def _make_token(account_id: str) -> str:
 
 def _checksum(text: str) -> str:
     """Return the CRC-32 of `text` in six base62 digits: a typo is refused without the database."""
-    crc = zlib.crc32(text.encode())
-    return "".join([BASE62[crc // place % 62] for place in CHECKSUM_PLACES])
+    high, low = divmod(zlib.crc32(text.encode()), 62**4)
+    return PAIRS[high] + PAIRS[low // 62**2] + PAIRS[low % 62**2]
 
 
 def _parse_token(token: object) -> str:
     """Return the id of the account that a token is for. Raises Unauthorized."""
-    if (isinstance(token, str) and re.fullmatch("wlt_[0-9A-Za-z]{54}", token)
-            and _checksum(token[:-6]) == token[-6:]):
+    if isinstance(token, str) and _is_token(token) and _checksum(token[:-6]) == token[-6:]:
         return "acc_" + token[4:20]
     raise Unauthorized(headers=INVALID_TOKEN)
 
@@ -706,7 +706,7 @@ def _text(maximum: int, minimum: int = 0, *, trimmed: bool = False) -> _Rule:
     def parse(value: object) -> str:
         if not isinstance(value, str):
             raise ValueError("must be a string")
-        if re.search(UNFIT, value):
+        if UNFIT.search(value):
             raise ValueError(
                 "must not have control characters, such as line breaks, or lone surrogates")
         value = value.strip() if trimmed else value
@@ -764,8 +764,8 @@ def _parse_fields(rules: _Rules, values: Mapping[str, object]) -> dict[str, Any]
         except ValueError as error:
             detail = str(error) if name in values else f"is missing; it {error}"
             errors.append((_json_pointer(name), detail))
-    known = f"is not known; known are: {', '.join(rules) or 'none'}"
-    errors += [(_json_pointer(name), known) for name in values if name not in rules]
+    errors += [(_json_pointer(name), f"is not known; known are: {', '.join(rules) or 'none'}")
+               for name in values if name not in rules]
     _refuse_fields(errors)
     return fields
 
@@ -817,9 +817,9 @@ def _parse_batch(values: object, account_id: str | None) -> list[_Entry]:
 
 def _refuse_fields(errors: Sequence[tuple[str, str]]) -> None:
     """Raise ValidationFailed if there are errors: the pointer of a field, and what it must be."""
-    listed = [{"pointer": pointer, "detail": detail}
-              for pointer, detail in errors[:FIELD_ERRORS_MAX]]
-    if listed:
+    if errors:
+        listed = [{"pointer": pointer, "detail": detail}
+                  for pointer, detail in errors[:FIELD_ERRORS_MAX]]
         first = "; ".join(" ".join(one.values()) for one in listed[:3])
         raise ValidationFailed(f"{first}.", errors=listed)
 
@@ -837,37 +837,13 @@ TRANSACTION_COLUMNS = (
 ENTRY_COLUMNS = f"account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS}"
 INSERT_ENTRY = f"""
     INSERT INTO transactions ({ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-UPDATE_ACCOUNT = """
-    UPDATE accounts SET balance = ?, held = ?, last_sequence = ?, updated_at = ? WHERE id = ?"""
-LOCK = "SELECT 1 FROM accounts WHERE id IN (%s) ORDER BY id"
-# Accounts, and what a key did in each before, if anything.
-FIND = f"""
-    SELECT id, token_hash, frozen, accounts.balance, held, last_sequence, updated_at,
-        t.{ENTRY_COLUMNS.replace(", ", ", t.")} FROM"""
-FIND_ONE = f"""{FIND} accounts LEFT JOIN transactions t
-    ON t.account_id = id AND t.idempotency_key = ? WHERE id = ?"""
-# Where a statement may do all of it, it does so without a wait, or makes nothing.
-POST_AT_ONCE = f"""
-    WITH free AS (SELECT id FROM accounts WHERE id = ? FOR UPDATE SKIP LOCKED), posted AS (
-        UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1,
-            updated_at = greatest(updated_at, ?)
-        WHERE id IN (SELECT id FROM free) AND frozen = 0 AND balance + ? BETWEEN held AND ?
-            AND token_hash = coalesce(?, token_hash) AND NOT EXISTS (
-                SELECT 1 FROM transactions WHERE account_id = id AND idempotency_key = ?)
-        RETURNING id, last_sequence, balance, updated_at)
-    INSERT INTO transactions ({ENTRY_COLUMNS})
-    SELECT id, ?, ?, last_sequence, ?, ?, balance, ?, ?, NULL, updated_at FROM posted
-    RETURNING {TRANSACTION_COLUMNS}"""
-FIND_MANY = f"""WITH sent (sent_key, account) AS (VALUES %s) {FIND} sent
-    JOIN accounts ON id = account
-    LEFT JOIN transactions t ON t.account_id = id AND t.idempotency_key = sent_key"""
-ACCOUNT = """
-    SELECT token_hash, id, name, balance, balance - held + (
-        SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
-        WHERE account_id = accounts.id AND status = 'active' AND expires_at <= ?), (
-        SELECT count(*) FROM holds
-        WHERE account_id = accounts.id AND status = 'active' AND expires_at > ?), frozen, created_at
+UPDATE_ACTIVE = "FROM holds WHERE account_id = accounts.id AND status = 'active' AND expires_at"
+ACCOUNT = f"""
+    SELECT token_hash, id, name, balance,
+        balance - held + (SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) {ACTIVE} <= ?),
+        (SELECT count(*) {ACTIVE} > ?), frozen, created_at
     FROM accounts"""
+ACCOUNT_BY_ID = f"{ACCOUNT} WHERE id = ?"
 ACCOUNTS = f"""
     {ACCOUNT} WHERE created_at >= ? AND (created_at, id) < (?, ?)
         AND length(replace(lower(name COLLATE "C"), ?, '')) <= length(name) - ?
@@ -1073,11 +1049,13 @@ class Wallet:
 
     def authenticate(self, token: str) -> Account:
         """Return the account that a token opens. Raises Unauthorized."""
-        account_id, sent_hash = _parse_token(token), _hash_token(token)
-        with suppress(AccountNotFound):
-            token_hash, account = self.database.read(lambda tx: self._account(tx, account_id))
-            if secrets.compare_digest(token_hash, sent_hash):
-                return account
+        try:
+            token_hash, account = self.database.read(partial(
+                self._account, account_id=_parse_token(token)))
+        except AccountNotFound:
+            token_hash = ""
+        if secrets.compare_digest(token_hash, _hash_token(token)):
+            return account
         raise Unauthorized(headers=INVALID_TOKEN)
 
     def replace_token(self, account_id: str, token: str | None = None) -> str:
@@ -1435,7 +1413,7 @@ class Wallet:
                  now_us: int | None = None) -> tuple[str, Account]:
         """Return an account and its token's hash. Raises AccountNotFound."""
         now_us = now_us or _now_us()
-        for token_hash, *row in tx(f"{ACCOUNT} WHERE id = ?", now_us, now_us, account_id):
+        for token_hash, *row in tx(ACCOUNT_BY_ID, now_us, now_us, account_id):
             return token_hash, self._as_account(*row)
         raise AccountNotFound()
 
@@ -1769,7 +1747,7 @@ def open_database(dsn: str, connections: int, create: bool, **options: bool) -> 
     does (https://www.postgresql.org/docs/current/libpq-connect.html).
     """
     scheme, separator, path = dsn.partition("://")
-    if re.search(UNFIT, dsn):
+    if UNFIT.search(dsn):
         raise ConfigurationError("the DSN has a control character, such as a carriage return")
     if not separator:
         raise ConfigurationError("a DSN looks like sqlite:///wallet.db, or with an absolute path"
@@ -2484,6 +2462,8 @@ _JSON = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_constan
 # and what App notes for the log and the metrics.
 REFUSAL, RECEIVED = "wallet.refusal", "wallet.received"
 ROUTE, CALLER = "wallet.route", "wallet.caller"
+_is_host = re.compile(r"[\w.~!$&'()*+;=%:[\]-]+", re.ASCII).fullmatch  # Two have a comma.
+_is_request_id = re.compile("[A-Za-z0-9._-]{1,100}").fullmatch
 NO_ROUTE = ("There is no such route. /openapi.yaml lists all, and without an issuer there are none"
             " below /api/accounts.")
 # Routes that are asked all day, and the ends of an open page's.
@@ -2528,14 +2508,21 @@ class App:
             answer = _error_response(InternalError())
         cors = self._cors.headers(environ) if self._cors else {}
         status, headers, body = _render(answer, request_id, cors)
-        duration_s, caller = time.monotonic() - started, environ.get(CALLER)
-        if not isinstance(caller, Account) and answer.status in (401, 500, 503):
-            caller = None  # It is only what the token says, and maybe nobody has looked it up.
-        route, is_poll = environ.get(ROUTE), "HTTP_X_POLLING" in environ and method != "POST"
-        is_quiet = route in QUIET or (is_poll and str(route).endswith(POLLED))
-        _log_access(logging.DEBUG if is_quiet and answer.status < 400 else logging.INFO,
-                    method, path, answer.status, round(duration_s * 1000, 1), request_id,
-                    getattr(caller, "id", caller), self._client(environ))
+        duration_s, route = time.monotonic() - started, environ.get(ROUTE, "")
+        is_poll = "HTTP_X_POLLING" in environ and method != "POST"
+        is_quiet = route in QUIET or (is_poll and route.endswith(POLLED))
+        level = logging.DEBUG if is_quiet and answer.status < 400 else logging.INFO
+        if access_logger.isEnabledFor(level):
+            caller = environ.get(CALLER)
+            if not isinstance(caller, Account) and answer.status in (401, 500, 503):
+                caller = None  # It is only what the token says, and maybe nobody has looked it up.
+            # Never a query or a body, nor a token that somebody put into the path.
+            fields = (_loggable(method)[:20], _loggable(path)[:200], answer.status,
+                      round(duration_s * 1000, 1), request_id, getattr(caller, "id", caller),
+                      self._client(environ))
+            shown = ["-" if value in (None, "") else value for value in fields]
+            access_logger.log(level, "%s %s %s %s ms %s %s %s", *shown,
+                              extra=dict(zip(REQUEST_FIELDS, fields, strict=True)))
         if self.metrics:
             self.metrics.count(route, method, answer, duration_s)
         start_response(status, headers)
@@ -2565,19 +2552,24 @@ class App:
         return client
 
     def _dispatch(self, environ: WSGIEnvironment) -> _Response:
-        if REFUSAL in environ:
-            raise environ[REFUSAL]
-        _check_host(environ)
+        if refusal := environ.get(REFUSAL):
+            raise refusal
+        host = environ.get("HTTP_HOST", "")
+        if not host and environ.get("SERVER_PROTOCOL") == "HTTP/1.1":  # RFC 9112, section 3.2
+            raise MalformedRequest("HTTP/1.1 needs the header Host.")
+        if host and not _is_host(host):
+            raise MalformedRequest("The header Host must be one name or address, and may have a"
+                                   " port.")
+        if "\n" in environ["PATH_INFO"]:  # Which a pattern's end would match.
+            raise NotFound(NO_ROUTE)
         try:
-            if "\n" in environ["PATH_INFO"]:  # Which a pattern's end would match.
-                raise HTTPError(404)
             route, arguments = self.routes.match(environ)
         except HTTPError as error:
             if error.status_code != 405:
                 raise NotFound(NO_ROUTE) from None
             allow = error.headers["Allow"].replace(",", ", ").replace("GET", "GET, HEAD")
-            if preflight := self._cors and self._cors.preflight(environ, allow):
-                answer: _Response = preflight
+            answer: _Response | None = self._cors and self._cors.preflight(environ, allow)
+            if answer:
                 return answer
             raise MethodNotAllowed(f"This route takes {allow}.", headers={"Allow": allow}) from None
         takes, environ[ROUTE] = route.config, route.rule
@@ -2637,15 +2629,6 @@ class App:
         return _parse_token(token) if takes.get("key") else self.wallet.authenticate(token)
 
 
-def _check_host(environ: WSGIEnvironment) -> None:
-    """Raise MalformedRequest unless there is one Host, as HTTP/1.1 needs (RFC 9112, 3.2)."""
-    host = environ.get("HTTP_HOST", "")
-    if not host and environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
-        raise MalformedRequest("HTTP/1.1 needs the header Host.")
-    if host and not re.fullmatch(r"[\w.~!$&'()*+;=%:[\]-]+", host, re.ASCII):  # Two have a comma.
-        raise MalformedRequest("The header Host must be one name or address, and may have a port.")
-
-
 def _refuse_topups(transactions: object) -> None:
     """Raise Forbidden, with its index, for a topup in a batch that is not the issuer's."""
     for index, one in enumerate(transactions if isinstance(transactions, list) else ()):
@@ -2655,8 +2638,8 @@ def _refuse_topups(transactions: object) -> None:
 
 def _make_request_id(sent: str) -> str:
     """Return the client's request id if it is fit for a header and a log, and has no token."""
-    is_fit = re.fullmatch("[A-Za-z0-9._-]{1,100}", sent) and "wlt_" not in sent
-    if is_fit and not any(token in sent for token in _hidden):
+    if (_is_request_id(sent) and "wlt_" not in sent
+            and not any(token in sent for token in _hidden)):
         return sent
     return f"{random.getrandbits(64):016x}"
 
@@ -2673,21 +2656,12 @@ def _render(answer: _Response, request_id: str, cors: Mapping[str, str],
     return f"{answer.status} {REASONS[answer.status]}", list(headers.items()), body
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, default=_to_json).encode
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=_to_json).encode
 
 
 # A record of a request has these as attributes, for formatters of your own.
 REQUEST_FIELDS = (
     "method", "path", "status", "duration_ms", "request_id", "account_id", "client")
-
-
-def _log_access(level: int, method: str, path: str, *others: object) -> None:
-    """Log REQUEST_FIELDS: never a query or body, nor a token that somebody put into the path."""
-    if access_logger.isEnabledFor(level):
-        known = (_loggable(method)[:20], _loggable(path)[:200], *others)
-        shown = ("-" if value in (None, "") else value for value in known)
-        access_logger.log(level, "%s %s %s %s ms %s %s %s", *shown,
-                          extra=dict(zip(REQUEST_FIELDS, known, strict=True)))
 
 
 def _log_fault(request_id: str) -> None:

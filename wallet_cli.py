@@ -103,7 +103,7 @@ class _Setting(NamedTuple):
         text, named = self.default if given is None else given, f"--{self.name} or {self.variable}"
         if given == "":  # Read as the default, a secret that is lost would open the wallet to all.
             raise ConfigurationError(f"{named} is empty: give it a value, or leave it out")
-        if re.search(UNFIT, text):
+        if UNFIT.search(text):
             raise ConfigurationError(
                 f"{named} has a control character, such as a carriage return")
         if self.action == "append":
@@ -207,7 +207,7 @@ def _warn_of_variables() -> None:
             unknown.append(name + "".join(f" (is it WALLET_{one}?)" for one in near))
     if unknown:
         logger.warning("these variables are unknown, and do nothing: %s",
-                       re.sub(UNFIT, "?", ", ".join(unknown)))
+                       UNFIT.sub("?", ", ".join(unknown)))
 
 
 # Serving ##########################################################################################

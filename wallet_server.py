@@ -24,6 +24,7 @@ from typing import Any
 # mypy: allow-subclassing-any
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
+from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
@@ -81,15 +82,19 @@ TLS = b"\x16"  # With which a handshake begins (RFC 8446, section 5.1), and no r
 NO_TLS = "this port does not speak TLS: use http, or a proxy that has a certificate"
 # What two servers in a row might read in two ways: that is how a request is smuggled past a proxy
 # (RFC 9112, sections 5.2 and 6.1). And what waitress's own patterns would take seconds over.
-MALFORMED = {
-    rb"\A(?![!-~]+ [^\x00-\x20\x7f]+ HTTP/1\.[01](?:\r\n|\Z))": "the request line is malformed",
-    rb"\n[ \t]|[ \t]{64}": "a header is folded, or has too much white space",
-    rb"\n(?:content-length|transfer-encoding)[ \t]*:(?![ \t]*[^\s,]+[ \t\r]*(?:\n|\Z))":
-        "the length of the body must be told once",
-    rb"(?s)(?:\n(?:content-length|transfer-encoding)[ \t]*:.*){2}":
-        "the length of the body must be told once",
-    rb"(?s)(?:\nidempotency-key[ \t]*:.*){2}": "Idempotency-Key came more than once",
-}
+# Most begin with a line's end, so that a search for them is short.
+LENGTH = rb"\n(?:content-length|transfer-encoding)[ \t]*:"
+KEY = rb"\nidempotency-key[ \t]*:"
+MALFORMED = {re.compile(pattern, re.IGNORECASE | re.DOTALL): reason for pattern, reason in (
+    (rb"\A(?![!-~]+ [^\x00-\x20\x7f]+ HTTP/1\.[01](?:\r\n|\Z))", "the request line is malformed"),
+    (rb"\n[ \t]", "a header is folded, or has too much white space"),
+    (rb"[ \t]{64}", "a header is folded, or has too much white space"),
+    (LENGTH + rb"(?![ \t]*[^\s,]+[ \t\r]*(?:\n|\Z))", "the length of the body must be told once"),
+    (LENGTH + b".*" + LENGTH, "the length of the body must be told once"),
+    (rb"\A[^\n]*HTTP/1\.0\r.*\ntransfer-encoding[ \t]*:",
+     "Transfer-Encoding goes with HTTP/1.1 only"),
+    (KEY + b".*" + KEY, "Idempotency-Key came more than once"),
+)}
 
 
 class _Parser(HTTPRequestParser):
@@ -108,14 +113,12 @@ class _Parser(HTTPRequestParser):
 
     def parse_header(self, header_plus: bytes) -> None:
         for pattern, reason in MALFORMED.items():
-            if re.search(pattern, header_plus, re.IGNORECASE):
+            if pattern.search(header_plus):
                 raise ParsingError(reason)
         try:
             super().parse_header(header_plus)
         except ValueError:  # urlsplit and int raise it.
             raise ParsingError("the target or the length is malformed") from None
-        if "TRANSFER_ENCODING" in self.headers:  # waitress takes it out with HTTP/1.1.
-            raise ParsingError("Transfer-Encoding goes with HTTP/1.1 only")
         if self.path == BATCH_PATH:
             self.adj: Adjustments = copy.copy(self.adj)
             self.adj.max_request_body_size = BATCH_BODY_BYTES_MAX + 1
@@ -138,20 +141,18 @@ class _Task(WSGITask):
             self.request.headers.pop("CONNECTION", None)  # Else HTTP/1.0 is promised the contrary.
 
     def write(self, data: bytes) -> None:
-        """Send the headers and a whole body in one piece."""
         if not data or self.wrote_header or self.content_length != len(data):
             super().write(data)
             self.chunked_response &= self.request.command != "HEAD"  # Which has no last chunk.
-            return
-        head = self.build_response_header()
-        self.wrote_header, self.content_bytes_written = True, len(data)
-        self.channel.write_soon(head + data)
+        else:
+            _leave_to_loop(self.channel, self.build_response_header() + data)
+            self.wrote_header, self.content_bytes_written = True, len(data)
 
     def get_environment(self) -> dict[str, Any]:
-        refusal = _find_refusal(self.channel, self.request)
         environ: dict[str, Any] = super().get_environment()
-        return environ | {RECEIVED: self.request.received_at, "PATH_INFO": self.request.path,
-                          **({REFUSAL: refusal} if refusal else {})}
+        environ[RECEIVED], environ["PATH_INFO"] = self.request.received_at, self.request.path
+        environ[REFUSAL] = _find_refusal(self.channel, self.request)
+        return environ
 
 
 class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # 3.10 takes no argument.
@@ -198,7 +199,8 @@ class _Channel(HTTPChannel):
 class Server(TcpWSGIServer):
     channel_class, logger = _Channel, logging.Logger("waitress", logging.ERROR)
     serve_until = next_channel_cleanup = math.inf  # `turn` cleans up, by a clock nobody can set.
-    looked_at, warned_until, is_draining, ending = 0.0, 0.0, False, threading.RLock()
+    looked_at, warned_until, ending = 0.0, 0.0, threading.RLock()
+    is_draining = is_woken = False
 
     def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
         self.url, self.sockets, self.probes = url_of(bound), dict[int, Any](), deque[_Channel]()
@@ -221,6 +223,7 @@ class Server(TcpWSGIServer):
     def turn(self, timeout_s: float, idle_s: float) -> None:
         """Handle what happens next. Now and then, let go of clients that are late."""
         wasyncore.loop(timeout_s, use_poll=True, map=self.sockets, count=1)
+        self.is_woken = False
         while self.probes:
             self.probes.popleft().service()
         if (now := time.monotonic()) - self.looked_at >= timeout_s:
@@ -250,9 +253,20 @@ class Server(TcpWSGIServer):
         self.pull_trigger()
 
     def pull_trigger(self) -> None:
-        with self.ending:  # After the end, the number of its pipe may be another file's.
-            if self.sockets:
-                super().pull_trigger()
+        if not self.is_woken:  # Else the loop looks at all connections soon.
+            with self.ending:  # After the end, the number of its pipe may be another file's.
+                if self.sockets:
+                    self.is_woken = True
+                    super().pull_trigger()
+
+
+def _leave_to_loop(channel: _Channel, answer: bytes) -> None:
+    """Let the loop send a whole answer. A thread that sends gives up its turn, and waits for it."""
+    outbuf = OverflowableBuffer(channel.adj.outbuf_overflow)
+    outbuf.append(answer)
+    with channel.outbuf_lock:
+        channel.outbufs.append(outbuf)
+        channel.total_outbufs_len += len(answer)
 
 
 def _find_refusal(channel: _Channel, request: _Parser) -> WalletError | None:

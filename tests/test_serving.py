@@ -991,6 +991,34 @@ def test_client_that_sends_half_a_body_and_then_nothing_is_let_go(serving, befor
         assert send(url, "GET", "/livez")[0] == 200
 
 
+def ask_again_and_again(url):
+    """Send requests from several clients at once, each as soon as its last one is answered."""
+    asking = b"GET /api/account HTTP/1.1\r\nHost: x\r\n\r\n"  # It takes a thread, and is refused.
+
+    def ask(_):
+        with connect(url) as connection:
+            connection.settimeout(5)
+            for _ in range(100):
+                connection.sendall(asking)
+                assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")
+
+    with ThreadPoolExecutor(8) as clients:
+        list(clients.map(ask, range(8)))
+
+
+def test_no_answer_waits_until_the_server_looks_by_itself(serving):
+    with serving(WATCH_INTERVAL_S=60) as url:
+        ask_again_and_again(url)
+
+
+def test_control_a_server_that_is_woken_only_once_forgets_answers(serving, monkeypatch):
+    woken = property(lambda server: server.served, lambda server, _: setattr(server, "served", True))
+    monkeypatch.setattr(wallet_server.Server, "served", False, raising=False)
+    monkeypatch.setattr(wallet_server.Server, "is_woken", woken)
+    with serving(WATCH_INTERVAL_S=8) as url, pytest.raises(TimeoutError):
+        ask_again_and_again(url)
+
+
 def test_control_a_server_that_looks_at_nobody_keeps_a_slow_sender(serving, monkeypatch):
     """The negative control of the tests about slow clients."""
     monkeypatch.setattr(wallet_server._Channel, "is_late", lambda *_: False)
