@@ -837,7 +837,31 @@ TRANSACTION_COLUMNS = (
 ENTRY_COLUMNS = f"account_id, idempotency_key, fingerprint, {TRANSACTION_COLUMNS}"
 INSERT_ENTRY = f"""
     INSERT INTO transactions ({ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-UPDATE_ACTIVE = "FROM holds WHERE account_id = accounts.id AND status = 'active' AND expires_at"
+UPDATE_ACCOUNT = """
+    UPDATE accounts SET balance = ?, held = ?, last_sequence = ?, updated_at = ? WHERE id = ?"""
+LOCK = "SELECT 1 FROM accounts WHERE id IN (%s) ORDER BY id"
+# Accounts, and what a key did in each before, if anything.
+FIND = f"""
+    SELECT id, token_hash, frozen, accounts.balance, held, last_sequence, updated_at,
+        t.{ENTRY_COLUMNS.replace(", ", ", t.")} FROM"""
+FIND_ONE = f"""{FIND} accounts LEFT JOIN transactions t
+    ON t.account_id = id AND t.idempotency_key = ? WHERE id = ?"""
+# Where a statement may do all of it, it does so without a wait, or makes nothing.
+POST_AT_ONCE = f"""
+    WITH free AS (SELECT id FROM accounts WHERE id = ? FOR UPDATE SKIP LOCKED), posted AS (
+        UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1,
+            updated_at = greatest(updated_at, ?)
+        WHERE id IN (SELECT id FROM free) AND frozen = 0 AND balance + ? BETWEEN held AND ?
+            AND token_hash = coalesce(?, token_hash) AND NOT EXISTS (
+                SELECT 1 FROM transactions WHERE account_id = id AND idempotency_key = ?)
+        RETURNING id, last_sequence, balance, updated_at)
+    INSERT INTO transactions ({ENTRY_COLUMNS})
+    SELECT id, ?, ?, last_sequence, ?, ?, balance, ?, ?, NULL, updated_at FROM posted
+    RETURNING {TRANSACTION_COLUMNS}"""
+FIND_MANY = f"""WITH sent (sent_key, account) AS (VALUES %s) {FIND} sent
+    JOIN accounts ON id = account
+    LEFT JOIN transactions t ON t.account_id = id AND t.idempotency_key = sent_key"""
+ACTIVE = "FROM holds WHERE account_id = accounts.id AND status = 'active' AND expires_at"
 ACCOUNT = f"""
     SELECT token_hash, id, name, balance,
         balance - held + (SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) {ACTIVE} <= ?),
