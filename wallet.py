@@ -46,9 +46,7 @@ The server is in wallet_server.py, and the settings and the command line are in 
 
 from __future__ import annotations
 
-import base64
 import codecs
-import gzip
 import hashlib
 import json
 import logging
@@ -68,7 +66,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from functools import lru_cache, partial
+from functools import partial
 from http.client import responses as REASONS
 from importlib import import_module
 from ipaddress import ip_address
@@ -126,7 +124,6 @@ PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 100  # A page stays under 100 KiB, meta
 BATCH_MAX = 1000  # Movements: a tenth of a second on SQLite, and as many round trips on Postgres.
 HOLD_DEFAULT_S, HOLD_MAX_S = 7 * 24 * 3600, 30 * 24 * 3600  # As with card networks.
 STATEMENTS_MAX = 2  # Long answers at once: each takes a thread while it is made, then disk space.
-PAGE_BYTES_MAX = 2**20  # A longer one is compressed.
 STATEMENT_ROWS = 500  # Read at once: 20 MB, where each has all the metadata it may.
 ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
 HIDDEN_CHARACTERS_MIN = 8  # A part of a token with fewer tells little, and may be any word.
@@ -580,26 +577,6 @@ def _as_page(kind: Callable[[list[Any], str | None], T], found: Iterable[Any], l
     return kind(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
 
-def _parse_currency(text: str) -> tuple[str, int | None]:
-    """Return a currency's code and how many decimals it has, None where nobody says so.
-
-    Raises ConfigurationError.
-    """
-    from iso4217 import Currency  # Slow to import, and seldom needed.
-
-    match = re.fullmatch("([A-Z]{3})(?:/([0-9]))?", text)
-    if not match:
-        raise ConfigurationError("the currency must be three capital letters, such as USD, or a"
-                                 " unit of your own with its number of decimals, such as CRD/0")
-    code, said, known = match[1], int(match[2]) if match[2] else None, None
-    with suppress(ValueError):
-        known = Currency(code).exponent  # Gold has none.
-    if None not in (said, known) and said != known:
-        raise ConfigurationError(
-            f"{code} has {known} decimals in ISO 4217: a unit of your own needs another code")
-    return code, known if said is None else said
-
-
 def _parse_account_id(value: object) -> str:
     if isinstance(value, str) and re.fullmatch("acc_[0-9A-Za-z]{16}", value):
         return value
@@ -868,10 +845,6 @@ ACCOUNT = f"""
         (SELECT count(*) {ACTIVE} > ?), frozen, created_at
     FROM accounts"""
 ACCOUNT_BY_ID = f"{ACCOUNT} WHERE id = ?"
-ACCOUNTS = f"""
-    {ACCOUNT} WHERE created_at >= ? AND (created_at, id) < (?, ?)
-        AND length(replace(lower(name COLLATE "C"), ?, '')) <= length(name) - ?
-    ORDER BY created_at DESC, id DESC LIMIT ?"""
 # Times never go back within an account: few entries are looked at.
 COUNT_BEFORE = """
     WITH RECURSIVE halves (low, high) AS (
@@ -901,7 +874,7 @@ CLAIM_KEY = """
 
 @dataclass
 class _Locked:
-    """An account that is locked, as it is going to be."""
+    """An account that is locked, as it will be."""
 
     id: str
     token_hash: str
@@ -916,8 +889,7 @@ class _Books:
     """Accounts that a transaction has locked, and what it is about to write into them.
 
     Until it ends, nobody else can change them. So the rules are applied here, to one entry after
-    the other, and `write` writes what comes of it. Each account is given with a stamp, to look up
-    what its key did before.
+    the other, and `write` writes what comes of it.
     """
 
     def __init__(self, tx: _Tx, *stamps: tuple[str, _Stamp]) -> None:
@@ -929,9 +901,9 @@ class _Books:
         keys = [(stamp.key, account_id) for account_id, stamp in stamps]
         if tx.waits:
             self._find(keys, "")
-        # What was done before takes no lock, which can be had only where something can be written.
+        # What was done before needs no lock, which is a write too.
         if tx.row_lock and not all((one, key) in self._earlier for key, one in keys):
-            ids = sorted({account_id for _, account_id in keys})  # One order: so none deadlock.
+            ids = sorted({account_id for _, account_id in keys})  # So that none deadlock.
             parts = [(one,) for one in ids] if tx.is_sharded else [tuple(ids)]
             tx.many(LOCK % ", ".join("?" * len(parts[0])) + tx.row_lock, parts)
             # Only a statement that begins now sees all that was committed before.
@@ -949,17 +921,19 @@ class _Books:
                 self._earlier[row[7:9]] = row[9:]
 
     def begin(self, account_id: str, stamp: _Stamp) -> Transaction | None:
-        """Return what the key did before. Raises Unauthorized and what `post` does of accounts."""
-        if stamp.token_hash:
-            account = self._locked.get(account_id)
-            sent = secrets.compare_digest(stamp.token_hash, account.token_hash if account else "")
-            if not sent:
-                raise Unauthorized(headers=INVALID_TOKEN)
+        """Return what the key did before.
+
+        Raises Unauthorized, AccountNotFound, IdempotencyKeyReused.
+        """
+        account = self._locked.get(account_id)
+        if stamp.token_hash and not (
+                account and secrets.compare_digest(stamp.token_hash, account.token_hash)):
+            raise Unauthorized(headers=INVALID_TOKEN)
         self._account(account_id)
-        fingerprint, *row = self._earlier.get((account_id, stamp.key), (None,))
-        if row and fingerprint != stamp.fingerprint:
+        row = self._earlier.get((account_id, stamp.key))
+        if row and row[0] != stamp.fingerprint:
             raise IdempotencyKeyReused()
-        return _as_transaction(account_id, tuple(row), replayed=True) if row else None
+        return _as_transaction(account_id, row[1:], replayed=True) if row else None
 
     def post(self, entry: _Entry, stamp: _Stamp) -> Transaction:
         """Change the balance and what is held, and note why.
@@ -1031,13 +1005,14 @@ class Wallet:
 
     def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None, connections: int = 8,
                  create: bool = True, read_only: bool = False, alone: bool = False) -> None:
-        unit = None if currency is None else _parse_currency(currency)
+        tables = _import_part("tables")
+        unit = None if currency is None else tables.parse_currency(currency)
         create = create and not read_only
-        self.created = False  # Were the tables made just now?
+        self.created, self.opened_version = False, 0  # Of the tables, as they were found.
         self.database = open_database(dsn, connections, create, read_only=read_only, alone=alone)
         try:
-            self.currency, self.currency_digits = self._prepare(
-                unit, create, range(0) if read_only else MIGRATIONS)
+            self.currency, self.currency_digits = tables.prepare(
+                self, unit, create, range(0) if read_only else MIGRATIONS)
         except BaseException as error:
             self.database.close()
             is_fault = isinstance(error, (OSError, NotFound, Unavailable, sqlite3.Error))
@@ -1108,13 +1083,16 @@ class Wallet:
 
         Raises MalformedRequest.
         """
-        return self._accounts(ACCOUNTS_ROWS, None, **filters)
+        found: Iterator[Account] = _import_part("overview").list_accounts(
+            self, ACCOUNTS_ROWS, None, **filters)
+        return found
 
     def account_page(self, *, limit: int = PAGE_LIMIT_DEFAULT, cursor: str | None = None,
                      **filters: Unpack[_AccountFilters]) -> AccountPage:
         """Return a page of accounts, newest first. Raises MalformedRequest."""
         limit = _parse_limit(limit)
-        return _as_page(AccountPage, self._accounts(limit + 1, cursor, **filters), limit)
+        found = _import_part("overview").list_accounts(self, limit + 1, cursor, **filters)
+        return _as_page(AccountPage, found, limit)
 
     def overview(self) -> Overview:
         """Return what there is in all accounts, and what was done last."""
@@ -1446,37 +1424,6 @@ class Wallet:
         return Account(id, name, self.currency, self.currency_digits, balance, available,
                        holds_active, bool(frozen), _as_time(created_at_us))
 
-    def _accounts(self, rows_max: int, cursor: str | None, *, name: str | None = None,
-                  since: str | datetime | None = None, until: str | datetime | None = None,
-                  ) -> Iterator[Account]:
-        """Return the accounts within all filters, read `rows_max` at a time."""
-        try:
-            part = _text(NAME_CHARACTERS_MAX)(name or "").encode().lower().decode()  # A to Z.
-        except ValueError as error:
-            raise MalformedRequest(f"name {error}.") from None
-        since_us = -SEQUENCE_MAX if since is None else _parse_time(since)
-        below = (SEQUENCE_MAX if until is None else _parse_time(until), "")
-        if cursor is not None:
-            try:
-                last = self.account(cursor)
-            except AccountNotFound:
-                raise MalformedRequest("cursor must be one of an earlier page.") from None
-            below = min(below, (_as_us(last.created_at), last.id))
-
-        sql = self.database.adapt(ACCOUNTS)
-
-        def accounts(below: tuple[int, str]) -> Iterator[Account]:
-            while True:
-                now_us = _now_us()
-                rows = self._read(
-                    sql, now_us, now_us, since_us, *below, part, len(part), rows_max)
-                yield from (self._as_account(*row) for _, *row in rows)
-                if len(rows) < rows_max:
-                    return
-                below = rows[-1][-1], rows[-1][1]
-
-        return accounts(below)
-
     def _transaction(self, tx: _Execute, account_id: str, transaction_id: str) -> Transaction:
         sequence = _parse_entry_id("txn", account_id, transaction_id)
         rows = tx(f"""SELECT {TRANSACTION_COLUMNS} FROM transactions
@@ -1558,67 +1505,11 @@ class Wallet:
         return int(tx(COUNT_BEFORE, self._last_sequence(tx, account_id), time_us, time_us,
                       account_id)[0][0])
 
-    def _prepare(self, unit: tuple[str, int | None] | None, create: bool,
-                 migrations: range) -> tuple[str, int]:
-        """Make the tables, or bring those of an older version to this one. Return the currency.
-
-        The row of `wallet` comes last: where it is, all is. So where it is, nothing is made.
-        """
-        rows = self._try_read("schema_version, currency", "wallet")
-        if not rows:
-            self._read("SELECT 1")  # Raises Unavailable where something else is wrong.
-            if not create:
-                raise NotReady(f"there is no wallet in {self.database.location}{MISSING}")
-            self._make_tables(*unit or ("USD", 2))
-            self.created = True
-            rows = self._read("SELECT schema_version FROM wallet")
-        ((version, *_),) = rows
-        self.opened_version: int = version  # Of the tables, as they were found.
-        while version in migrations:
-            version = self.database.write(
-                partial(_migrate, self.database.adapt), LONG_TIMEOUT_S)
-        if version != SCHEMA_VERSION:
-            advice = ("use a newer wallet" if version > SCHEMA_VERSION
-                      else "bring it there by the command migrate, or use an older one")
-            raise ConfigurationError(f"the database has schema version {version}, and this wallet"
-                                     f" has {SCHEMA_VERSION}: {advice}")
-        ((code, digits),) = self._read("SELECT currency, currency_digits FROM wallet")
-        if unit and unit not in ((code, digits), (code, None)):
-            raise ConfigurationError(f"the database's currency is {code}/{digits}, and cannot be"
-                                     f" changed to {unit[0]}/{unit[1]}")
-        return code, digits
-
-    def _make_tables(self, code: str, digits: int | None) -> None:
-        for table, column in (("wallet", "currency"), ("accounts", "token_hash"),
-                              ("transactions", "fingerprint")):
-            if (self._try_read("1", table) is not None
-                    and self._try_read(column, table) is None):
-                raise ConfigurationError(
-                    f"the table {table} in {self.database.location} is another program's:"
-                    " name another database, or another schema as the search_path")
-        if digits is None:
-            raise ConfigurationError(
-                f"{code} is not in ISO 4217: say how many decimals it has, as with {code}/0")
-        for statement in _read_sql("schema.sql"):
-            self._change(self.database.adapt(statement))
-        self._change("INSERT INTO wallet VALUES (1, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-                    SCHEMA_VERSION, code, digits)
-
-    def _try_read(self, columns: str, table: str) -> list[_Row] | None:
-        """Return a row of a table, or None if there is no such table or column."""
-        try:
-            return self._read(f"SELECT {columns} FROM {table} LIMIT 1")
-        except Unavailable as error:
-            if "malformed" in str(error):
-                raise
-            return None
-
-
 def _post_each(tx: _Tx, moves: Sequence[tuple[_Entry, _Stamp]],
                ) -> list[Transaction | WalletError | None]:
     """Post movements. Return for each what came of it, or None for an account that was left out."""
-    if tx.is_one_statement:
-        return [_post_at_once(tx, *move) for move in moves]
+    if len(moves) == 1 and not tx.waits:
+        return [_post_at_once(tx, *moves[0])]
     books = _Books(tx, *((entry.account_id, stamp) for entry, stamp in moves))
     outcomes: list[Transaction | WalletError | None] = []
     for entry, stamp in moves:
@@ -1640,23 +1531,6 @@ def _post_at_once(tx: _Tx, entry: _Entry, stamp: _Stamp) -> Transaction | None:
     return _as_transaction(entry.account_id, rows[0]) if rows else None
 
 
-def _migrate(adapt: Callable[[str], str], tx: _Execute) -> int:
-    """Make the tables those of the next version, unless another process has. Return the version."""
-    ((version,),) = tx(
-        "UPDATE wallet SET schema_version = schema_version RETURNING schema_version")
-    if version not in MIGRATIONS:
-        return int(version)
-    for statement in _read_sql(f"migrations/{version}.sql"):
-        tx(adapt(statement))
-    tx("UPDATE wallet SET schema_version = ?", version + 1)
-    return int(version) + 1
-
-
-def _read_sql(name: str) -> list[str]:
-    """Return the statements of a file. No semicolon stands anywhere but at their ends."""
-    return _read_file(name).decode().rstrip("; \n").split(";")
-
-
 # Databases ########################################################################################
 
 _Row = tuple[Any, ...]
@@ -1671,14 +1545,12 @@ class _Execute(Protocol):
 class _Tx(_Execute, Protocol):
     """The same, where it may write. A SELECT that ends with `row_lock` locks what it finds.
 
-    What another has locked it waits for or, unless it `waits`, does not find. If it
-    `is_one_statement`, that is all there may be. If accounts are `is_sharded` over several nodes,
-    each statement is about one of them.
+    What another has locked it waits for or, unless it `waits`, does not find. One that
+    `is_sharded`, with accounts on several nodes, has statements that are about one of them.
     """
 
     row_lock: str = ""
     waits: bool = True
-    is_one_statement: bool = False
     is_sharded: bool = False
 
     def many(self, sql: str, rows: Sequence[_Row]) -> None:
@@ -1713,9 +1585,8 @@ class Database(Protocol):
         """
 
     def gather(self, function: _Each, item: Any) -> Any:
-        """Do so with `item`, which `function` may be given together with others that wait.
-
-        It returns for each its result or its error.
+        """Do so with an item. `function` is given all that wait, and returns a result or an error
+        for each.
         """
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
@@ -2083,7 +1954,6 @@ class _Write:
     outcome: Any = None
     done: bool = False
     thread_id: int = field(default_factory=threading.get_ident)
-    since: float = field(default_factory=time.monotonic)
     turn: threading.Lock = field(default_factory=threading.Lock)  # Free once its thread may go on.
 
     def __post_init__(self) -> None:
@@ -2100,8 +1970,8 @@ W = TypeVar("W", bound=_Write)
 class _Line(Generic[W]):
     """Writes that stand in line. Whoever finds nobody at work leads, and works for others too.
 
-    It takes all that make one entry, or else larger ones, up to BATCH_MAX entries, and these take
-    turns. So no work is without bounds, and who makes one entry waits for one large write at most.
+    Those that make one entry go together, and larger ones, up to BATCH_MAX entries, and these two
+    take turns: so none waits for more than one that is large.
     """
 
     def __init__(self, work: Callable[[list[W]], None]) -> None:
@@ -2154,7 +2024,10 @@ class _Line(Generic[W]):
         return self.lock
 
     def check_usable(self) -> None:
-        _check_usable(self._process_id, self.is_closed)
+        if self.is_closed or os.getpid() != self._process_id:
+            crossed = "No connection can cross a fork: open the wallet after it."
+            raise Unavailable("This wallet is closed." if self.is_closed else crossed,
+                              reason="closed")
 
     def _take(self, leader: W) -> None:
         """Take what is like the leader's write out of the line. The lock is held."""
@@ -2181,12 +2054,6 @@ def _identify(path: str) -> tuple[int, ...]:
     """Return a file's device and inode, and what changes when it is written to."""
     found = os.stat(path)
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-def _check_usable(process_id: int, closed: bool) -> None:
-    crossed = "No connection can cross a fork: open the wallet after it."
-    if closed or os.getpid() != process_id:
-        raise Unavailable("This wallet is closed." if closed else crossed, reason="closed")
 
 
 def _unavailable(reason: object) -> Unavailable:
@@ -2332,22 +2199,10 @@ def _route_file(path: str, name: str, media_type: str = "") -> None:
     @_routes.get(path, access="public")
     def serve(wallet: Wallet, caller: None) -> _Response:
         content = _read_file(name)
-        return (_Response(200, content, {"Content-Type": media_type}) if media_type
-                else _make_page(content))
-
-
-@lru_cache(2)
-def _make_page(page: bytes) -> _Response:
-    """Return a page. It may run its own script and style, known by their hashes, and ask us."""
-    policy = SECURITY_HEADERS["Content-Security-Policy"] + "; connect-src 'self'; img-src data:"
-    for tag in ("script", "style"):
-        source = page.partition(f"<{tag}>".encode())[2].partition(f"</{tag}>".encode())[0]
-        digest = base64.b64encode(hashlib.sha256(source).digest()).decode()
-        policy += f"; {tag}-src 'sha256-{digest}'"
-    headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-    if len(page) > PAGE_BYTES_MAX:
-        page, headers["Content-Encoding"] = gzip.compress(page), "gzip"
-    return _Response(200, page, headers)
+        if media_type:
+            return _Response(200, content, {"Content-Type": media_type})
+        page: _Response = _import_part("cors").make_page(content)
+        return page
 
 
 # As text, browsers show it. What is application/yaml they save.

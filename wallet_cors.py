@@ -1,20 +1,26 @@
-"""Lets pages of other origins use a wallet from a browser (CORS).
+"""Tells browsers what pages may do: those of other origins with a wallet (CORS), and its own.
 
-wallet.py loads this module where origins are set, and else not. What browsers do with these headers
-is in the Fetch standard, section 3.3: https://fetch.spec.whatwg.org/#http-cors-protocol.
+wallet.py loads this module where origins are set, or for the first page. What browsers do with
+these headers is in the Fetch standard, section 3.3 (https://fetch.spec.whatwg.org/#http-cors-protocol),
+and in Content Security Policy Level 3 (https://www.w3.org/TR/CSP3/).
 """
 
 from __future__ import annotations
 
+import base64
+import gzip
+import hashlib
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from wallet import ConfigurationError, _Response
+from wallet import SECURITY_HEADERS, ConfigurationError, _Response
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
+PAGE_BYTES_MAX = 2**20  # A longer one is compressed.
 PREFLIGHT_S = 600  # A browser keeps so long what it was told about an origin.
 # What pages of allowed origins may read, and send.
 EXPOSED = {"Access-Control-Expose-Headers": "Link, X-Request-Id, Idempotent-Replayed, Retry-After"}
@@ -58,3 +64,17 @@ class Cors:
                 and "Access-Control-Allow-Origin" in self.headers(environ)):
             return _Response(200, b"", {"Access-Control-Allow-Methods": allow, **PREFLIGHT})
         return None
+
+
+@lru_cache(2)
+def make_page(page: bytes) -> _Response:
+    """Return a page. It may run its own script and style, known by their hashes, and ask us."""
+    policy = SECURITY_HEADERS["Content-Security-Policy"] + "; connect-src 'self'; img-src data:"
+    for tag in ("script", "style"):
+        source = page.partition(f"<{tag}>".encode())[2].partition(f"</{tag}>".encode())[0]
+        digest = base64.b64encode(hashlib.sha256(source).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
+    if len(page) > PAGE_BYTES_MAX:
+        page, headers["Content-Encoding"] = gzip.compress(page), "gzip"
+    return _Response(200, page, headers)

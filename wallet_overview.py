@@ -1,24 +1,36 @@
-"""Makes the overview of all accounts, for the issuer. wallet.py loads this for the first one."""
+"""Lists all accounts, and makes the issuer's overview of them. wallet.py loads this for the first.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
+from collections.abc import Iterator
+from datetime import datetime
 from weakref import WeakKeyDictionary
 
 import wallet
 from wallet import (
+    ACCOUNT,
+    NAME_CHARACTERS_MAX,
+    SEQUENCE_MAX,
+    Account,
+    AccountNotFound,
     AccountTransaction,
     Hour,
+    MalformedRequest,
     Overview,
     Unavailable,
     Wallet,
     _as_time,
     _as_transaction,
+    _as_us,
     _Execute,
     _now_us,
+    _parse_time,
     _Row,
+    _text,
 )
 
 HOURS, HOUR_US = 24, 3_600_000_000
@@ -57,6 +69,45 @@ OVERVIEW = f"""
     UNION ALL
     SELECT 'expired', 0, 0, NULL, 0, 0, {AMOUNTS}, NULL, NULL, NULL, NULL, NULL
     FROM holds WHERE status = 'active' AND expires_at <= ?"""
+
+
+ACCOUNTS = f"""
+    {ACCOUNT} WHERE created_at >= ? AND (created_at, id) < (?, ?)
+        AND length(replace(lower(name COLLATE "C"), ?, '')) <= length(name) - ?
+    ORDER BY created_at DESC, id DESC LIMIT ?"""
+
+
+def list_accounts(
+        asked: Wallet, rows_max: int, cursor: str | None, *, name: str | None = None,
+        since: str | datetime | None = None, until: str | datetime | None = None,
+        ) -> Iterator[Account]:
+    """Return the accounts within all filters, read `rows_max` at a time."""
+    try:
+        part = _text(NAME_CHARACTERS_MAX)(name or "").encode().lower().decode()  # A to Z.
+    except ValueError as error:
+        raise MalformedRequest(f"name {error}.") from None
+    since_us = -SEQUENCE_MAX if since is None else _parse_time(since)
+    below = (SEQUENCE_MAX if until is None else _parse_time(until), "")
+    if cursor is not None:
+        try:
+            last = asked.account(cursor)
+        except AccountNotFound:
+            raise MalformedRequest("cursor must be one of an earlier page.") from None
+        below = min(below, (_as_us(last.created_at), last.id))
+
+    sql = asked.database.adapt(ACCOUNTS)
+
+    def accounts(below: tuple[int, str]) -> Iterator[Account]:
+        while True:
+            now_us = _now_us()
+            rows = asked._read(
+                sql, now_us, now_us, since_us, *below, part, len(part), rows_max)
+            yield from (asked._as_account(*row) for _, *row in rows)
+            if len(rows) < rows_max:
+                return
+            below = rows[-1][-1], rows[-1][1]
+
+    return accounts(below)
 
 
 class _Line:

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -38,7 +38,6 @@ from wallet import (
     T,
     Unavailable,
     WrongBooks,
-    _check_usable,
     _Each,
     _Execute,
     _Line,
@@ -132,7 +131,7 @@ class PostgresDatabase(Database):
                 "the DSN is malformed: it looks like postgresql://USER:PASSWORD@HOST:PORT/DATABASE,"
                 " with %40 for an @ in the password, and other special characters likewise")
         self.location = f"postgresql://{host}{port and f':{port}'}/{database}"
-        self._process_id, self._away_until = os.getpid(), 0.0
+        self._away_until = 0.0
         self._line: _Line[_Together] = _Line(self._gather)
         self._begin = "BEGIN READ ONLY" if read_only else "BEGIN"
         # A prepared statement belongs to a session, and a pooler such as PgBouncer changes those.
@@ -210,6 +209,7 @@ class PostgresDatabase(Database):
 
     def close(self) -> None:
         """Close what is not in use. What is in use is closed when its call has ended."""
+        self._line.is_closed = True
         self._pool.close()
 
     def _gather(self, writes: list[_Together]) -> None:
@@ -234,7 +234,7 @@ class PostgresDatabase(Database):
     def _call(self, function: Callable[[_Tx], T], is_write: bool, timeout_s: float | None,
               earlier: _Together | None = None) -> T:
         """Run `function` until it succeeds, while running it again may help and there is time."""
-        _check_usable(self._process_id, self._pool.closed)
+        self._line.check_usable()
         started = time.monotonic()
         deadline = (earlier.since if earlier else started) + (
             timeout_s or wallet.DATABASE_TIMEOUT_S)
@@ -329,6 +329,7 @@ class PostgresDatabase(Database):
 
 @dataclass(eq=False)
 class _Together(_Write):
+    since: float = field(default_factory=time.monotonic)
     is_unknown: bool = False  # It may be kept, though it failed.
 
 
