@@ -83,7 +83,7 @@ from typing import (
     TypeVar,
     get_args,
 )
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 # Bottle has no types. These lines say so to mypy in a project that has this file.
 # mypy: disable-error-code="import-untyped,import-not-found"
@@ -1005,14 +1005,13 @@ class Wallet:
 
     def __init__(self, dsn: str = "sqlite://", *, currency: str | None = None, connections: int = 8,
                  create: bool = True, read_only: bool = False, alone: bool = False) -> None:
-        tables = _import_part("tables")
-        unit = None if currency is None else tables.parse_currency(currency)
+        unit = None if currency is None else _import_part("tables").parse_currency(currency)
         create = create and not read_only
         self.created, self.opened_version = False, 0  # Of the tables, as they were found.
         self.database = open_database(dsn, connections, create, read_only=read_only, alone=alone)
         try:
-            self.currency, self.currency_digits = tables.prepare(
-                self, unit, create, range(0) if read_only else MIGRATIONS)
+            self.currency, self.currency_digits = self._prepare(
+                unit, create, range(0) if read_only else MIGRATIONS)
         except BaseException as error:
             self.database.close()
             is_fault = isinstance(error, (OSError, NotFound, Unavailable, sqlite3.Error))
@@ -1505,6 +1504,55 @@ class Wallet:
         return int(tx(COUNT_BEFORE, self._last_sequence(tx, account_id), time_us, time_us,
                       account_id)[0][0])
 
+    def _prepare(self, unit: tuple[str, int | None] | None, create: bool,
+                 migrations: range) -> tuple[str, int]:
+        """Make the tables, or bring those of an older version to this one. Return the currency.
+
+        The row of `wallet` comes last: where it is, all is. So where it is, nothing is made.
+        """
+        rows = self._try_read("schema_version, currency", "wallet")
+        if not rows:
+            self._read("SELECT 1")  # Raises Unavailable where something else is wrong.
+            if not create:
+                raise NotReady(f"there is no wallet in {self.database.location}{MISSING}")
+            self._make_tables(*unit or ("USD", 2))
+            self.created = True
+            rows = self._read("SELECT schema_version FROM wallet")
+        ((self.opened_version, *_),) = rows
+        if self.opened_version != SCHEMA_VERSION:
+            _import_part("tables").migrate(self, migrations)
+        ((code, digits),) = self._read("SELECT currency, currency_digits FROM wallet")
+        if unit and unit not in ((code, digits), (code, None)):
+            raise ConfigurationError(f"the database's currency is {code}/{digits}, and cannot be"
+                                     f" changed to {unit[0]}/{unit[1]}")
+        return code, digits
+
+    def _make_tables(self, code: str, digits: int | None) -> None:
+        for table, column in (("wallet", "currency"), ("accounts", "token_hash"),
+                              ("transactions", "fingerprint")):
+            if (self._try_read("1", table) is not None
+                    and self._try_read(column, table) is None):
+                raise ConfigurationError(
+                    f"the table {table} in {self.database.location} is another program's:"
+                    " name another database, or another schema as the search_path")
+        if digits is None:
+            raise ConfigurationError(
+                f"{code} is not in ISO 4217: say how many decimals it has, as with {code}/0")
+        for statement in _read_sql("schema.sql"):
+            self._change(self.database.adapt(statement))
+        self._change("INSERT INTO wallet VALUES (1, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                     SCHEMA_VERSION, code, digits)
+
+    def _try_read(self, columns: str, table: str) -> list[_Row] | None:
+        """Return a row of a table, or None if there is no such table or column."""
+        try:
+            return self._read(f"SELECT {columns} FROM {table} LIMIT 1")
+        except Unavailable as error:
+            if "malformed" in str(error):
+                raise
+            return None
+
+
 def _post_each(tx: _Tx, moves: Sequence[tuple[_Entry, _Stamp]],
                ) -> list[Transaction | WalletError | None]:
     """Post movements. Return for each what came of it, or None for an account that was left out."""
@@ -1529,6 +1577,11 @@ def _post_at_once(tx: _Tx, entry: _Entry, stamp: _Stamp) -> Transaction | None:
               stamp.token_hash, stamp.key, stamp.key, stamp.fingerprint, entry.type, entry.amount,
               entry.description, entry.metadata_json)
     return _as_transaction(entry.account_id, rows[0]) if rows else None
+
+
+def _read_sql(name: str) -> list[str]:
+    """Return the statements of a file. No semicolon stands anywhere but at their ends."""
+    return _read_file(name).decode().rstrip("; \n").split(";")
 
 
 # Databases ########################################################################################
@@ -2356,13 +2409,13 @@ class App:
     def __init__(self, wallet: Wallet, issuer_token: str | None = None, metrics: bool = False,
                  trusted_proxy: str | None = None, cors_origins: Sequence[str] = ()) -> None:
         _check_files("docs.html", "openapi.json", "openapi.yaml", "wallet.html")
-        _check_issuer_token(issuer_token)
         self.wallet, self.routes = wallet, Bottle()
         self.stopping = False  # Whoever serves it sets this, and then /readyz says so.
         self.has_issuer = issuer_token is not None
         self.routes.merge(_routes)
-        if issuer_token:
-            _keep_out_of_logs(issuer_token)
+        if issuer_token is not None:
+            _import_part("overview").check_issuer_token(issuer_token)
+            _import_part("overview").keep_out_of_logs(issuer_token)
             self._issuer_token_hash = _hash_token(issuer_token)
             self.routes.merge(_issuer_routes)
         self._trusted_proxy = _parse_proxy(trusted_proxy)
@@ -2559,30 +2612,11 @@ def _loggable(text: str) -> str:
 _hidden: list[str] = []  # The issuers' tokens of this process: they may hold anything.
 
 
-def _keep_out_of_logs(token: str) -> None:
-    """Hide a token as it is sent, and as a path and a traceback have it."""
-    forms = {token, unquote(token, "latin-1"), repr(token)[1:-1]}
-    path = re.split("[?#]", token)[0]  # Where a query begins, a path ends.
-    if len(path) >= HIDDEN_CHARACTERS_MIN:
-        forms |= {path, unquote(path, "latin-1")}
-    _hidden.extend(forms.difference(_hidden))
-
-
 def _hide_tokens(text: str) -> str:
     """Return text without what is or could be most of a token."""
     for token in _hidden:
         text = text.replace(token, "***")
     return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", text)
-
-
-def _check_issuer_token(token: str | None) -> None:
-    """Raise ConfigurationError, without showing it, for a token that is too short or unsendable."""
-    inner = f"[ -~]{{{ISSUER_TOKEN_CHARACTERS_MIN - 2},}}"
-    if token is not None and not re.fullmatch(f"(?!wlt_)[!-~]{inner}[!-~]", token):
-        raise ConfigurationError(
-            f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
-            " printable ASCII with no space at its ends, and not begin with wlt_, as an account's"
-            " does. Make one with: openssl rand -hex 32")
 
 
 def _parse_proxy(text: str | None) -> str | None:

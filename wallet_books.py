@@ -31,9 +31,9 @@ from wallet import (
     _as_time,
     _Execute,
     _format_time,
-    _import_part,
     _now_us,
     _parse_time,
+    _read_sql,
     _Row,
     _Tx,
     logger,
@@ -89,7 +89,7 @@ def _verify_books(tx: _Execute, report: Report, threads: int = 0,
     With `threads`, several statements run at once: each sees one moment, and asks for nothing that
     another has seen.
     """
-    checks = _import_part("tables").read_sql("checks.sql")
+    checks = _read_sql("checks.sql")
     ((total, end),) = tx("""
         SELECT CAST(count(*) + coalesce(sum(last_sequence), 0) AS BIGINT), (
             SELECT coalesce(max(id), '') FROM (

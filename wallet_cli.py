@@ -43,7 +43,6 @@ from wallet import (
     WrongBooks,
     __version__,
     _check_files,
-    _check_issuer_token,
     _format_time,
     _hide_tokens,
     _import_part,
@@ -157,7 +156,7 @@ def load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
     if _is_of_service():
         found["port"] = None
     settings = {one.name: one.parse(given.get(one.name, found[one.name])) for one in SETTINGS}
-    _check_issuer_token(settings["issuer-token"])
+    _import_part("overview").check_issuer_token(settings["issuer-token"])
     _parse_proxy(settings["trusted-proxy"])
     if settings["cors-origin"]:
         _import_part("cors").Cors(settings["cors-origin"])

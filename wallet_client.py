@@ -66,10 +66,9 @@ from wallet import (
     WalletError,
     __version__,
     _as_time,
-    _check_issuer_token,
     _format_time,
     _hide_tokens,
-    _keep_out_of_logs,
+    _import_part,
     _make_stamp,
     _parse_account_id,
     _parse_batch,
@@ -409,8 +408,8 @@ class RemoteWallet(Wallet):
         """Keep a token: one that cannot be an account's is the issuer's. Raises Unauthorized."""
         if isinstance(token, str) and not token.startswith("wlt_"):
             with suppress(ConfigurationError):
-                _check_issuer_token(token)
-                _keep_out_of_logs(token)
+                _import_part("overview").check_issuer_token(token)
+                _import_part("overview").keep_out_of_logs(token)
                 self._issuer_token = token
                 return
         self._tokens[_parse_token(token)] = token

@@ -1,8 +1,8 @@
 """Tells browsers what pages may do: those of other origins with a wallet (CORS), and its own.
 
 wallet.py loads this module where origins are set, or for the first page. What browsers do with
-these headers is in the Fetch standard, section 3.3 (https://fetch.spec.whatwg.org/#http-cors-protocol),
-and in Content Security Policy Level 3 (https://www.w3.org/TR/CSP3/).
+these headers is in two standards: https://fetch.spec.whatwg.org/#http-cors-protocol and
+https://www.w3.org/TR/CSP3/.
 """
 
 from __future__ import annotations

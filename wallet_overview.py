@@ -1,23 +1,30 @@
-"""Lists all accounts, and makes the issuer's overview of them. wallet.py loads this for the first.
+"""What an issuer needs besides: a fit token, the list of all accounts, and the overview of them.
+
+wallet.py loads this for the first of these.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from urllib.parse import unquote
 from weakref import WeakKeyDictionary
 
 import wallet
 from wallet import (
     ACCOUNT,
+    HIDDEN_CHARACTERS_MIN,
+    ISSUER_TOKEN_CHARACTERS_MIN,
     NAME_CHARACTERS_MAX,
     SEQUENCE_MAX,
     Account,
     AccountNotFound,
     AccountTransaction,
+    ConfigurationError,
     Hour,
     MalformedRequest,
     Overview,
@@ -27,6 +34,7 @@ from wallet import (
     _as_transaction,
     _as_us,
     _Execute,
+    _hidden,
     _now_us,
     _parse_time,
     _Row,
@@ -204,3 +212,22 @@ def _as_movement(created_at_us: int, sequence: int, account_id: str, amount: int
     row = (sequence, type, amount, balance, *texts, created_at_us)
     return AccountTransaction(
         **vars(_as_transaction(account_id, row)), account_id=account_id, account_name=name)
+
+
+def check_issuer_token(token: str | None) -> None:
+    """Raise ConfigurationError, without showing it, for a token that is too short or unsendable."""
+    inner = f"[ -~]{{{ISSUER_TOKEN_CHARACTERS_MIN - 2},}}"
+    if token is not None and not re.fullmatch(f"(?!wlt_)[!-~]{inner}[!-~]", token):
+        raise ConfigurationError(
+            f"WALLET_ISSUER_TOKEN must have at least {ISSUER_TOKEN_CHARACTERS_MIN} characters,"
+            " printable ASCII with no space at its ends, and not begin with wlt_, as an account's"
+            " does. Make one with: openssl rand -hex 32")
+
+
+def keep_out_of_logs(token: str) -> None:
+    """Hide a token as it is sent, and as a path and a traceback have it."""
+    forms = {token, unquote(token, "latin-1"), repr(token)[1:-1]}
+    path = re.split("[?#]", token)[0]  # Where a query begins, a path ends.
+    if len(path) >= HIDDEN_CHARACTERS_MIN:
+        forms |= {path, unquote(path, "latin-1")}
+    _hidden.extend(forms.difference(_hidden))
