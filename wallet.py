@@ -69,7 +69,6 @@ from datetime import datetime, timedelta, timezone
 from functools import partial
 from http.client import responses as REASONS
 from importlib import import_module
-from ipaddress import ip_address
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import (
@@ -125,8 +124,6 @@ BATCH_MAX = 1000  # Movements: a tenth of a second on SQLite, and as many round 
 HOLD_DEFAULT_S, HOLD_MAX_S = 7 * 24 * 3600, 30 * 24 * 3600  # As with card networks.
 STATEMENTS_MAX = 2  # Long answers at once: each takes a thread while it is made, then disk space.
 STATEMENT_ROWS = 500  # Read at once: 20 MB, where each has all the metadata it may.
-ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
-HIDDEN_CHARACTERS_MIN = 8  # A part of a token with fewer tells little, and may be any word.
 # In no line of text: control characters, and the lone surrogates that UTF-8 cannot have.
 UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 FIELD_ERRORS_MAX = 20  # More than a request has fields. Keeps the answer to a hostile body short.
@@ -1357,21 +1354,9 @@ class Wallet:
         if after is None:
             newest = self.transactions(account_id, limit=1).transactions
             after = newest[0].id if newest else "0"
-        return self._feed(account_id, after, poll_s)
-
-    def _feed(self, account_id: str, after: str, poll_s: float) -> Iterator[Transaction]:
-        while True:
-            found: list[Transaction] = []
-            try:
-                found = self.transactions(account_id, after=after).transactions
-            except Unavailable as error:
-                if error.reason == "closed":
-                    raise
-            yield from found
-            if found:
-                after = found[-1].id
-            else:
-                time.sleep(poll_s)
+        feed: Iterator[Transaction] = _import_part("statements").feed(
+            self, account_id, after, poll_s)
+        return feed
 
     def _end_hold(self, tx: _Tx, account_id: str, hold_id: str, status: HoldStatus,
                   captured: int | None) -> Hold:
@@ -2418,7 +2403,8 @@ class App:
             _import_part("overview").keep_out_of_logs(issuer_token)
             self._issuer_token_hash = _hash_token(issuer_token)
             self.routes.merge(_issuer_routes)
-        self._trusted_proxy = _parse_proxy(trusted_proxy)
+        self._proxy = (None if trusted_proxy is None
+                       else _import_part("proxies").Proxy(trusted_proxy))
         self._cors = _import_part("cors").Cors(cors_origins) if cors_origins else None
         self.metrics = _import_part("metrics").Metrics(wallet.database) if metrics else None
         if self.metrics:
@@ -2445,13 +2431,17 @@ class App:
         is_quiet = route in QUIET or (is_poll and route.endswith(POLLED))
         level = logging.DEBUG if is_quiet and answer.status < 400 else logging.INFO
         if access_logger.isEnabledFor(level):
-            caller = environ.get(CALLER)
+            caller, client = environ.get(CALLER), environ.get("REMOTE_ADDR", "")
             if not isinstance(caller, Account) and answer.status in (401, 500, 503):
                 caller = None  # It is only what the token says, and maybe nobody has looked it up.
+            # Where IPv6 is listened to, an address of IPv4 looks like one, and others have a zone.
+            client = client.removeprefix("::ffff:").partition("%")[0]
+            if self._proxy:
+                client = self._proxy.find_client(client, environ.get("HTTP_X_FORWARDED_FOR", ""))
             # Never a query or a body, nor a token that somebody put into the path.
             fields = (_loggable(method)[:20], _loggable(path)[:200], answer.status,
                       round(duration_s * 1000, 1), request_id, getattr(caller, "id", caller),
-                      self._client(environ))
+                      client)
             shown = ["-" if value in (None, "") else value for value in fields]
             access_logger.log(level, "%s %s %s %s ms %s %s %s", *shown,
                               extra=dict(zip(REQUEST_FIELDS, fields, strict=True)))
@@ -2468,20 +2458,6 @@ class App:
         """Count what was refused before it was a request."""
         if self.metrics:
             self.metrics.count_refusal(None, reason)
-
-    def _client(self, environ: WSGIEnvironment) -> str:
-        """Return the client's address: the peer's, or what the trusted proxy says it is."""
-        client: str = environ.get("REMOTE_ADDR", "")
-        if not self._trusted_proxy and ":" not in client:
-            return client
-        with suppress(ValueError):
-            client = _parse_address(client)
-            if client == self._trusted_proxy:
-                forwarded = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
-                # Some proxies add the port, and then an address of IPv6 is in brackets.
-                with_port = re.fullmatch(r"\[(.+)\](?::[0-9]+)?|([0-9.]+):[0-9]+", forwarded)
-                client = _parse_address(with_port[1] or with_port[2] if with_port else forwarded)
-        return client
 
     def _dispatch(self, environ: WSGIEnvironment) -> _Response:
         if refusal := environ.get(REFUSAL):
@@ -2617,22 +2593,6 @@ def _hide_tokens(text: str) -> str:
     for token in _hidden:
         text = text.replace(token, "***")
     return re.sub("wlt_[0-9A-Za-z]+|[0-9A-Za-z._~+-]{32,}", "***", text)
-
-
-def _parse_proxy(text: str | None) -> str | None:
-    """Return the address of the trusted proxy, if there is one. Raises ConfigurationError."""
-    try:
-        return text if text is None else _parse_address(text)
-    except ValueError:
-        raise ConfigurationError(
-            "WALLET_TRUSTED_PROXY must be the IP address of one proxy: if any were trusted, as by"
-            " *, whoever reaches the wallet could forge an address") from None
-
-
-def _parse_address(text: str) -> str:
-    """Return an IP address in its one form, so that equal ones compare equal. Raises ValueError."""
-    address = ip_address(text.strip().partition("%")[0])  # What follows is a network interface.
-    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def create_app(wallet: Wallet | None = None, issuer_token: str | None = None,

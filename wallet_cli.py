@@ -47,7 +47,6 @@ from wallet import (
     _hide_tokens,
     _import_part,
     _make_key,
-    _parse_proxy,
     access_logger,
     create_app,
     logger,
@@ -157,7 +156,8 @@ def load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
         found["port"] = None
     settings = {one.name: one.parse(given.get(one.name, found[one.name])) for one in SETTINGS}
     _import_part("overview").check_issuer_token(settings["issuer-token"])
-    _parse_proxy(settings["trusted-proxy"])
+    if settings["trusted-proxy"] is not None:
+        _import_part("proxies").Proxy(settings["trusted-proxy"])
     if settings["cors-origin"]:
         _import_part("cors").Cors(settings["cors-origin"])
     return settings

@@ -17,8 +17,6 @@ from weakref import WeakKeyDictionary
 import wallet
 from wallet import (
     ACCOUNT,
-    HIDDEN_CHARACTERS_MIN,
-    ISSUER_TOKEN_CHARACTERS_MIN,
     NAME_CHARACTERS_MAX,
     SEQUENCE_MAX,
     Account,
@@ -41,6 +39,8 @@ from wallet import (
     _text,
 )
 
+ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
+HIDDEN_CHARACTERS_MIN = 8  # A part of a token with fewer tells little, and may be any word.
 HOURS, HOUR_US = 24, 3_600_000_000
 NEWEST = 20  # A screen.
 OVERVIEWS_MAX = 3  # Calls at once, of which one reads: most threads of a server stay free.

@@ -1,4 +1,5 @@
-"""Writes statements for spreadsheets, as CSV (RFC 4180). wallet.py loads this for the first one."""
+"""Writes statements for spreadsheets, as CSV (RFC 4180), and feeds. wallet.py loads it for the first.
+"""
 
 from __future__ import annotations
 
@@ -135,3 +136,19 @@ def _to_cell(text: str | None) -> str | None:
     See https://owasp.org/www-community/attacks/CSV_Injection.
     """
     return text and _find_formulas(r"\1'", text)
+
+
+def feed(wallet: Wallet, account_id: str, after: str, poll_s: float) -> Iterator[Transaction]:
+    """Yield for ever what comes behind `after`. Unavailable only delays it."""
+    while True:
+        found: list[Transaction] = []
+        try:
+            found = wallet.transactions(account_id, after=after).transactions
+        except Unavailable as error:
+            if error.reason == "closed":
+                raise
+        yield from found
+        if found:
+            after = found[-1].id
+        else:
+            time.sleep(poll_s)
