@@ -1,5 +1,4 @@
-"""Writes statements for spreadsheets, as CSV (RFC 4180), and feeds. wallet.py loads it for the first.
-"""
+"""Writes statements, as CSV (RFC 4180), and feeds. wallet.py loads this for the first of them."""
 
 from __future__ import annotations
 
