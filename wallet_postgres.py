@@ -132,7 +132,9 @@ class PostgresDatabase(Database):
                 " with %40 for an @ in the password, and other special characters likewise")
         self.location = f"postgresql://{host}{port and f':{port}'}/{database}"
         self._away_until = 0.0
-        self._line: _Line[_Together] = _Line(self._gather)
+        self._line: _Line[_Together] = _Line(partial(self._gather, False))
+        # Where another process is at an account: those that wait for it here.
+        self._busy: dict[object, _Line[_Together]] = {}
         self._begin = "BEGIN READ ONLY" if read_only else "BEGIN"
         # A prepared statement belongs to a session, and a pooler such as PgBouncer changes those.
         options: dict[str, Any] = POSTGRES_DEFAULTS | given | {
@@ -161,13 +163,23 @@ class PostgresDatabase(Database):
         return self._call(function, True, timeout_s)
 
     def gather(self, function: _Each, item: Any) -> Any:
-        """Run `function` once for all that wait. Where that does not do it for an item, such as
-        where another transaction is in the way, run it again for this one alone, and wait.
+        """Run `function` once for all that wait. Items that another transaction is in the way of
+        wait for it together, those of one account. What that does not do either is run alone.
         """
-        write = _Together(function, item)
+        write, account = _Together(function, item), item[0].account_id
         if not self._is_sharded:
-            with suppress(_NotTogether):
-                return self._line.stand(write)
+            if account not in self._busy:
+                with suppress(_NotTogether):
+                    return self._line.stand(write)
+            if not write.is_unknown:
+                write.done, write.outcome = False, None
+                line = self._busy.setdefault(account, _Line(partial(self._gather, True)))
+                try:
+                    with suppress(_NotTogether):
+                        return line.stand(write)
+                finally:
+                    if line._leader is None:
+                        self._busy.pop(account, None)
         return self._call(partial(_run_one, function, item), True, None, write)
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
@@ -212,11 +224,11 @@ class PostgresDatabase(Database):
         self._line.is_closed = True
         self._pool.close()
 
-    def _gather(self, writes: list[_Together]) -> None:
-        """Try to run writes of one function together. None waits for a lock, so that no row that is
-        locked for long delays the others.
+    def _gather(self, waits: bool, writes: list[_Together]) -> None:
+        """Try to run writes of one function together. Those of several accounts wait for no lock,
+        so that no row that is locked for long delays the others.
         """
-        tx = PostgresTx(is_one_statement=len(writes) == 1, waits=False)
+        tx = PostgresTx(is_one_statement=not waits and len(writes) == 1, waits=waits)
         outcomes: Sequence[Any] = ()
         deadline = writes[0].since + wallet.DATABASE_TIMEOUT_S
         try:

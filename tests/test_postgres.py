@@ -358,6 +358,30 @@ def test_account_that_another_session_has_locked_is_unavailable_and_all_others_a
         assert wallet.topup(ada.id, 5).balance == 5
 
 
+def test_movements_of_an_account_that_another_process_is_at_wait_together(postgres_dsn):
+    with Wallet(postgres_dsn) as wallet, psycopg.connect(postgres_dsn) as other:
+        ada, grace = (wallet.register(name)[0] for name in ("Ada", "Grace"))
+        other.execute("SELECT * FROM accounts WHERE id = %s FOR UPDATE", [ada.id])
+        with ThreadPoolExecutor(17) as pool:
+            made = [pool.submit(wallet.topup, ada.id, 1) for _ in range(16)]
+            deadline = time.monotonic() + 30
+            busy = wallet.database._busy
+            # The first has left the line when it waits for the lock.
+            while ada.id not in busy or len(busy[ada.id].waiting) < 15:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            assert wallet.database.usage()["in_use"] == 1
+            assert wallet.topup(grace.id, 5).balance == 5  # Nobody else waits.
+            other.rollback()
+            assert sorted(one.result(timeout=30).balance for one in made) == [*range(1, 17)]
+        (transactions,) = other.execute(
+            "SELECT count(DISTINCT xmin::text) FROM transactions WHERE account_id = %s", [ada.id]
+        ).fetchone()
+        assert transactions == 2
+        assert not busy
+        check_books(wallet)
+
+
 @pytest.mark.slow
 def test_client_that_vanishes_in_a_transaction_gives_its_locks_back(
     new_schema, postgres_server, monkeypatch
