@@ -896,6 +896,22 @@ def test_hold_that_expires_in_the_middle_of_a_request_is_one_or_the_other(
         check_books(wallet)
 
 
+def test_refusal_writes_nothing_not_even_which_holds_have_expired(wallet, ada, monkeypatch):
+    """Else a clock that is set back would tell of holds that have expired too early."""
+    wallet.topup(ada.id, 100)
+    wallet.hold(ada.id, 60, expires_in_s=1)
+    sql = "SELECT status, held, updated_at FROM holds JOIN accounts ON id = account_id"
+    before = wallet.database.read(lambda tx: tx(sql))
+    monkeypatch.setattr(wallet_module, "_now_us", lambda: time.time_ns() // 1000 + 2_000_000)
+    for call in (wallet.charge, wallet.hold):
+        with pytest.raises(InsufficientFunds) as refused:
+            call(ada.id, 101)
+        assert refused.value.members == {"balance": 100, "available": 100, "required": 101}
+        assert wallet.database.read(lambda tx: tx(sql)) == before
+    assert wallet.charge(ada.id, 100).balance == 0
+    assert wallet.database.read(lambda tx: tx(sql))[0][:2] == ("expired", 0)
+
+
 BAD_DURATIONS = [0, -1, 30 * 24 * 3600 + 1, 1.0, "5", True, [], AMOUNT_MAX + 1]
 
 

@@ -872,6 +872,9 @@ ACCOUNTS = f"""
     {ACCOUNT} WHERE created_at >= ? AND (created_at, id) < (?, ?)
         AND length(replace(lower(name COLLATE "C"), ?, '')) <= length(name) - ?
     ORDER BY created_at DESC, id DESC LIMIT ?"""
+EXPIRED = """
+    SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
+    WHERE account_id = ? AND status = 'active' AND expires_at <= ?"""
 # Times never go back within an account: few entries are looked at.
 COUNT_BEFORE = """
     WITH RECURSIVE halves (low, high) AS (
@@ -976,14 +979,17 @@ class _Books:
                 raise BalanceLimitExceeded("The balance of the other account would be too high.")
             detail = f"The balance is {account.balance}, and may be {AMOUNT_MAX} at most."
             raise BalanceLimitExceeded(detail, balance=account.balance)
-        if 0 < account.held > balance - entry.held:
-            self.end_expired(account.id)
-        if account.held > balance - entry.held:
-            available, needed = account.balance - account.held, entry.held - change
-            free = f", {available} of it available" if account.held else ""
+        held = account.held
+        if 0 < held > balance - entry.held:
+            held -= self.tx(EXPIRED, account.id, now_us)[0][0]
+        if held > balance - entry.held:
+            available, needed = account.balance - held, entry.held - change
+            free = f", {available} of it available" if held else ""
             raise InsufficientFunds(
                 f"The balance is {account.balance}{free}, and this needs {needed}.",
                 balance=account.balance, available=available, required=needed)
+        if held < account.held:
+            self.end_expired(account.id, now_us)
         account.balance, account.held = balance, account.held + entry.held
         account.last_sequence += 1
         account.updated_at_us = max(account.updated_at_us, now_us)  # It never goes back.
@@ -994,12 +1000,12 @@ class _Books:
         self._earlier[account.id, stamp.key] = (stamp.fingerprint, *row)
         return _as_transaction(account.id, row)
 
-    def end_expired(self, account_id: str) -> None:
+    def end_expired(self, account_id: str, now_us: int) -> None:
         """Stop counting the holds that have expired."""
         account = self._account(account_id)
         ended = self.tx("""UPDATE holds SET status = 'expired'
                            WHERE account_id = ? AND status = 'active' AND expires_at <= ?
-                           RETURNING amount""", account_id, _now_us())
+                           RETURNING amount""", account_id, now_us)
         account.held -= sum(amount for amount, in ended)
         self._changed[account_id] = account
 
@@ -1254,7 +1260,7 @@ class Wallet:
         def hold(books: _Books) -> Hold:
             made = books.begin(account_id, stamp)
             if not made:
-                books.end_expired(account_id)
+                books.end_expired(account_id, _now_us())
                 made = books.post(_Entry(account_id, "hold", **fields, held=amount), stamp)
                 books.write()
                 begun_us = min(_as_us(made.created_at), _now_us())  # The account's may be ahead.
