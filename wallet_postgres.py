@@ -102,8 +102,13 @@ class TimedConnection(Connection[_Row]):
             result = super().wait(gen, interval, left_s)
         except Error as error:
             if error.sqlstate is None and self.deadline < time.monotonic():
-                with suppress(Error):  # Nobody waits for the statement any more.
+                try:  # Nobody waits for the statement any more.
                     self.cancel_safe(timeout=POSTGRES_DIAL_S)
+                    super().wait(gen, interval, POSTGRES_DIAL_S)
+                except errors.QueryCanceled:  # So nothing of it is kept. Else that is not known.
+                    raise
+                except Error:
+                    pass
                 self.close()
             raise
         TimedConnection.answered_at = time.monotonic()
@@ -134,7 +139,7 @@ class PostgresDatabase(Database):
         self.location = f"postgresql://{host}{port and f':{port}'}/{database}"
         self._process_id, self._away_until = os.getpid(), 0.0
         self._line: _Line[_Together] = _Line(self._gather)
-        self._begin = "BEGIN READ ONLY" if read_only else "BEGIN"
+        self._read_only, self._begin = read_only, "BEGIN READ ONLY" if read_only else "BEGIN"
         # A prepared statement belongs to a session, and a pooler such as PgBouncer changes those.
         options: dict[str, Any] = POSTGRES_DEFAULTS | given | {
             "client_encoding": "UTF8", "prepare_threshold": None, "autocommit": True}
@@ -166,7 +171,7 @@ class PostgresDatabase(Database):
         where another transaction is in the way, run it again for this one alone, and wait.
         """
         write = _Together(function, item)
-        if not self._is_sharded:
+        if not (self._is_sharded or self._read_only):
             with suppress(_NotTogether):
                 return self._line.stand(write)
         return self._call(partial(_run_one, function, item), True, None, write)
@@ -227,6 +232,8 @@ class PostgresDatabase(Database):
             logger.debug("%d writes are run one by one: %s", len(writes), error)
             for write in writes:
                 write.is_unknown = tx.may_be_kept(error)
+            if tx.connection and tx.connection.closed:
+                self._pool.drain()  # The others may be as dead.
         for write, outcome in zip_longest(writes, outcomes):
             write.outcome, write.done = _NotTogether() if outcome is None else outcome, True
         self.observe([None for write in writes if not write.error])
