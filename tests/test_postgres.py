@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import urlsplit
 
 import psycopg
@@ -66,11 +67,18 @@ from wallet import (
 def test_16_threads_on_one_hot_account_at_serializable_never_see_a_serialization_failure(
     new_schema, monkeypatch, careless
 ):
+    """They are of four processes, as it were: those of one stand in line."""
     if careless:
         monkeypatch.setattr(wallet_postgres, "LOST_A_RACE", ())
-    with Wallet(new_schema(SERIALIZABLE), connections=16) as wallet:
-        ada, _ = wallet.register("Ada")
-        outcomes = together(*[lambda: [wallet.topup(ada.id, 1) for _ in range(20)]] * 16)
+    dsn = new_schema(SERIALIZABLE)
+    with contextlib.ExitStack() as stack:
+        wallets = [stack.enter_context(Wallet(dsn, connections=4)) for _ in range(4)]
+        wallet, (ada, _) = wallets[0], wallets[0].register("Ada")
+
+        def work(wallet):
+            return [wallet.topup(ada.id, 1) for _ in range(20)]
+
+        outcomes = together(*[partial(work, one) for one in wallets * 4])
         failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         check_books(wallet)
         if careless:

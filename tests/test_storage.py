@@ -70,7 +70,7 @@ class Late(wallet.SQLiteDatabase):
     def _try_commit(self, batch):
         self.count = getattr(self, "count", 0) + 1
         if not self._writer.in_transaction: self._writer.execute("BEGIN IMMEDIATE")
-        for write in batch: self._run(write)
+        for write in batch: self._run([write])
         if self.count < 20: self._writer.execute("COMMIT")
 wallet.SQLiteDatabase = Late
 sys.exit(wallet_cli.main())
