@@ -535,6 +535,18 @@ def postgres_dsn(new_schema):
 
 
 @pytest.fixture
+def sharded_dsn(new_schema):
+    """A Postgres that says of itself that it is Citus: its settings are a view of the test's."""
+    dsn = new_schema("%2Cpg_catalog")
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(
+            "CREATE VIEW pg_settings AS SELECT name, setting FROM pg_catalog.pg_settings"
+            " UNION ALL SELECT 'citus.shard_count', '32'"
+        )
+    return dsn
+
+
+@pytest.fixture
 def postgres_wallet(postgres_dsn):
     with Wallet(postgres_dsn) as wallet:
         yield wallet

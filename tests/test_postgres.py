@@ -432,7 +432,11 @@ def test_refusal_never_contradicts_itself_when_the_balance_changes_meanwhile(
             getattr(wallet, mine[0])(ada.id, mine[1])
 
 
-def test_three_processes_on_one_database_keep_every_promise(postgres_dsn):
+@pytest.mark.slow_on("serializable")
+@pytest.mark.parametrize("isolation", ["", SERIALIZABLE], ids=["read committed", "serializable"])
+def test_three_processes_on_one_database_keep_every_promise(new_schema, isolation):
+    """Also where movements that wait share a transaction, and meet those of other processes."""
+    postgres_dsn = new_schema(isolation)
     with contextlib.ExitStack() as stack:
         urls = [
             stack.enter_context(served("--dsn", postgres_dsn, "--log-level", "error")).url
@@ -479,6 +483,9 @@ def test_three_processes_on_one_database_keep_every_promise(postgres_dsn):
         last.setdefault(number % 4, []).append(answers[-1][2]["balance"])
     with Wallet(postgres_dsn) as wallet:
         check_books(wallet)
+        sql = "SELECT count(*), count(DISTINCT CAST(xmin AS TEXT)) FROM transactions"
+        ((entries, commits),) = wallet.database.read(lambda tx: tx(sql))
+        assert commits < entries
         for number, token in enumerate(tokens):
             assert len(topups[number]) == len(
                 keys
@@ -917,7 +924,7 @@ def test_driver_is_imported_for_a_dsn_of_postgres_only_and_the_client_of_prometh
 
 
 def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(
-    file_dsn, postgres_dsn, monkeypatch
+    file_dsn, postgres_dsn, sharded_dsn, monkeypatch
 ):
     def session(dsn):
         random, answers = iter(string.ascii_letters), []
@@ -1003,6 +1010,7 @@ def test_same_requests_get_the_same_answers_on_each_engine_to_the_byte(
 
     on_sqlite, on_postgres = session(file_dsn), session(postgres_dsn)
     assert on_sqlite == on_postgres
+    assert on_sqlite == session(sharded_dsn)
     assert {status[:3] for status, _, _ in on_sqlite} == {
         "200",
         "201",

@@ -31,6 +31,7 @@ import wallet as wallet_module
 import wallet_cli
 from tests.support import (
     MODULE,
+    SERIALIZABLE,
     Client,
     Intent,
     Load,
@@ -189,7 +190,7 @@ class Crashes:
             )
 
 
-@pytest.mark.slow_on("postgres")
+@pytest.mark.slow_on("postgres", "serializable")
 @pytest.mark.parametrize(
     ("durable_dsn", "kills"),
     [
@@ -197,6 +198,8 @@ class Crashes:
         torture("file", 500),
         ("postgres", 2),
         torture("postgres", 50),
+        ("serializable", 2),
+        torture("serializable", 50),
     ],
     indirect=["durable_dsn"],
 )
@@ -205,7 +208,8 @@ def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, kills, req
     database = (
         request.getfixturevalue("postgres_server") if durable_dsn.startswith("postgres") else None
     )
-    dsn = request.getfixturevalue("new_schema")(on=database) if database else durable_dsn
+    isolation = SERIALIZABLE if durable_dsn.endswith(SERIALIZABLE) else ""
+    dsn = request.getfixturevalue("new_schema")(isolation, on=database) if database else durable_dsn
     crashes = Crashes(dsn, database=database)
     for number in range(kills):
         crashes.crash(("database", "session", "service")[number % 3] if database else "service")
