@@ -228,7 +228,7 @@ class PostgresDatabase(Database):
             if time.monotonic() > self._away_until:
                 items = [write.item for write in writes]
                 outcomes = self._attempt(tx, lambda tx: writes[0].function(tx, items), deadline)
-        except Error as error:
+        except Exception as error:  # Also one of ours: whose it is, a run alone tells.
             logger.debug("%d writes are run one by one: %s", len(writes), error)
             for write in writes:
                 write.is_unknown = tx.may_be_kept(error)
@@ -361,15 +361,16 @@ class PostgresTx(_Tx):
     def row_lock(self) -> str:  # type: ignore[override]
         return " FOR UPDATE OF accounts" + ("" if self.waits else " SKIP LOCKED")
 
-    def may_be_kept(self, error: Error) -> bool:
+    def may_be_kept(self, error: Exception) -> bool:
         """May the transaction be kept, though it failed?
 
         Behind a statement that failed in a pipeline, the server runs no COMMIT.
         """
         is_unwritten = self.sent and self.sent[0].rowcount < self.sent[1]
         is_answer = self.is_one_statement and self.connection and not self.connection.closed
-        is_undone = error.sqlstate and (is_unwritten or is_answer)
-        return self.is_committing and error.sqlstate not in LOST_A_RACE and not is_undone
+        state = getattr(error, "sqlstate", None)
+        is_undone = state and (is_unwritten or is_answer)
+        return self.is_committing and state not in LOST_A_RACE and not is_undone
 
     def __call__(self, sql: str, *parameters: str | int | None) -> list[_Row]:
         assert self.connection
