@@ -266,6 +266,20 @@ def test_books_that_are_damaged_fail_the_movement_that_meets_them_and_no_other(d
         assert [wallet.topup(one, 1).balance for one in ids[2:]] == [6, 6]
 
 
+def test_fault_of_the_wallet_that_one_movement_meets_is_told_to_no_other(wallet, monkeypatch):
+    ids = [wallet.register(f"No. {number}")[0].id for number in range(3)]
+
+    class FaultyBooks(wallet_module._Books):
+        def post(self, entry, stamp):
+            assert entry.account_id != ids[1], "a bug"
+            return super().post(entry, stamp)
+
+    monkeypatch.setattr(wallet_module, "_Books", FaultyBooks)
+    outcomes = Waiting(wallet, *[partial(wallet.topup, one, 5) for one in ids]).outcomes()
+    assert [type(one) for one in outcomes] == [Transaction, AssertionError, Transaction]
+    assert [wallet.account(one).balance for one in ids] == [5, 0, 5]
+
+
 # The line #########################################################################################
 
 
@@ -527,6 +541,33 @@ def test_movements_whose_commit_is_not_answered_stay_unknown_while_the_database_
         wallet.database._away_until = 0
         wallet.database._pool.drain()
         assert all(wallet.topup(one, 5, key="k").replayed for one in ids)
+        check_books(wallet)
+
+
+@pytest.mark.parametrize(
+    ("count", "careless"), [(1, False), (3, False), (1, True)], ids=["alone", "together", "control"]
+)
+def test_movements_that_a_lock_holds_up_for_too_long_are_not_unknown(
+    new_schema, postgres_server, monkeypatch, count, careless
+):
+    """The server says that it has given up, also where it had to be told to."""
+    if careless:
+
+        def cancel(self, **options):
+            raise psycopg.OperationalError("nobody hears")
+
+        monkeypatch.setattr(wallet_postgres.TimedConnection, "cancel_safe", cancel)
+    dsn = new_schema(on=postgres_server)
+    with Wallet(dsn) as wallet, psycopg.connect(dsn) as other:
+        ids = [wallet.register(f"No. {number}")[0].id for number in range(count)]
+        monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 1)
+        waiting = Waiting(wallet, *[partial(wallet.topup, one, 5, key="k") for one in ids])
+        other.execute("LOCK TABLE accounts IN SHARE ROW EXCLUSIVE MODE")
+        refused = {type(one) for one in waiting.outcomes()}
+        assert refused == {OutcomeUnknown if careless else Unavailable}
+        other.rollback()
+        monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 5)
+        assert [wallet.topup(one, 5, key="k").balance for one in ids] == [5] * count
         check_books(wallet)
 
 
