@@ -21,7 +21,6 @@ import traceback
 import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import wait as futures_wait
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from types import SimpleNamespace
@@ -50,6 +49,7 @@ from tests.support import (
     check_books,
     check_parser,
     command,
+    end_expired,
     fill_with_topups,
     find_secrets,
     like,
@@ -62,6 +62,8 @@ from tests.support import (
     standby_missing,
     together,
     torture,
+    wait_for_lock,
+    watch_statements,
 )
 from wallet import (
     AMOUNT_MAX,
@@ -396,45 +398,40 @@ def test_refund_that_the_balance_has_no_room_for_is_refused_and_can_be_done_late
     assert wallet.refund(ada.id, charge.id, key="r").amount == 10
 
 
-class UnlockedWallet(Wallet):
-    """Looks before it has the account to itself, and then does what it saw fit:
+class HastyBooks:
+    """Locks an account only to write what it saw fit before:
 
-    how a hold is captured twice.
+    how a charge is paid back twice elsewhere, or a hold is captured twice.
     """
 
     everyone_has_read = threading.Barrier(8)
 
-    def _begin(self, tx, stamp, account_id, *others):
+    def __init__(self, tx, *stamps):
+        self.tx, self.stamps = tx, stamps
+
+    def begin(self, account_id, stamp):
         return None
 
-    def _hold(self, tx, account_id, hold_id):
-        found = super()._hold(tx, account_id, hold_id)
+    def post(self, entry, stamp):
         self.everyone_has_read.wait(timeout=30)
-        return found
+        self.books = RealBooks(self.tx, *self.stamps)
+        return self.books.post(entry, stamp)
+
+    def write(self):
+        self.books.write()
 
 
-class HastyWallet(Wallet):
-    """Adds up what was refunded before it has the account to itself:
-
-    how a charge is paid back twice elsewhere.
-    """
-
-    everyone_has_read = threading.Barrier(8)
-
-    def _begin(self, tx, stamp, account_id, *others):
-        return None
-
-    def _post_entry(self, tx, entry, stamp):
-        if entry.type == "refund":
-            self.everyone_has_read.wait(timeout=30)
-        return super()._post_entry(tx, entry, stamp)
+RealBooks = wallet_module._Books
 
 
-def test_control_refunds_that_are_added_up_too_early_give_back_more_than_the_charge(postgres_dsn):
-    with HastyWallet(postgres_dsn, connections=8) as wallet:
+def test_control_refunds_that_are_added_up_too_early_give_back_more_than_the_charge(
+    postgres_dsn, monkeypatch
+):
+    with Wallet(postgres_dsn, connections=8) as wallet:
         ada, _ = wallet.register("Ada")
         wallet.topup(ada.id, 100)
         charge = wallet.charge(ada.id, 100)
+        monkeypatch.setattr(wallet_module, "_Books", HastyBooks)
         together(*[lambda: wallet.refund(ada.id, charge.id)] * 8)
         assert wallet.account(ada.id).balance == 800
         with pytest.raises(AssertionError):
@@ -603,47 +600,51 @@ def test_transfer_that_cannot_be_is_refused_and_changes_nothing_on_either_side(w
     )
 
 
-class UnorderedWallet(Wallet):
+class UnorderedBooks(wallet_module._Books):
     """Locks the sender first, whoever that is."""
 
-    def _begin(self, tx, stamp, *account_ids):
-        for account_id in account_ids:
-            super()._begin(tx, stamp, account_id)
+    def __init__(self, tx, *stamps):
+        for one in stamps:
+            super().__init__(tx, one)
+        super().__init__(tx, *stamps)
 
 
-@pytest.mark.slow_on("UnorderedWallet")
-@pytest.mark.parametrize("kind", [Wallet, UnorderedWallet])
+@pytest.mark.slow_on("control")
+@pytest.mark.parametrize("is_unordered", [False, True], ids=["wallet", "control"])
 def test_opposing_transfers_never_deadlock_and_conserve_the_total(
-    new_schema, postgres_server, kind
+    new_schema, postgres_server, is_unordered, monkeypatch
 ):
+    if is_unordered:
+        monkeypatch.setattr(wallet_module, "_Books", UnorderedBooks)
+
     def deadlocks():
         sql = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
         return int(postgres_server.query(sql)[0][0])
 
     with (
         postgres_server.configured(deadlock_timeout="20ms"),
-        kind(new_schema(on=postgres_server), connections=16) as wallet,
+        Wallet(new_schema(on=postgres_server), connections=16) as wallet,
     ):
         accounts = [wallet.register(name)[0].id for name in ("Ada", "Bob", "Cem")]
         for account in accounts:
             wallet.topup(account, 1000)
 
         def work(sender, to):
-            for amount in range(1, 16 if kind is Wallet else 9):
+            for amount in range(1, 9 if is_unordered else 16):
                 with contextlib.suppress(InsufficientFunds):
                     wallet.transfer(sender, to, amount)
 
         before = deadlocks()
         pairs = [(one, other) for one in accounts for other in accounts if one != other] * 2
         outcomes = together(*[lambda pair=pair: work(*pair) for pair in pairs])
-        assert outcomes == [None] * 12 or kind is UnorderedWallet
+        assert outcomes == [None] * 12 or is_unordered
         assert sum(wallet.account(account).balance for account in accounts) == 3000
         check_books(wallet)
         wallet.close()  # A session tells its statistics when it ends.
         deadline = time.monotonic() + 10
-        while kind is UnorderedWallet and deadlocks() == before and time.monotonic() < deadline:
+        while is_unordered and deadlocks() == before and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert (deadlocks() > before) == (kind is UnorderedWallet)
+        assert (deadlocks() > before) == is_unordered
 
 
 def test_hold_sets_money_aside_and_all_spending_is_checked_against_what_is_available(wallet, ada):
@@ -895,6 +896,22 @@ def test_hold_that_expires_in_the_middle_of_a_request_is_one_or_the_other(
         check_books(wallet)
 
 
+def test_refusal_writes_nothing_not_even_which_holds_have_expired(wallet, ada, monkeypatch):
+    """Else a clock that is set back would tell of holds that have expired too early."""
+    wallet.topup(ada.id, 100)
+    wallet.hold(ada.id, 60, expires_in_s=1)
+    sql = "SELECT status, held, updated_at FROM holds JOIN accounts ON id = account_id"
+    before = wallet.database.read(lambda tx: tx(sql))
+    monkeypatch.setattr(wallet_module, "_now_us", lambda: time.time_ns() // 1000 + 2_000_000)
+    for call in (wallet.charge, wallet.hold):
+        with pytest.raises(InsufficientFunds) as refused:
+            call(ada.id, 101)
+        assert refused.value.members == {"balance": 100, "available": 100, "required": 101}
+        assert wallet.database.read(lambda tx: tx(sql)) == before
+    assert wallet.charge(ada.id, 100).balance == 0
+    assert wallet.database.read(lambda tx: tx(sql))[0][:2] == ("expired", 0)
+
+
 BAD_DURATIONS = [0, -1, 30 * 24 * 3600 + 1, 1.0, "5", True, [], AMOUNT_MAX + 1]
 
 
@@ -933,16 +950,19 @@ def test_capture_and_release_race_64_ways_and_exactly_one_wins(concurrent_dsn):
         check_books(wallet)
 
 
-def test_control_hold_that_is_looked_at_too_early_is_captured_more_than_once(postgres_dsn):
+def test_control_hold_that_is_looked_at_too_early_is_captured_more_than_once(
+    postgres_dsn, monkeypatch
+):
     """With other holds in the account, not even its bounds would notice."""
-    with UnlockedWallet(postgres_dsn, connections=8) as wallet, Wallet(postgres_dsn) as other:
-        ada, _ = other.register("Ada")
-        other.topup(ada.id, 100)
-        hold, *_ = [other.hold(ada.id, 10) for _ in range(8)]
+    with Wallet(postgres_dsn, connections=8) as wallet:
+        ada, _ = wallet.register("Ada")
+        wallet.topup(ada.id, 100)
+        hold, *_ = [wallet.hold(ada.id, 10) for _ in range(8)]
+        monkeypatch.setattr(wallet_module, "_Books", HastyBooks)
         captured = together(*[lambda: wallet.capture(ada.id, hold.id)] * 8)
-        assert not any(isinstance(outcome, HoldNotActive) for outcome in captured)
+        assert [one.amount for one in captured] == [10] * 8
         with pytest.raises(AssertionError):
-            check_books(other)
+            check_books(wallet)
 
 
 def test_holds_never_take_together_more_than_there_is(concurrent_dsn):
@@ -1406,33 +1426,40 @@ def test_batch_makes_topups_and_charges_only(api):
         assert api.send("GET", "/api/account").json["balance"] == 0
 
 
-def test_nothing_comes_between_a_refusal_that_was_none_and_the_second_try(
-    postgres_dsn, monkeypatch
+@pytest.mark.parametrize("after_looks", [1, 2])
+@pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
+def test_nothing_comes_between_the_last_look_at_an_account_and_what_is_written(
+    new_schema, postgres_server, monkeypatch, after_looks, careless
 ):
-    with (
-        Wallet(postgres_dsn) as wallet,
-        Wallet(postgres_dsn) as other,
-        ThreadPoolExecutor(1) as thread,
-    ):
-        ada, taken, filled = wallet.register("Ada")[0], [], []
-        execute, mine = wallet_postgres._execute_on, threading.get_ident()
+    """A charge that finds no money looks again, and at last with the account to itself."""
+    dsn = new_schema(on=postgres_server)
+    if careless:
+        monkeypatch.setattr(wallet_postgres.PostgresTx, "row_lock", "/* none */")
+    with Wallet(dsn) as wallet, Wallet(dsn) as other, ThreadPoolExecutor(2) as threads:
+        ada, taken, looks = wallet.register("Ada")[0], [], []
+        mine = threading.get_ident()
 
-        def interfere(connection, sql, *parameters):
-            rows = execute(connection, sql, *parameters)
-            if threading.get_ident() == mine and sql == wallet_module.POST_ENTRY and not rows:
-                filled.append(other.topup(ada.id, 5))
-            elif threading.get_ident() == mine and sql.startswith(wallet_module.ACCOUNT):
-                taken.append(thread.submit(other.charge, ada.id, 5))
-                futures_wait(
-                    taken, timeout=0.5
-                )  # It is not done by then, since the account is locked.
-            return rows
+        def interfere(sql, rows):
+            if threading.get_ident() != mine or "accounts" not in sql:
+                return
+            looks.append(sql)
+            if len(looks) == after_looks:
+                threads.submit(other.topup, ada.id, 5).result(timeout=30)
+            if len(looks) == 3:
+                taken.append(threads.submit(other.charge, ada.id, 5))
+                if careless:
+                    assert taken[0].result(timeout=30).balance == 0
+                else:  # It waits until this is done.
+                    wait_for_lock(postgres_server)
 
-        monkeypatch.setattr(wallet_postgres, "_execute_on", interfere)
+        watch_statements(monkeypatch, interfere)
+        if careless:
+            with pytest.raises(InsufficientFunds):
+                wallet.charge(ada.id, 3)
+            return
         assert wallet.charge(ada.id, 3).balance == 2
-        monkeypatch.setattr(wallet_postgres, "_execute_on", execute)
-        assert len(filled) == len(taken) == 1
         assert isinstance(taken[0].exception(timeout=30), InsufficientFunds)
+        assert len(looks) == 3
         check_books(wallet)
 
 
@@ -2332,7 +2359,7 @@ def test_holds_are_listed_by_status(wallet, ada, monkeypatch):
         ):  # fmt: skip
             page = api.send("GET", f"/api/holds?status={status}", status=200).json
             assert [(one["id"], one["status"]) for one in page["holds"]] == [(expected, status)]
-        wallet.database.write(lambda tx: wallet._end_expired(tx, ada.id, wallet_module._now_us()))
+        end_expired(wallet, ada.id)
     for _ in range(4):
         wallet.release(ada.id, wallet.hold(ada.id, 1).id)
     second = wallet.hold(ada.id, 1).id

@@ -848,6 +848,9 @@ ACCOUNT = f"""
         (SELECT count(*) {ACTIVE} > ?), frozen, created_at
     FROM accounts"""
 ACCOUNT_BY_ID = f"{ACCOUNT} WHERE id = ?"
+EXPIRED = """
+    SELECT CAST(coalesce(sum(amount), 0) AS BIGINT) FROM holds
+    WHERE account_id = ? AND status = 'active' AND expires_at <= ?"""
 # Times never go back within an account: few entries are looked at.
 COUNT_BEFORE = """
     WITH RECURSIVE halves (low, high) AS (
@@ -954,14 +957,17 @@ class _Books:
                 raise BalanceLimitExceeded("The balance of the other account would be too high.")
             detail = f"The balance is {account.balance}, and may be {AMOUNT_MAX} at most."
             raise BalanceLimitExceeded(detail, balance=account.balance)
-        if 0 < account.held > balance - entry.held:
-            self.end_expired(account.id)
-        if account.held > balance - entry.held:
-            available, needed = account.balance - account.held, entry.held - change
-            free = f", {available} of it available" if account.held else ""
+        held = account.held
+        if 0 < held > balance - entry.held:
+            held -= self.tx(EXPIRED, account.id, self._now_us)[0][0]
+        if held > balance - entry.held:
+            available, needed = account.balance - held, entry.held - change
+            free = f", {available} of it available" if held else ""
             raise InsufficientFunds(
                 f"The balance is {account.balance}{free}, and this needs {needed}.",
                 balance=account.balance, available=available, required=needed)
+        if held < account.held:
+            self.end_expired(account.id)
         account.balance, account.held = balance, account.held + entry.held
         account.last_sequence += 1
         account.updated_at_us = max(account.updated_at_us, self._now_us)  # It never goes back.
@@ -1136,7 +1142,7 @@ class Wallet:
         if stamp.is_issuers:  # It touches more than the account.
             return self._write(account_id, stamp, lambda books: (
                 books.begin(account_id, stamp) or books.post(entry, stamp)))
-        made: Transaction = self.database.gather(_post_each, (entry, stamp))
+        made: Transaction = self.database.gather(_post_each, (entry, stamp), account_id)
         return made
 
     def batch(self, transactions: Sequence[Mapping[str, object]], *,
@@ -1637,7 +1643,7 @@ class Database(Protocol):
         it makes.
         """
 
-    def gather(self, function: _Each, item: Any) -> Any:
+    def gather(self, function: _Each, item: Any, account_id: str) -> Any:
         """Do so with an item. `function` is given all that wait, and returns a result or an error
         for each.
         """
@@ -1751,7 +1757,7 @@ class SQLiteDatabase(Database):
         result: T = self._line.stand(_Write(lambda tx, _: [function(tx)], size=size))
         return result
 
-    def gather(self, function: _Each, item: Any) -> Any:
+    def gather(self, function: _Each, item: Any, account_id: str) -> Any:
         return self._line.stand(_Write(function, item))
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
@@ -2033,7 +2039,7 @@ class _Line(Generic[W]):
         self._quiet = threading.Condition(self.lock)  # Told when nobody leads.
         self.waiting: list[W] = []
         self._taken: list[W] = []
-        self._leader: W | None = None  # Whose thread works at the moment.
+        self.leader: W | None = None  # Whose thread works at the moment.
         self._was_large = self.is_closed = False
 
     def stand(self, write: W) -> Any:
@@ -2041,14 +2047,14 @@ class _Line(Generic[W]):
         try:
             with self.lock:
                 self.check_usable()
-                if self._leader and self._leader.thread_id == write.thread_id:
+                if self.leader and self.leader.thread_id == write.thread_id:
                     raise RuntimeError(
                         "a write, or in memory a read, inside a write would wait for itself")
                 self.waiting.append(write)
-                if self._leader is None:
+                if self.leader is None:
                     self._appoint_leader()
             write.turn.acquire()  # Until another has done it, or leaves it to this one.
-            if self._leader is write:
+            if self.leader is write:
                 with self.lock:
                     self.check_usable()
                     self._take(write)
@@ -2058,7 +2064,7 @@ class _Line(Generic[W]):
                 self.waiting = [other for other in self.waiting if other is not write]
             raise
         finally:
-            if self._leader is write:
+            if self.leader is write:
                 with self.lock:
                     for other in self._taken:
                         if other is not write:
@@ -2073,7 +2079,7 @@ class _Line(Generic[W]):
         """Begin nothing more. Wait DATABASE_TIMEOUT_S for what is begun. Return the lock."""
         with self.lock:
             self.is_closed = True
-            self._quiet.wait_for(lambda: self._leader is None, timeout=DATABASE_TIMEOUT_S)
+            self._quiet.wait_for(lambda: self.leader is None, timeout=DATABASE_TIMEOUT_S)
         return self.lock
 
     def check_usable(self) -> None:
@@ -2096,9 +2102,9 @@ class _Line(Generic[W]):
     def _appoint_leader(self) -> None:
         """Let the first in line work next, of those whose turn it is. The lock is held."""
         turns = [write for write in self.waiting if (write.size > 1) is not self._was_large]
-        self._leader = next(iter(turns or self.waiting), None)
-        if self._leader:
-            self._leader.turn.release()
+        self.leader = next(iter(turns or self.waiting), None)
+        if self.leader:
+            self.leader.turn.release()
         else:
             self._quiet.notify_all()
 

@@ -101,8 +101,13 @@ class TimedConnection(Connection[_Row]):
             result = super().wait(gen, interval, left_s)
         except Error as error:
             if error.sqlstate is None and self.deadline < time.monotonic():
-                with suppress(Error):  # Nobody waits for the statement any more.
+                try:  # Nobody waits for the statement any more.
                     self.cancel_safe(timeout=POSTGRES_DIAL_S)
+                    super().wait(gen, interval, POSTGRES_DIAL_S)
+                except errors.QueryCanceled:  # So nothing of it is kept. Else that is not known.
+                    raise
+                except Error:
+                    pass
                 self.close()
             raise
         TimedConnection.answered_at = time.monotonic()
@@ -135,7 +140,7 @@ class PostgresDatabase(Database):
         self._line: _Line[_Together] = _Line(partial(self._gather, False))
         # Where another process is at an account: those that wait for it here.
         self._busy: dict[object, _Line[_Together]] = {}
-        self._begin = "BEGIN READ ONLY" if read_only else "BEGIN"
+        self._read_only, self._begin = read_only, "BEGIN READ ONLY" if read_only else "BEGIN"
         # A prepared statement belongs to a session, and a pooler such as PgBouncer changes those.
         options: dict[str, Any] = POSTGRES_DEFAULTS | given | {
             "client_encoding": "UTF8", "prepare_threshold": None, "autocommit": True}
@@ -162,24 +167,24 @@ class PostgresDatabase(Database):
         """Run `function` in a transaction of its own (see Database)."""
         return self._call(function, True, timeout_s)
 
-    def gather(self, function: _Each, item: Any) -> Any:
+    def gather(self, function: _Each, item: Any, account_id: str) -> Any:
         """Run `function` once for all that wait. Items that another transaction is in the way of
         wait for it together, those of one account. What that does not do either is run alone.
         """
-        write, account = _Together(function, item), item[0].account_id
-        if not self._is_sharded:
-            if account not in self._busy:
+        write = _Together(function, item)
+        if not (self._is_sharded or self._read_only):
+            if account_id not in self._busy:
                 with suppress(_NotTogether):
                     return self._line.stand(write)
             if not write.is_unknown:
                 write.done, write.outcome = False, None
-                line = self._busy.setdefault(account, _Line(partial(self._gather, True)))
+                line = self._busy.setdefault(account_id, _Line(partial(self._gather, True)))
                 try:
                     with suppress(_NotTogether):
                         return line.stand(write)
                 finally:
-                    if line._leader is None:
-                        self._busy.pop(account, None)
+                    if line.leader is None:
+                        self._busy.pop(account_id, None)
         return self._call(partial(_run_one, function, item), True, None, write)
 
     def read(self, function: Callable[[_Execute], T], timeout_s: float | None = None) -> T:
@@ -235,10 +240,12 @@ class PostgresDatabase(Database):
             if time.monotonic() > self._away_until:
                 items = [write.item for write in writes]
                 outcomes = self._attempt(tx, lambda tx: writes[0].function(tx, items), deadline)
-        except Error as error:
+        except Exception as error:  # Also one of ours: whose it is, a run alone tells.
             logger.debug("%d writes are run one by one: %s", len(writes), error)
             for write in writes:
                 write.is_unknown = tx.may_be_kept(error)
+            if tx.connection and tx.connection.closed:
+                self._pool.drain()  # The others may be as dead.
         for write, outcome in zip_longest(writes, outcomes):
             write.outcome, write.done = _NotTogether() if outcome is None else outcome, True
         self.observe([None for write in writes if not write.error])
@@ -367,15 +374,16 @@ class PostgresTx(_Tx):
     def row_lock(self) -> str:  # type: ignore[override]
         return " FOR UPDATE OF accounts" + ("" if self.waits else " SKIP LOCKED")
 
-    def may_be_kept(self, error: Error) -> bool:
+    def may_be_kept(self, error: Exception) -> bool:
         """May the transaction be kept, though it failed?
 
         Behind a statement that failed in a pipeline, the server runs no COMMIT.
         """
         is_unwritten = self.sent and self.sent[0].rowcount < self.sent[1]
         is_answer = self.is_one_statement and self.connection and not self.connection.closed
-        is_undone = error.sqlstate and (is_unwritten or is_answer)
-        return self.is_committing and error.sqlstate not in LOST_A_RACE and not is_undone
+        state = getattr(error, "sqlstate", None)
+        is_undone = state and (is_unwritten or is_answer)
+        return self.is_committing and state not in LOST_A_RACE and not is_undone
 
     def __call__(self, sql: str, *parameters: str | int | None) -> list[_Row]:
         assert self.connection

@@ -535,6 +535,18 @@ def postgres_dsn(new_schema):
 
 
 @pytest.fixture
+def sharded_dsn(new_schema):
+    """A Postgres that says of itself that it is Citus: its settings are a view of the test's."""
+    dsn = new_schema("%2Cpg_catalog")
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(
+            "CREATE VIEW pg_settings AS SELECT name, setting FROM pg_catalog.pg_settings"
+            " UNION ALL SELECT 'citus.shard_count', '32'"
+        )
+    return dsn
+
+
+@pytest.fixture
 def postgres_wallet(postgres_dsn):
     with Wallet(postgres_dsn) as wallet:
         yield wallet
@@ -613,8 +625,8 @@ def fill_to_the_brim(wallet, accounts=1030):
 
     def fill(tx):
         for into, several in rows.items():
-            for first in range(0, len(several), 500):
-                wallet_module._insert_rows(tx, into, several[first : first + 500])
+            marks = ", ".join("?" * len(several[0]))
+            tx.many(f"INSERT INTO {into} VALUES ({marks})", several)
 
     wallet.database.write(fill)
     return accounts * AMOUNT_MAX
@@ -1156,6 +1168,29 @@ def hold_the_writer(wallet, sql="SELECT 1"):
         tx(sql)
 
     thread = threading.Thread(target=wallet.database.write, args=(slow, 60))
+    thread.start()
+    assert begun.wait(timeout=30)
+
+    def release():
+        go.set()
+        thread.join()
+
+    return release
+
+
+def hold_the_line(wallet):
+    """Work for a movement that takes long, while others stand in line behind it, on each engine.
+
+    Return the function that lets it go.
+    """
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(tx, items):
+        begun.set()
+        assert go.wait(timeout=30)
+        return ["done"] * len(items)
+
+    thread = threading.Thread(target=wallet.database.gather, args=(slow, None))
     thread.start()
     assert begun.wait(timeout=30)
 
@@ -2171,6 +2206,25 @@ def standby_missing(server):
         yield waiting
 
 
+def wait_for_lock(server, count=1):
+    """Wait until so many sessions wait for a lock."""
+    deadline = time.monotonic() + 30
+    while server.query("SELECT count(*) FROM pg_locks WHERE NOT granted") < [(count,)]:
+        assert time.monotonic() < deadline
+
+
+def watch_statements(monkeypatch, seen):
+    """Call `seen(sql, rows)` after each statement of a wallet that asks Postgres for something."""
+    plain = wallet_postgres.PostgresTx.__call__
+
+    def call(tx, sql, *parameters):
+        rows = plain(tx, sql, *parameters)
+        seen(sql, rows)
+        return rows
+
+    monkeypatch.setattr(wallet_postgres.PostgresTx, "__call__", call)
+
+
 TABLES = "wallet", "accounts", "transactions", "holds", "issuer_keys"
 
 
@@ -2181,6 +2235,17 @@ def contents(dsn, tables=TABLES):
             sorted(database.read(lambda tx, table=table: tx(f"SELECT * FROM {table}")), key=repr)
             for table in tables
         ]
+
+
+def end_expired(wallet, account_id):
+    """Note which holds of an account have expired, as whatever needs their money does."""
+
+    def end(tx):
+        books = wallet_module._Books(tx, (account_id, wallet_module._make_stamp(None, None)))
+        books.end_expired(account_id, wallet_module._now_us())
+        books.write()
+
+    wallet.database.write(end)
 
 
 def fill_books(dsn, monkeypatch):
@@ -2198,9 +2263,10 @@ def fill_books(dsn, monkeypatch):
         wallet.refund(ada, charge.id, 10)
         wallet.charge(ada, 5)
         wallet.hold(ada, 3)
-        wallet.database.write(
-            lambda tx: wallet._end_expired(tx, ada, time.time_ns() // 1000 + 8 * 24 * 3600 * 10**6)
-        )
+        with monkeypatch.context() as later:
+            eight_days_us = 8 * DAY_S * 10**6
+            later.setattr(wallet_module, "_now_us", lambda: time.time_ns() // 1000 + eight_days_us)
+            end_expired(wallet, ada)
         wallet.capture(ada, wallet.hold(ada, 20).id, 15)
         wallet.release(ada, wallet.hold(ada, 5).id)
         wallet.hold(ada, 7)
@@ -2225,16 +2291,14 @@ def books_by_engine(request, tmp_path_factory):
                     fill_books(f"sqlite:///{path}", patches)
                     connection = sqlite3.connect(path, isolation_level=None)
                     connection.execute("PRAGMA ignore_check_constraints = ON")
-                    opened[engine] = connection, wallet_module._execute_on(connection)
+                    opened[engine] = connection, wallet_module._SQLiteTx(connection)
                 else:
                     fill_books(request.getfixturevalue("kept_schema"), patches)
                     connection = psycopg.connect(
                         request.getfixturevalue("kept_schema"), autocommit=True
                     )
-                    opened[engine] = (
-                        connection,
-                        partial(wallet_postgres._execute_on, connection),
-                    )
+                    tx = wallet_postgres.PostgresTx(connection=connection)
+                    opened[engine] = connection, tx
         return opened[engine][1]
 
     yield open_books

@@ -175,7 +175,12 @@ def test_wallet_that_cannot_be_read_now_is_not_said_to_be_missing(
     Wallet(dsn).close()
     monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.5)
     with contextlib.ExitStack() as stack:
-        freeze = lambda self, *arguments: stack.enter_context(postgres_server.frozen())  # noqa: E731
+        check = wallet_postgres.PostgresDatabase._check_server
+
+        def freeze(*arguments):
+            check(*arguments)
+            stack.enter_context(postgres_server.frozen())
+
         monkeypatch.setattr(wallet_postgres.PostgresDatabase, "_check_server", freeze)
         with pytest.raises(
             ConfigurationError,

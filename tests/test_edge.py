@@ -546,12 +546,12 @@ def test_log_has_no_line_for_who_asks_all_day_but_at_debug():
         )
 
 
-def test_probe_that_fails_is_in_the_log(file_wallet, caplog):
+def test_probe_that_fails_is_in_the_log(file_dsn, caplog):
     caplog.set_level(logging.INFO, "wallet.access")
-    app = create_app(file_wallet)
-    os.rename(file_wallet.database.path, f"{file_wallet.database.path}.old")
-    os.close(os.open(file_wallet.database.path, os.O_CREAT))
-    Client(app).send("GET", "/readyz", status=503)
+    with Wallet(file_dsn) as wallet:
+        os.rename(wallet.database.path, f"{wallet.database.path}.old")
+        os.close(os.open(wallet.database.path, os.O_CREAT))
+        Client(create_app(wallet)).send("GET", "/readyz", status=503)
     assert [record.path for record in caplog.records if record.name == "wallet.access"] == [
         "/readyz"
     ]

@@ -31,6 +31,7 @@ import wallet as wallet_module
 import wallet_cli
 from tests.support import (
     MODULE,
+    SERIALIZABLE,
     Client,
     Intent,
     Load,
@@ -39,6 +40,7 @@ from tests.support import (
     count_lost_and_surplus,
     environment,
     files_cannot_grow,
+    hold_the_line,
     hold_the_writer,
     kill_service,
     limited,
@@ -69,7 +71,7 @@ class Late(wallet.SQLiteDatabase):
     def _try_commit(self, batch):
         self.count = getattr(self, "count", 0) + 1
         if not self._writer.in_transaction: self._writer.execute("BEGIN IMMEDIATE")
-        for write in batch: self._run(write)
+        for write in batch: self._run([write])
         if self.count < 20: self._writer.execute("COMMIT")
 wallet.SQLiteDatabase = Late
 sys.exit(wallet_cli.main())
@@ -188,7 +190,7 @@ class Crashes:
             )
 
 
-@pytest.mark.slow_on("postgres")
+@pytest.mark.slow_on("postgres", "serializable")
 @pytest.mark.parametrize(
     ("durable_dsn", "kills"),
     [
@@ -196,6 +198,8 @@ class Crashes:
         torture("file", 500),
         ("postgres", 2),
         torture("postgres", 50),
+        ("serializable", 2),
+        torture("serializable", 50),
     ],
     indirect=["durable_dsn"],
 )
@@ -204,7 +208,8 @@ def test_kill_under_load_loses_nothing_that_was_answered(durable_dsn, kills, req
     database = (
         request.getfixturevalue("postgres_server") if durable_dsn.startswith("postgres") else None
     )
-    dsn = request.getfixturevalue("new_schema")(on=database) if database else durable_dsn
+    isolation = SERIALIZABLE if durable_dsn.endswith(SERIALIZABLE) else ""
+    dsn = request.getfixturevalue("new_schema")(isolation, on=database) if database else durable_dsn
     crashes = Crashes(dsn, database=database)
     for number in range(kills):
         crashes.crash(("database", "session", "service")[number % 3] if database else "service")
@@ -937,7 +942,7 @@ def test_closing_lets_the_write_that_runs_finish_and_begins_no_other(file_dsn):
         waiting = threads.submit(wallet.topup, ada.id, 5)
         wait_for_queue(wallet, 1)
         closing = threads.submit(wallet.close)
-        while not wallet.database._closed:
+        while not wallet.database._line.is_closed:
             assert not closing.done()
         assert not waiting.done()
         release()
@@ -1068,39 +1073,35 @@ def test_interrupted_commit_leaves_no_write_half_done(sqlite_wallet):
     assert wallet.topup(ada.id, 1).balance == 1
 
 
-@pytest.mark.parametrize("moment", ["_appoint_leader", "_commit"])
-def test_interrupt_before_anything_is_done_leaves_nobody_waiting(
-    sqlite_wallet, monkeypatch, moment
-):
-    wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
-    plain, calls = getattr(wallet.database, moment), itertools.count()
+@pytest.mark.parametrize("moment", ["_appoint_leader", "_take", "_work"])
+def test_interrupt_before_anything_is_done_leaves_nobody_waiting(wallet, monkeypatch, moment):
+    ada, _ = wallet.register("Ada")
+    plain, calls = getattr(wallet.database._line, moment), itertools.count()
 
     def interrupted(*arguments):
         if next(calls) == 0:
             raise KeyboardInterrupt
         return plain(*arguments)
 
-    monkeypatch.setattr(wallet.database, moment, interrupted)
+    monkeypatch.setattr(wallet.database._line, moment, interrupted)
     with pytest.raises(KeyboardInterrupt):
         wallet.topup(ada.id, 100)
     assert wallet.topup(ada.id, 1).balance == 1
 
 
-def test_interrupt_of_who_commits_for_others_leaves_none_of_them_waiting(
-    sqlite_wallet, monkeypatch
-):
-    wallet, (ada, _) = sqlite_wallet, sqlite_wallet.register("Ada")
+def test_interrupt_of_who_commits_for_others_leaves_none_of_them_waiting(wallet, monkeypatch):
+    ada, _ = wallet.register("Ada")
 
     def interrupted(batch):
         raise KeyboardInterrupt
 
-    release = hold_the_writer(wallet)
+    release = hold_the_line(wallet)
     with ThreadPoolExecutor(2) as threads:
         waiting = []
         for _ in range(2):
             waiting.append(threads.submit(wallet.topup, ada.id, 5))
             wait_for_queue(wallet, len(waiting))
-        monkeypatch.setattr(wallet.database, "_commit", interrupted)
+        monkeypatch.setattr(wallet.database._line, "_work", interrupted)
         release()
         assert {type(one.exception(timeout=30)) for one in waiting} == {
             KeyboardInterrupt,
