@@ -32,10 +32,8 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import Timeout, parse_url
 
 from wallet import (
-    FIRST_US,
     HOLD,
     INVALID_TOKEN,
-    LAST_US,
     MOVEMENT,
     NAME,
     NAME_CHARACTERS_MAX,
@@ -373,7 +371,8 @@ def _query_time(value: str | datetime | None) -> str | None:
     """Return a time as a query has it. Raises MalformedRequest."""
     if value is None:
         return None
-    return _format_time(_as_time(min(max(_parse_time(value), FIRST_US), LAST_US)))
+    times = _import_part("times")
+    return _format_time(_as_time(min(max(_parse_time(value), times.FIRST_US), times.LAST_US)))
 
 
 # The wallet #######################################################################################

@@ -2242,7 +2242,8 @@ def end_expired(wallet, account_id):
 
     def end(tx):
         books = wallet_module._Books(tx, (account_id, wallet_module._make_stamp(None, None)))
-        books.end_expired(account_id, wallet_module._now_us())
+        books._now_us = wallet_module._now_us()
+        books.end_expired(account_id)
         books.write()
 
     wallet.database.write(end)
