@@ -1449,7 +1449,8 @@ class Wallet:
 
         first, last = self.database.read(bounds)
         start_sql = f"SELECT {TRANSACTION_COLUMNS} FROM transactions WHERE account_id = ?"
-        end_sql = f"AND sequence > ? AND sequence < ? ORDER BY sequence {order} LIMIT ?"
+        # So BETWEEN finds the index by type, which > and < would not from SQLite 3.53 on.
+        end_sql = f"AND sequence BETWEEN ? + 1 AND ? - 1 ORDER BY sequence {order} LIMIT ?"
         types = [type] if type else [*SIGN_BY_TYPE]
         of_each = " UNION ALL ".join(
             f"SELECT * FROM ({start_sql} AND type = ? {end_sql}) AS {one}" for one in types)

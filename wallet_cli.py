@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -59,6 +60,7 @@ PROGRAM = "wallet" if __package__ else "python wallet.py"  # As a package it is 
 SERVICE_PORT = r"tcp://[0-9A-Fa-f.:\[\]]+:[0-9]+"
 OF_SERVICE = r"WALLET_(\w+?_)??(SERVICE_(HOST|PORT(_\w+)?)|PORT(_[0-9]+_[A-Z]+(_[A-Z]+)?)?)"
 START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h. After a 2, only a person can help.
+THREADS_CONNECTION = 4  # Most threads wait for a turn, and movements that wait share a transaction.
 LOG_LINES_MAX = 10_000  # That wait to be written: some seconds of a busy wallet, and 4 MB.
 LOG_FLUSH_S = 1  # For them to be written at the end.
 TRY = """\
@@ -126,8 +128,8 @@ SETTINGS = (
              "the address to listen on; 0.0.0.0 means all of this machine's, and :: those of IPv6"
              " too"),
     _Setting("port", "4000", "the TCP port to listen on; 0 means any free one", range(65536)),
-    _Setting("threads", "8", "how many connections to Postgres are kept, and how many requests"
-             " waitress works on at once", range(1, 65)),
+    _Setting("threads", "32", "how many requests waitress works on at once; for each four, one"
+             " connection to Postgres is kept", range(1, 65)),
     _Setting("drain-s", "0", "how many seconds it serves on after SIGTERM or Ctrl-C, while /readyz"
              " answers 503, so that a balancer can look away first", range(301)),
     _Setting("currency", "", "a code of ISO 4217 such as USD, or a unit of your own with its number"
@@ -172,7 +174,7 @@ def open_wallet(settings: Mapping[str, Any], **options: bool) -> Wallet:
     """Return the wallet that the settings name, opened with these options of `Wallet`."""
     _warn_of_variables()
     return Wallet(settings["dsn"], currency=settings["currency"],
-                  connections=settings["threads"], **options)
+                  connections=math.ceil(settings["threads"] / THREADS_CONNECTION), **options)
 
 
 def open_served(settings: Mapping[str, Any]) -> Wallet:
