@@ -53,6 +53,7 @@ from tests.support import (
     fill_with_topups,
     find_secrets,
     like,
+    opened_by_several,
     path_of,
     raw_exchange,
     routes_of,
@@ -193,10 +194,11 @@ class CarelessWallet(Wallet):
 
 @pytest.mark.parametrize("kind", [Wallet, CarelessWallet])
 def test_64_threads_charging_1_from_32_succeed_exactly_32_times(concurrent_dsn, kind):
-    with kind(concurrent_dsn) as wallet:
-        ada, _ = wallet.register("Ada")
+    with opened_by_several(concurrent_dsn, kind) as wallets:
+        wallet, (ada, _) = wallets[0], wallets[0].register("Ada")
         wallet.topup(ada.id, 32)
-        outcomes = together(*[lambda: wallet.charge(ada.id, 1)] * 64)
+        calls = [partial(one.charge, ada.id, 1) for one in wallets]
+        outcomes = together(*calls * (64 // len(calls)))
         refused = [outcome for outcome in outcomes if isinstance(outcome, InsufficientFunds)]
         if kind is CarelessWallet:
             assert len(refused) == 0
@@ -299,9 +301,10 @@ class ForgetfulWallet(Wallet):
 
 @pytest.mark.parametrize("kind", [Wallet, ForgetfulWallet])
 def test_32_concurrent_sends_of_one_key_have_one_effect_and_equal_answers(concurrent_dsn, kind):
-    with kind(concurrent_dsn) as wallet:
-        ada, _ = wallet.register("Ada")
-        answers = together(*[lambda: wallet.topup(ada.id, 5, key="order-17")] * 32)
+    with opened_by_several(concurrent_dsn, kind) as wallets:
+        wallet, (ada, _) = wallets[0], wallets[0].register("Ada")
+        calls = [partial(one.topup, ada.id, 5, key="order-17") for one in wallets]
+        answers = together(*calls * (32 // len(calls)))
         effects = len(wallet.transactions(ada.id).transactions)
         check_books(wallet)
     if kind is ForgetfulWallet:
@@ -966,12 +969,11 @@ def test_control_hold_that_is_looked_at_too_early_is_captured_more_than_once(
 
 
 def test_holds_never_take_together_more_than_there_is(concurrent_dsn):
-    with Wallet(concurrent_dsn) as wallet:
-        ada, _ = wallet.register("Ada")
+    with opened_by_several(concurrent_dsn) as wallets:
+        wallet, (ada, _) = wallets[0], wallets[0].register("Ada")
         wallet.topup(ada.id, 20)
-        outcomes = together(
-            *[lambda: wallet.hold(ada.id, 1), lambda: wallet.charge(ada.id, 1)] * 32
-        )
+        calls = [partial(call, ada.id, 1) for one in wallets for call in (one.hold, one.charge)]
+        outcomes = together(*calls * (64 // len(calls)))
         assert sum(isinstance(outcome, InsufficientFunds) for outcome in outcomes) == 44
         account = wallet.account(ada.id)
         assert account.available == 0
@@ -1331,18 +1333,19 @@ def test_concurrent_sends_of_one_key_get_equal_answers_whatever_they_do(concurre
     """Those that looked for the key before the first had committed look again, once they have the
     account.
     """
-    with Wallet(concurrent_dsn, connections=16) as wallet:
+    with opened_by_several(concurrent_dsn) as wallets:
+        wallet = wallets[0]
         ada, bob = (wallet.register(name)[0].id for name in ("Ada", "Bob"))
         wallet.topup(ada, 100)
         charge, hold = wallet.charge(ada, 20), wallet.hold(ada, 30)
         call = {
-            "charge": lambda: wallet.charge(ada, 50, key="k"),
-            "refund": lambda: wallet.refund(ada, charge.id, key="k"),
-            "transfer": lambda: wallet.transfer(ada, bob, 50, key="k"),
-            "hold": lambda: wallet.hold(ada, 50, key="k"),
-            "capture": lambda: wallet.capture(ada, hold.id, key="k"),
-            "release": lambda: wallet.release(ada, hold.id, key="k"),
-            "batch": lambda: wallet.batch(
+            "charge": lambda wallet: wallet.charge(ada, 50, key="k"),
+            "refund": lambda wallet: wallet.refund(ada, charge.id, key="k"),
+            "transfer": lambda wallet: wallet.transfer(ada, bob, 50, key="k"),
+            "hold": lambda wallet: wallet.hold(ada, 50, key="k"),
+            "capture": lambda wallet: wallet.capture(ada, hold.id, key="k"),
+            "release": lambda wallet: wallet.release(ada, hold.id, key="k"),
+            "batch": lambda wallet: wallet.batch(
                 [
                     {"account": one, "type": "charge" if one == ada else "topup", "amount": 50}
                     for one in (ada, bob)
@@ -1350,7 +1353,7 @@ def test_concurrent_sends_of_one_key_get_equal_answers_whatever_they_do(concurre
                 key="k",
             ),
         }[operation]
-        outcomes = together(*[call] * 16)
+        outcomes = together(*[partial(call, one) for one in wallets] * (16 // len(wallets)))
         assert [one for one in outcomes if one != outcomes[0]] == [], outcomes
         made = [one[0] if operation == "batch" else one for one in outcomes]
         assert sum(not one.replayed for one in made) == 1
@@ -1426,6 +1429,7 @@ def test_batch_makes_topups_and_charges_only(api):
         assert api.send("GET", "/api/account").json["balance"] == 0
 
 
+@pytest.mark.slow_on("control")
 @pytest.mark.parametrize("after_looks", [1, 2])
 @pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
 def test_nothing_comes_between_the_last_look_at_an_account_and_what_is_written(
@@ -1722,8 +1726,8 @@ def test_feed_past_a_restored_backup_is_told_so_and_not_kept_waiting(file_dsn, t
 
 def test_feed_gives_every_entry_once_however_it_is_polled_under_load(concurrent_dsn):
     """Three threads write while one polls; the control asks by time, as many do, and misses some."""
-    with Wallet(concurrent_dsn) as wallet:
-        ada, _ = wallet.register("Ada")
+    with opened_by_several(concurrent_dsn) as wallets:
+        wallet, (ada, _) = wallets[0], wallets[0].register("Ada")
         done = threading.Event()
 
         def poll():
@@ -1736,7 +1740,7 @@ def test_feed_gives_every_entry_once_however_it_is_polled_under_load(concurrent_
                 if last_round and not page.transactions:
                     return seen
 
-        def write():
+        def write(wallet):
             made = []
             for number in range(40):
                 made.append(wallet.topup(ada.id, 1))
@@ -1746,7 +1750,7 @@ def test_feed_gives_every_entry_once_however_it_is_polled_under_load(concurrent_
 
         with ThreadPoolExecutor(4) as threads:
             polled = threads.submit(poll)
-            written = [threads.submit(write) for _ in range(3)]
+            written = [threads.submit(write, one) for one in (wallets * 3)[:3]]
             made = [one for thread in written for one in thread.result(timeout=60)]
             done.set()
             seen = polled.result(timeout=60)

@@ -522,6 +522,15 @@ def concurrent_dsn(request):
     return make_dsn(request.param, request)
 
 
+@contextmanager
+def opened_by_several(dsn, kind=Wallet):
+    """Open a wallet as four processes would, whose movements do not stand in one line. In memory
+    there can be one only.
+    """
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(kind(dsn)) for _ in range(1 if dsn == "sqlite://" else 4)]
+
+
 @pytest.fixture(params=[MEMORY, "file"])
 def sqlite_wallet(request):
     with Wallet(make_dsn(request.param, request)) as wallet:
@@ -1206,6 +1215,23 @@ def wait_for_queue(wallet, length):
     while len(wallet.database._line.waiting) < length:
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+class Waiting:
+    """Calls that stand in line together, each in a thread of its own, until they are let go."""
+
+    def __init__(self, wallet, *calls):
+        self.threads = ThreadPoolExecutor(len(calls))
+        self.release, self.futures = hold_the_line(wallet), []
+        for call in calls:
+            self.futures.append(self.threads.submit(call))
+            wait_for_queue(wallet, len(self.futures))
+
+    def outcomes(self):
+        """Let them go. Return what each returned or raised."""
+        self.release()
+        self.threads.shutdown()
+        return [future.exception(30) or future.result() for future in self.futures]
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from tests.support import (
     SERIALIZABLE,
     Client,
     Load,
+    Waiting,
     check_books,
     command,
     environment,
@@ -178,11 +179,20 @@ def test_state_that_another_run_may_mend_gets_another_run_and_not_for_ever(postg
         ("40001", 10**9, Unavailable),
     ],
 )
+@pytest.mark.parametrize("operation", ["topup", "together", "hold", "transfer", "batch"])
 def test_commit_that_answers_an_error_is_unknown_unless_it_says_rolled_back(
-    new_schema, monkeypatch, state, times, expected
+    new_schema, monkeypatch, state, times, expected, operation
 ):
     with Wallet(new_schema()) as wallet:
-        ada, _ = wallet.register("Ada")
+        (ada, _), (bob, _) = wallet.register("Ada"), wallet.register("Bob")
+        wallet.topup(ada.id, 10)
+        calls = {
+            "topup": [partial(wallet.topup, ada.id, 5)],
+            "together": [partial(wallet.topup, one.id, 5) for one in (ada, bob)],
+            "hold": [partial(wallet.hold, ada.id, 5)],
+            "transfer": [partial(wallet.transfer, ada.id, bob.id, 5)],
+            "batch": [partial(wallet.batch, [{"type": "topup", "amount": 5}], account_id=ada.id)],
+        }[operation]
         body = (
             raising(state, times)
             .replace("DO $$ BEGIN", "BEGIN")
@@ -197,11 +207,12 @@ def test_commit_that_answers_an_error_is_unknown_unless_it_says_rolled_back(
             wallet.database.write(lambda tx, sql=sql: tx(sql))
         if expected:
             monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0.8)
-            with pytest.raises(Unavailable) as failure:
-                wallet.topup(ada.id, 5)
-            assert type(failure.value) is expected
+        waits = operation in ("topup", "together")
+        outcomes = Waiting(wallet, *calls).outcomes() if waits else together(*calls)
+        if expected:
+            assert {type(one) for one in outcomes} == {expected}
         else:
-            assert wallet.topup(ada.id, 5).balance == 5
+            assert not any(isinstance(one, Exception) for one in outcomes)
         check_books(wallet)
 
 

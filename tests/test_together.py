@@ -19,8 +19,8 @@ import wallet_postgres
 from tests.support import (
     SERIALIZABLE,
     WRONG_TOKEN,
+    Waiting,
     check_books,
-    hold_the_line,
     standby_missing,
     together,
     wait_for_lock,
@@ -41,23 +41,6 @@ from wallet import (
 )
 
 
-class Waiting:
-    """Calls that stand in line together, each in a thread of its own, until they are let go."""
-
-    def __init__(self, wallet, *calls):
-        self.threads = ThreadPoolExecutor(len(calls))
-        self.release, self.futures = hold_the_line(wallet), []
-        for call in calls:
-            self.futures.append(self.threads.submit(call))
-            wait_for_queue(wallet, len(self.futures))
-
-    def outcomes(self):
-        """Let them go. Return what each returned or raised."""
-        self.release()
-        self.threads.shutdown()
-        return [future.exception(30) or future.result() for future in self.futures]
-
-
 def transactions_that_wrote(wallet, made):
     """Return how many transactions of Postgres wrote these entries: each row tells its own."""
     sql = "SELECT CAST(xmin AS TEXT) FROM transactions WHERE account_id = ? AND sequence = ?"
@@ -72,8 +55,12 @@ def transactions_that_wrote(wallet, made):
 # What others do is no business of theirs ##########################################################
 
 
-@pytest.mark.parametrize("is_alone", [False, True], ids=["wallet", "control"])
-@pytest.mark.parametrize("engine", ["postgres", "serializable", "file"])
+@pytest.mark.slow_on("serializable", "control")
+@pytest.mark.parametrize(
+    ("engine", "is_alone"),
+    [("file", False), ("postgres", False), ("serializable", False), ("postgres", True)],
+    ids=["file", "postgres", "serializable", "control"],
+)
 def test_movements_that_wait_share_a_transaction_and_who_is_refused_leaves_the_others_alone(
     engine, is_alone, request, new_schema, monkeypatch
 ):
@@ -91,8 +78,6 @@ def test_movements_that_wait_share_a_transaction_and_who_is_refused_leaves_the_o
         commits, observe = [], wallet.database.observe
         wallet.database.observe = lambda outcomes: (observe(outcomes), commits.append(outcomes))
         if is_alone:
-            if engine == "file":
-                pytest.skip("where all stand in line, nobody is alone")
             monkeypatch.setattr(wallet_postgres, "_Together", AloneInLine)
         waiting = Waiting(
             wallet,
@@ -160,6 +145,7 @@ def post_unfinished(connection, account_id, **request):
     return made
 
 
+@pytest.mark.slow_on("control")
 @pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
 def test_key_that_another_process_uses_meanwhile_is_told_its_answer_and_nobody_else_notices(
     new_schema, postgres_server, monkeypatch, careless
@@ -207,6 +193,7 @@ def test_key_that_another_process_uses_meanwhile_is_told_its_answer_and_nobody_e
         check_books(wallet)
 
 
+@pytest.mark.slow_on("control")
 @pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
 @pytest.mark.parametrize("count", [1, 3], ids=["alone", "together"])
 def test_account_that_another_session_has_locked_delays_no_other_and_its_own_movement_waits(
@@ -290,6 +277,7 @@ class Greedy(wallet_module._Line):
         self._taken, self.waiting = self.waiting, []
 
 
+@pytest.mark.slow_on("control")
 @pytest.mark.parametrize("kind", [wallet_module._Line, Greedy], ids=["wallet", "control"])
 def test_commit_has_a_bounded_number_of_entries_and_one_movement_waits_for_one_batch_at_most(
     sqlite_wallet, monkeypatch, kind
@@ -440,6 +428,7 @@ def relay(new_schema, postgres_server):
         yield relay
 
 
+@pytest.mark.slow_on("control")
 @pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
 def test_movement_is_one_round_trip_and_others_are_few_however_much_they_write(
     relay, monkeypatch, careless
@@ -484,6 +473,7 @@ def test_movement_is_one_round_trip_and_others_are_few_however_much_they_write(
 # It is not known whether it is kept ###############################################################
 
 
+@pytest.mark.slow_on("session ended", "server killed")
 @pytest.mark.parametrize("count", [1, 3], ids=["alone", "together"])
 @pytest.mark.parametrize("fate", ["cut before", "cut after", "session ended", "server killed"])
 def test_movements_whose_commit_is_not_answered_are_told_the_truth_and_none_is_doubled(
@@ -522,6 +512,7 @@ def test_movements_whose_commit_is_not_answered_are_told_the_truth_and_none_is_d
         check_books(wallet)
 
 
+@pytest.mark.slow_on("control")
 @pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
 @pytest.mark.parametrize("count", [1, 3], ids=["alone", "together"])
 def test_movements_whose_commit_is_not_answered_stay_unknown_while_the_database_is_away(
@@ -544,6 +535,7 @@ def test_movements_whose_commit_is_not_answered_stay_unknown_while_the_database_
         check_books(wallet)
 
 
+@pytest.mark.slow_on("control")
 @pytest.mark.parametrize(
     ("count", "careless"), [(1, False), (3, False), (1, True)], ids=["alone", "together", "control"]
 )
@@ -611,6 +603,7 @@ def accounts_named(sql, parameters):
     return {one for one in parameters if re.fullmatch("acc_[0-9A-Za-z]{16}", str(one))}
 
 
+@pytest.mark.slow_on("control")
 @pytest.mark.parametrize("is_sharded", [True, False], ids=["wallet", "control"])
 def test_where_accounts_are_on_several_nodes_each_statement_is_about_one_and_none_is_skipped(
     request, sent, is_sharded
