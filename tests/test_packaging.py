@@ -329,7 +329,7 @@ def test_data_files_that_are_missing_are_said_when_the_wallet_opens(bare, tmp_pa
     said = bare.run("python", "-c", program, cwd=tmp_path, environment=quiet)
     for name in ("docs.html", "openapi.json", "openapi.yaml", "wallet.html"):
         assert f"{name} is not installed beside wallet.py" in said
-    for name in ("wallet_books.py", "wallet_cli.py", "wallet_commands.py"):
+    for name in ("wallet_books.py", "wallet_cli.py", "wallet_commands.py", "wallet_overview.py"):
         shutil.copy(HERE / name, tmp_path)
     said = bare.run("python", "wallet.py", "accounts", cwd=tmp_path, status=2)
     assert "checks.sql is not installed beside wallet.py" in said

@@ -138,7 +138,8 @@ class Machine:
         for one in (self.opt / ".venv" / "bin", self.bin, self.volume):
             one.mkdir(parents=True)
         for name in ("wallet.py", "wallet_books.py", "wallet_cli.py", "wallet_commands.py",
-                     "wallet_server.py", "schema.sql", "checks.sql"):
+                     "wallet_overview.py", "wallet_server.py", "wallet_times.py", "schema.sql",
+                     "checks.sql"):
             shutil.copy(HERE / name, self.opt)
         for python in (self.opt / ".venv" / "bin" / "python", self.bin / "python"):
             self.write(python, f'#!/bin/sh\nexec {sys.executable} "$@"\n')
