@@ -258,11 +258,11 @@ def test_options_come_from_the_dsn_else_from_the_environment_else_from_here(
     with monkeypatch.context() as patched:
         patched.setattr(wallet_cli, "Wallet", refuse)
         assert wallet_cli.main(["--port", "0", "--threads", "4", "--dsn", postgres_dsn]) == 2
-    assert seen == [{"currency": None, "connections": 4, "create": True}]
+    assert seen == [{"currency": None, "connections": 1, "create": True}]
     monkeypatch.setenv("WALLET_DSN", postgres_dsn)
     monkeypatch.setenv("WALLET_THREADS", "5")
     with create_app().wallet as wallet:
-        assert wallet.database._pool.max_size == 5
+        assert wallet.database._pool.max_size == 2
 
 
 def test_text_is_utf_8_whatever_the_environment_says(postgres_dsn, monkeypatch):
