@@ -134,25 +134,22 @@ def test_key_that_waits_twice_in_one_line_has_one_effect_and_both_get_its_answer
     assert [wallet.account(one).balance for one in (ada, bob)] == [5, 5]
 
 
-def post_unfinished(connection, account_id, **request):
-    """Post a topup as another process does, but for its COMMIT."""
+def post_unfinished(connection, type, account_id, **request):
+    """Post a movement as another process does, but for its COMMIT."""
     fields, stamp = wallet_module._parse_request(
-        wallet_module.MOVEMENT, account_id, "topup", description=None, **request
+        wallet_module.MOVEMENT, account_id, type, description=None, **request
     )
     tx = wallet_postgres.PostgresTx(connection=connection)
-    entry = wallet_module._Entry(account_id, "topup", **fields)
+    entry = wallet_module._Entry(account_id, type, **fields)
     (made,) = wallet_module._post_each(tx, [(entry, stamp)])
     return made
 
 
-@pytest.mark.slow_on("control")
-@pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
-def test_key_that_another_process_uses_meanwhile_is_told_its_answer_and_nobody_else_notices(
-    new_schema, postgres_server, monkeypatch, careless
-):
-    """It is used between the moment of which the look at all accounts tells, and the locks."""
-    dsn = new_schema(on=postgres_server)
-    # Between these two the look goes through a gate, which the test opens.
+@pytest.fixture
+def gated(monkeypatch):
+    """Between the moment of which the look at all accounts tells, and the locks, it goes through a
+    gate, which the test opens.
+    """
     for before, after in (
         ("(VALUES %s)", "(VALUES %s), gate AS MATERIALIZED (SELECT CAST("
          "pg_advisory_xact_lock_shared(7) AS TEXT) AS is_open)"),
@@ -161,28 +158,41 @@ def test_key_that_another_process_uses_meanwhile_is_told_its_answer_and_nobody_e
         changed = wallet_module.FIND_MANY.replace(before, after)
         assert changed != wallet_module.FIND_MANY
         monkeypatch.setattr(wallet_module, "FIND_MANY", changed)
-    if careless:  # Without a way back, each is told of what befell one.
 
-        def gather(self, function, item):
-            return self._line.stand(wallet_postgres._Together(function, item))
 
-        monkeypatch.setattr(wallet_postgres.PostgresDatabase, "gather", gather)
-    with (
-        Wallet(dsn) as wallet,
-        psycopg.connect(dsn) as other,
-        psycopg.connect(dsn, autocommit=True) as gate,
-    ):
-        ids = [wallet.register(name)[0].id for name in ("Ada", "Bob", "Cem")]
+def use_key_meanwhile(wallet, server, dsn, type, ids):
+    """Let each account send a movement, and one of them another too, with the same key, to another
+    process. Return what came of these, and of that one.
+    """
+    with psycopg.connect(dsn) as other, psycopg.connect(dsn, autocommit=True) as gate:
         gate.execute("SELECT pg_advisory_lock(7)")
-        waiting = Waiting(wallet, *[partial(wallet.topup, one, 5, key="k") for one in ids])
-        theirs = post_unfinished(other, ids[1], amount=5, key="k")
+        move = getattr(wallet, type)
+        waiting = Waiting(wallet, *[partial(move, one, 5, key="k") for one in ids])
+        theirs = post_unfinished(other, type, ids[1], amount=5, key="k")
         release = threading.Thread(target=waiting.release)
         release.start()
-        wait_for_lock(postgres_server)
+        wait_for_lock(server)
         other.commit()
         gate.execute("SELECT pg_advisory_unlock(7)")
         release.join()
-        outcomes = waiting.outcomes()
+        return waiting.outcomes(), theirs
+
+
+@pytest.mark.slow_on("control")
+@pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
+def test_key_that_another_process_uses_meanwhile_is_told_its_answer_and_nobody_else_notices(
+    new_schema, postgres_server, monkeypatch, gated, careless
+):
+    dsn = new_schema(on=postgres_server)
+    if careless:  # Without a way back, each is told of what befell one.
+
+        def gather(self, function, item, account_id):
+            return self._line.stand(wallet_postgres._Together(function, item))
+
+        monkeypatch.setattr(wallet_postgres.PostgresDatabase, "gather", gather)
+    with Wallet(dsn) as wallet:
+        ids = [wallet.register(name)[0].id for name in ("Ada", "Bob", "Cem")]
+        outcomes, theirs = use_key_meanwhile(wallet, postgres_server, dsn, "topup", ids)
         if careless:
             assert {type(one) for one in outcomes} == {wallet_postgres._NotTogether}
             return
@@ -190,6 +200,23 @@ def test_key_that_another_process_uses_meanwhile_is_told_its_answer_and_nobody_e
         assert [one.replayed for one in outcomes] == [False, True, False]
         assert outcomes[1] == theirs
         assert transactions_that_wrote(wallet, outcomes) == 3  # One by one.
+        check_books(wallet)
+
+
+def test_charge_whose_key_another_process_uses_meanwhile_is_not_refused_for_want_of_what_it_took(
+    new_schema, postgres_server, gated
+):
+    """Who locks an account sees its balance, and maybe not yet the entry that it comes from."""
+    dsn = new_schema(on=postgres_server)
+    with Wallet(dsn) as wallet:
+        ids = [wallet.register(name)[0].id for name in ("Ada", "Bob", "Cem")]
+        for one in ids:
+            wallet.topup(one, 5)
+        outcomes, theirs = use_key_meanwhile(wallet, postgres_server, dsn, "charge", ids)
+        assert outcomes[1] == theirs
+        assert outcomes[1].replayed
+        assert transactions_that_wrote(wallet, outcomes) == 2
+        assert [wallet.account(one).balance for one in ids] == [0, 0, 0]
         check_books(wallet)
 
 
