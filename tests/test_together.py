@@ -562,6 +562,26 @@ def test_movements_whose_commit_is_not_answered_stay_unknown_while_the_database_
         check_books(wallet)
 
 
+@pytest.mark.parametrize("count", [1, 3], ids=["alone", "together"])
+def test_movements_whose_commit_is_not_answered_stay_unknown_when_the_wallet_is_closed_meanwhile(
+    relay, monkeypatch, count
+):
+    with Wallet(relay.dsn) as wallet:
+        ids = [wallet.register(f"No. {number}")[0].id for number in range(count)]
+        waiting = Waiting(wallet, *[partial(wallet.topup, one, 5, key="k") for one in ids])
+        break_off = relay.break_off
+
+        def close_first(*connections):
+            wallet.close()
+            break_off(*connections)
+
+        monkeypatch.setattr(relay, "break_off", close_first)
+        relay.cut = "after"
+        assert {type(one) for one in waiting.outcomes()} == {OutcomeUnknown}
+    with Wallet(relay.dsn) as wallet:
+        assert all(wallet.topup(one, 5, key="k").replayed for one in ids)
+
+
 @pytest.mark.slow_on("control")
 @pytest.mark.parametrize(
     ("count", "careless"), [(1, False), (3, False), (1, True)], ids=["alone", "together", "control"]
