@@ -253,14 +253,13 @@ class PostgresDatabase(Database):
     def _call(self, function: Callable[[_Tx], T], is_write: bool, timeout_s: float | None,
               earlier: _Together | None = None) -> T:
         """Run `function` until it succeeds, while running it again may help and there is time."""
-        unknown = earlier.is_unknown if earlier else False
+        unknown, now = earlier.is_unknown if earlier else False, time.monotonic()
         if not unknown:
             self._line.check_usable()
-        started = time.monotonic()
-        deadline = (earlier.since if earlier else started) + (
-            timeout_s or wallet.DATABASE_TIMEOUT_S)
+        started = earlier.since if earlier else now
+        deadline = started + (timeout_s or wallet.DATABASE_TIMEOUT_S)
         mendings, pause_s = 0, RETRY_PAUSE_S
-        if started < self._away_until:
+        if now < self._away_until:
             away = wallet._unavailable("the database has stopped answering")
             raise self.failed(OutcomeUnknown() if unknown else away)
         while True:

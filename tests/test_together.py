@@ -582,6 +582,19 @@ def test_movements_whose_commit_is_not_answered_stay_unknown_when_the_wallet_is_
         assert all(wallet.topup(one, 5, key="k").replayed for one in ids)
 
 
+def test_movement_that_has_no_time_left_after_the_line_does_not_make_the_database_be_taken_for_away(
+    new_schema, postgres_server, monkeypatch
+):
+    with Wallet(new_schema(on=postgres_server)) as wallet:
+        ada, bob = (wallet.register(name)[0].id for name in ("Ada", "Bob"))
+        waiting = Waiting(wallet, partial(wallet.topup, ada, 5, key="k"))
+        monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0)
+        assert {type(one) for one in waiting.outcomes()} == {Unavailable}
+        monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 5)
+        assert wallet.topup(bob, 5).balance == 5
+        assert wallet.topup(ada, 5, key="k").balance == 5
+
+
 @pytest.mark.slow_on("control")
 @pytest.mark.parametrize(
     ("count", "careless"), [(1, False), (3, False), (1, True)], ids=["alone", "together", "control"]
