@@ -381,9 +381,9 @@ class PostgresTx(_Tx):
         Behind a statement that failed in a pipeline, the server runs no COMMIT.
         """
         is_unwritten = self.sent and self.sent[0].rowcount < self.sent[1]
-        is_answer = self.is_one_statement and self.connection and not self.connection.closed
+        is_answer = self.connection and not self.connection.closed  # Not a pooler's.
         state = getattr(error, "sqlstate", None)
-        is_undone = state and (is_unwritten or is_answer)
+        is_undone = state and is_answer and (is_unwritten or self.is_one_statement)
         return self.is_committing and state not in LOST_A_RACE and not is_undone
 
     def __call__(self, sql: str, *parameters: str | int | None) -> list[_Row]:

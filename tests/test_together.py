@@ -372,6 +372,7 @@ class Relay:
         self.dsn = re.sub(r"127\.0\.0\.1:\d+", f"127.0.0.1:{self.listener.getsockname()[1]}", dsn)
         self.dsn += "&sslmode=disable&gssencmode=disable"
         self.asked, self.cut, self.stays_away, self.is_away = 0, "", False, False
+        self.parting = b""  # What the client is told before it is cut off.
         self.open, self.threads, self.doomed = [], [], set()
         self.start(self.accept)
 
@@ -423,6 +424,7 @@ class Relay:
             while chunk := server.recv(65536):
                 # Ready for a query, and in no transaction: it is committed.
                 if server in self.doomed and chunk.endswith(b"Z\0\0\0\5I"):
+                    client.sendall(self.parting)
                     self.break_off(client, server)
                     return
                 client.sendall(chunk)
@@ -539,11 +541,17 @@ def test_movements_whose_commit_is_not_answered_are_told_the_truth_and_none_is_d
         check_books(wallet)
 
 
+# What PgBouncer says where the server has ended, whatever that has done before.
+LOST_SERVER = b"SFATAL\0VFATAL\0C08P01\0Mserver conn crashed?\0\0"
+LOST_SERVER = b"E" + struct.pack("!I", len(LOST_SERVER) + 4) + LOST_SERVER
+
+
 @pytest.mark.slow_on("control")
 @pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
+@pytest.mark.parametrize("parting", [b"", LOST_SERVER], ids=["cut off", "told by a pooler"])
 @pytest.mark.parametrize("count", [1, 3], ids=["alone", "together"])
 def test_movements_whose_commit_is_not_answered_stay_unknown_while_the_database_is_away(
-    relay, monkeypatch, count, careless
+    relay, monkeypatch, count, parting, careless
 ):
     if careless:  # Takes what was not answered for not done.
         monkeypatch.setattr(wallet_postgres.PostgresTx, "may_be_kept", lambda self, error: False)
@@ -551,7 +559,7 @@ def test_movements_whose_commit_is_not_answered_stay_unknown_while_the_database_
     with Wallet(relay.dsn) as wallet:
         ids = [wallet.register(f"No. {number}")[0].id for number in range(count)]
         waiting = Waiting(wallet, *[partial(wallet.topup, one, 5, key="k") for one in ids])
-        relay.cut, relay.stays_away = "after", True
+        relay.cut, relay.stays_away, relay.parting = "after", True, parting
         refused = waiting.outcomes()
         assert {type(one) for one in refused} == {Unavailable if careless else OutcomeUnknown}
         relay.is_away = False
