@@ -1539,7 +1539,7 @@ class Wallet:
 
 def _post_each(tx: _Tx, moves: Sequence[tuple[_Entry, _Stamp]],
                ) -> list[Transaction | WalletError | None]:
-    """Post movements. Return for each what came of it, or None for an account that was left out."""
+    """Post movements. Return for each what came of it, or None where it is to be tried again."""
     if len(moves) == 1 and not tx.waits:
         return [_post_at_once(tx, *moves[0])]
     books = _Books(tx, *((entry.account_id, stamp) for entry, stamp in moves))
@@ -1547,10 +1547,8 @@ def _post_each(tx: _Tx, moves: Sequence[tuple[_Entry, _Stamp]],
     for entry, stamp in moves:
         try:
             outcomes.append(books.begin(entry.account_id, stamp) or books.post(entry, stamp))
-        except (AccountNotFound, Unauthorized) as error:
-            outcomes.append(error if tx.waits else None)  # Another transaction may have it.
-        except WalletError as error:
-            outcomes.append(error)
+        except WalletError as error:  # Unless it waits, it may not see all that its key did.
+            outcomes.append(error if tx.waits else None)
     books.write()
     return outcomes
 

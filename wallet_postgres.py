@@ -253,12 +253,13 @@ class PostgresDatabase(Database):
     def _call(self, function: Callable[[_Tx], T], is_write: bool, timeout_s: float | None,
               earlier: _Together | None = None) -> T:
         """Run `function` until it succeeds, while running it again may help and there is time."""
-        self._line.check_usable()
-        started = time.monotonic()
-        deadline = (earlier.since if earlier else started) + (
-            timeout_s or wallet.DATABASE_TIMEOUT_S)
-        unknown, mendings, pause_s = earlier.is_unknown if earlier else False, 0, RETRY_PAUSE_S
-        if started < self._away_until:
+        unknown, now = earlier.is_unknown if earlier else False, time.monotonic()
+        if not unknown:
+            self._line.check_usable()
+        started = earlier.since if earlier else now
+        deadline = started + (timeout_s or wallet.DATABASE_TIMEOUT_S)
+        mendings, pause_s = 0, RETRY_PAUSE_S
+        if now < self._away_until:
             away = wallet._unavailable("the database has stopped answering")
             raise self.failed(OutcomeUnknown() if unknown else away)
         while True:
@@ -380,9 +381,9 @@ class PostgresTx(_Tx):
         Behind a statement that failed in a pipeline, the server runs no COMMIT.
         """
         is_unwritten = self.sent and self.sent[0].rowcount < self.sent[1]
-        is_answer = self.is_one_statement and self.connection and not self.connection.closed
+        is_answer = self.connection and not self.connection.closed  # Not a pooler's.
         state = getattr(error, "sqlstate", None)
-        is_undone = state and (is_unwritten or is_answer)
+        is_undone = state and is_answer and (is_unwritten or self.is_one_statement)
         return self.is_committing and state not in LOST_A_RACE and not is_undone
 
     def __call__(self, sql: str, *parameters: str | int | None) -> list[_Row]:

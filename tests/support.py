@@ -1199,7 +1199,7 @@ def hold_the_line(wallet):
         assert go.wait(timeout=30)
         return ["done"] * len(items)
 
-    thread = threading.Thread(target=wallet.database.gather, args=(slow, None))
+    thread = threading.Thread(target=wallet.database.gather, args=(slow, None, ""))
     thread.start()
     assert begun.wait(timeout=30)
 

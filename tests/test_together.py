@@ -134,25 +134,22 @@ def test_key_that_waits_twice_in_one_line_has_one_effect_and_both_get_its_answer
     assert [wallet.account(one).balance for one in (ada, bob)] == [5, 5]
 
 
-def post_unfinished(connection, account_id, **request):
-    """Post a topup as another process does, but for its COMMIT."""
+def post_unfinished(connection, type, account_id, **request):
+    """Post a movement as another process does, but for its COMMIT."""
     fields, stamp = wallet_module._parse_request(
-        wallet_module.MOVEMENT, account_id, "topup", description=None, **request
+        wallet_module.MOVEMENT, account_id, type, description=None, **request
     )
     tx = wallet_postgres.PostgresTx(connection=connection)
-    entry = wallet_module._Entry(account_id, "topup", **fields)
+    entry = wallet_module._Entry(account_id, type, **fields)
     (made,) = wallet_module._post_each(tx, [(entry, stamp)])
     return made
 
 
-@pytest.mark.slow_on("control")
-@pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
-def test_key_that_another_process_uses_meanwhile_is_told_its_answer_and_nobody_else_notices(
-    new_schema, postgres_server, monkeypatch, careless
-):
-    """It is used between the moment of which the look at all accounts tells, and the locks."""
-    dsn = new_schema(on=postgres_server)
-    # Between these two the look goes through a gate, which the test opens.
+@pytest.fixture
+def gated(monkeypatch):
+    """Between the moment of which the look at all accounts tells, and the locks, it goes through a
+    gate, which the test opens.
+    """
     for before, after in (
         ("(VALUES %s)", "(VALUES %s), gate AS MATERIALIZED (SELECT CAST("
          "pg_advisory_xact_lock_shared(7) AS TEXT) AS is_open)"),
@@ -161,28 +158,41 @@ def test_key_that_another_process_uses_meanwhile_is_told_its_answer_and_nobody_e
         changed = wallet_module.FIND_MANY.replace(before, after)
         assert changed != wallet_module.FIND_MANY
         monkeypatch.setattr(wallet_module, "FIND_MANY", changed)
-    if careless:  # Without a way back, each is told of what befell one.
 
-        def gather(self, function, item):
-            return self._line.stand(wallet_postgres._Together(function, item))
 
-        monkeypatch.setattr(wallet_postgres.PostgresDatabase, "gather", gather)
-    with (
-        Wallet(dsn) as wallet,
-        psycopg.connect(dsn) as other,
-        psycopg.connect(dsn, autocommit=True) as gate,
-    ):
-        ids = [wallet.register(name)[0].id for name in ("Ada", "Bob", "Cem")]
+def use_key_meanwhile(wallet, server, dsn, type, ids):
+    """Let each account send a movement, and one of them another too, with the same key, to another
+    process. Return what came of these, and of that one.
+    """
+    with psycopg.connect(dsn) as other, psycopg.connect(dsn, autocommit=True) as gate:
         gate.execute("SELECT pg_advisory_lock(7)")
-        waiting = Waiting(wallet, *[partial(wallet.topup, one, 5, key="k") for one in ids])
-        theirs = post_unfinished(other, ids[1], amount=5, key="k")
+        move = getattr(wallet, type)
+        waiting = Waiting(wallet, *[partial(move, one, 5, key="k") for one in ids])
+        theirs = post_unfinished(other, type, ids[1], amount=5, key="k")
         release = threading.Thread(target=waiting.release)
         release.start()
-        wait_for_lock(postgres_server)
+        wait_for_lock(server)
         other.commit()
         gate.execute("SELECT pg_advisory_unlock(7)")
         release.join()
-        outcomes = waiting.outcomes()
+        return waiting.outcomes(), theirs
+
+
+@pytest.mark.slow_on("control")
+@pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
+def test_key_that_another_process_uses_meanwhile_is_told_its_answer_and_nobody_else_notices(
+    new_schema, postgres_server, monkeypatch, gated, careless
+):
+    dsn = new_schema(on=postgres_server)
+    if careless:  # Without a way back, each is told of what befell one.
+
+        def gather(self, function, item, account_id):
+            return self._line.stand(wallet_postgres._Together(function, item))
+
+        monkeypatch.setattr(wallet_postgres.PostgresDatabase, "gather", gather)
+    with Wallet(dsn) as wallet:
+        ids = [wallet.register(name)[0].id for name in ("Ada", "Bob", "Cem")]
+        outcomes, theirs = use_key_meanwhile(wallet, postgres_server, dsn, "topup", ids)
         if careless:
             assert {type(one) for one in outcomes} == {wallet_postgres._NotTogether}
             return
@@ -190,6 +200,23 @@ def test_key_that_another_process_uses_meanwhile_is_told_its_answer_and_nobody_e
         assert [one.replayed for one in outcomes] == [False, True, False]
         assert outcomes[1] == theirs
         assert transactions_that_wrote(wallet, outcomes) == 3  # One by one.
+        check_books(wallet)
+
+
+def test_charge_whose_key_another_process_uses_meanwhile_is_not_refused_for_want_of_what_it_took(
+    new_schema, postgres_server, gated
+):
+    """Who locks an account sees its balance, and maybe not yet the entry that it comes from."""
+    dsn = new_schema(on=postgres_server)
+    with Wallet(dsn) as wallet:
+        ids = [wallet.register(name)[0].id for name in ("Ada", "Bob", "Cem")]
+        for one in ids:
+            wallet.topup(one, 5)
+        outcomes, theirs = use_key_meanwhile(wallet, postgres_server, dsn, "charge", ids)
+        assert outcomes[1] == theirs
+        assert outcomes[1].replayed
+        assert transactions_that_wrote(wallet, outcomes) == 2
+        assert [wallet.account(one).balance for one in ids] == [0, 0, 0]
         check_books(wallet)
 
 
@@ -345,6 +372,7 @@ class Relay:
         self.dsn = re.sub(r"127\.0\.0\.1:\d+", f"127.0.0.1:{self.listener.getsockname()[1]}", dsn)
         self.dsn += "&sslmode=disable&gssencmode=disable"
         self.asked, self.cut, self.stays_away, self.is_away = 0, "", False, False
+        self.parting = b""  # What the client is told before it is cut off.
         self.open, self.threads, self.doomed = [], [], set()
         self.start(self.accept)
 
@@ -396,6 +424,7 @@ class Relay:
             while chunk := server.recv(65536):
                 # Ready for a query, and in no transaction: it is committed.
                 if server in self.doomed and chunk.endswith(b"Z\0\0\0\5I"):
+                    client.sendall(self.parting)
                     self.break_off(client, server)
                     return
                 client.sendall(chunk)
@@ -512,11 +541,17 @@ def test_movements_whose_commit_is_not_answered_are_told_the_truth_and_none_is_d
         check_books(wallet)
 
 
+# What PgBouncer says where the server has ended, whatever that has done before.
+LOST_SERVER = b"SFATAL\0VFATAL\0C08P01\0Mserver conn crashed?\0\0"
+LOST_SERVER = b"E" + struct.pack("!I", len(LOST_SERVER) + 4) + LOST_SERVER
+
+
 @pytest.mark.slow_on("control")
 @pytest.mark.parametrize("careless", [False, True], ids=["wallet", "control"])
+@pytest.mark.parametrize("parting", [b"", LOST_SERVER], ids=["cut off", "told by a pooler"])
 @pytest.mark.parametrize("count", [1, 3], ids=["alone", "together"])
 def test_movements_whose_commit_is_not_answered_stay_unknown_while_the_database_is_away(
-    relay, monkeypatch, count, careless
+    relay, monkeypatch, count, parting, careless
 ):
     if careless:  # Takes what was not answered for not done.
         monkeypatch.setattr(wallet_postgres.PostgresTx, "may_be_kept", lambda self, error: False)
@@ -524,7 +559,7 @@ def test_movements_whose_commit_is_not_answered_stay_unknown_while_the_database_
     with Wallet(relay.dsn) as wallet:
         ids = [wallet.register(f"No. {number}")[0].id for number in range(count)]
         waiting = Waiting(wallet, *[partial(wallet.topup, one, 5, key="k") for one in ids])
-        relay.cut, relay.stays_away = "after", True
+        relay.cut, relay.stays_away, relay.parting = "after", True, parting
         refused = waiting.outcomes()
         assert {type(one) for one in refused} == {Unavailable if careless else OutcomeUnknown}
         relay.is_away = False
@@ -533,6 +568,39 @@ def test_movements_whose_commit_is_not_answered_stay_unknown_while_the_database_
         wallet.database._pool.drain()
         assert all(wallet.topup(one, 5, key="k").replayed for one in ids)
         check_books(wallet)
+
+
+@pytest.mark.parametrize("count", [1, 3], ids=["alone", "together"])
+def test_movements_whose_commit_is_not_answered_stay_unknown_when_the_wallet_is_closed_meanwhile(
+    relay, monkeypatch, count
+):
+    with Wallet(relay.dsn) as wallet:
+        ids = [wallet.register(f"No. {number}")[0].id for number in range(count)]
+        waiting = Waiting(wallet, *[partial(wallet.topup, one, 5, key="k") for one in ids])
+        break_off = relay.break_off
+
+        def close_first(*connections):
+            wallet.close()
+            break_off(*connections)
+
+        monkeypatch.setattr(relay, "break_off", close_first)
+        relay.cut = "after"
+        assert {type(one) for one in waiting.outcomes()} == {OutcomeUnknown}
+    with Wallet(relay.dsn) as wallet:
+        assert all(wallet.topup(one, 5, key="k").replayed for one in ids)
+
+
+def test_movement_that_has_no_time_left_after_the_line_does_not_make_the_database_be_taken_for_away(
+    new_schema, postgres_server, monkeypatch
+):
+    with Wallet(new_schema(on=postgres_server)) as wallet:
+        ada, bob = (wallet.register(name)[0].id for name in ("Ada", "Bob"))
+        waiting = Waiting(wallet, partial(wallet.topup, ada, 5, key="k"))
+        monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 0)
+        assert {type(one) for one in waiting.outcomes()} == {Unavailable}
+        monkeypatch.setattr(wallet_module, "DATABASE_TIMEOUT_S", 5)
+        assert wallet.topup(bob, 5).balance == 5
+        assert wallet.topup(ada, 5, key="k").balance == 5
 
 
 @pytest.mark.slow_on("control")
