@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 import wallet as wallet_module
+import wallet_tables
 from tests.support import HERE, check_books, command, contents, schema_of, together
 from wallet import IdempotencyKeyReused, Wallet
 
@@ -73,7 +74,7 @@ def test_database_of_the_first_version_is_brought_to_this_one_and_keeps_all(dura
             None,
         )
         assert (
-            wallet.database.write(partial(wallet_module._migrate, wallet.database.adapt)) == 4
+            wallet.database.write(partial(wallet_tables.make_step, wallet.database.adapt)) == 4
         )  # As for a process that comes too late.
         assert wallet.refund(ada.id, f"txn_{'A' * 16}_2").balance == 12
         assert wallet.transfer(ada.id, "acc_" + "B" * 16, 2).balance == 10
