@@ -685,8 +685,11 @@ def test_where_accounts_are_on_several_nodes_each_statement_is_about_one_and_non
         assert together(*[partial(wallet.topup, one, 100, key="k") for one in ids]) == made
         charge = wallet.charge(ada, 40)
         wallet.refund(ada, charge.id, 10)
+        before = len(sent)
         wallet.transfer(bob, ada, 50)
         wallet.transfer(ada, bob, 5, key="t")
+        locked = [one for sql, ids in sent[before:] if sql.startswith("SELECT 1 ") for one in ids]
+        assert locked == sorted([ada, bob]) * 2  # So that no two wait for each other.
         assert wallet.transfer(ada, bob, 5, key="t").replayed
         wallet.capture(ada, wallet.hold(ada, 20).id, 10)
         wallet.release(ada, wallet.hold(ada, 20).id)
