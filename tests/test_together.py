@@ -643,6 +643,20 @@ def test_movements_that_were_not_begun_are_not_unknown_while_the_database_is_awa
         assert {type(one) for one in waiting.outcomes()} == {Unavailable}
 
 
+def test_while_the_database_is_taken_for_away_movements_do_not_wait_to_learn_it_again(relay):
+    with Wallet(relay.dsn, connections=1) as wallet:
+        ids = [wallet.register(f"No. {number}")[0].id for number in range(3)]
+        waiting = Waiting(wallet, *[partial(wallet.topup, one, 5) for one in ids])
+        wallet.database._away_until = float("inf")
+        assert {type(one) for one in waiting.outcomes()} == {Unavailable}
+        asked = relay.asked
+        with pytest.raises(Unavailable):
+            wallet.topup(ids[0], 5)
+        assert relay.asked == asked
+        wallet.database._away_until = 0
+        assert [wallet.topup(one, 5).balance for one in ids] == [5, 5, 5]
+
+
 # Where accounts are on several nodes ##############################################################
 
 
