@@ -134,6 +134,19 @@ def test_key_that_waits_twice_in_one_line_has_one_effect_and_both_get_its_answer
     assert [wallet.account(one).balance for one in (ada, bob)] == [5, 5]
 
 
+def test_times_of_an_account_do_not_go_back_with_the_clock_of_whoever_moves_its_money(
+    wallet, monkeypatch
+):
+    ids = [wallet.register(name)[0].id for name in ("Ada", "Bob")]
+    first = [wallet.topup(one, 5).created_at for one in ids]
+    an_hour_ago = wallet_module._now_us() - 3600 * 10**6
+    monkeypatch.setattr(wallet_module, "_now_us", lambda: an_hour_ago)
+    assert [wallet.charge(one, 1).created_at for one in ids] == first
+    waiting = Waiting(wallet, *[partial(wallet.charge, one, 1) for one in ids])
+    assert [one.created_at for one in waiting.outcomes()] == first
+    check_books(wallet)
+
+
 def post_unfinished(connection, type, account_id, **request):
     """Post a movement as another process does, but for its COMMIT."""
     fields, stamp = wallet_module._parse_request(
