@@ -134,6 +134,19 @@ def test_key_that_waits_twice_in_one_line_has_one_effect_and_both_get_its_answer
     assert [wallet.account(one).balance for one in (ada, bob)] == [5, 5]
 
 
+def test_times_of_an_account_do_not_go_back_with_the_clock_of_whoever_moves_its_money(
+    wallet, monkeypatch
+):
+    ids = [wallet.register(name)[0].id for name in ("Ada", "Bob")]
+    first = [wallet.topup(one, 5).created_at for one in ids]
+    an_hour_ago = wallet_module._now_us() - 3600 * 10**6
+    monkeypatch.setattr(wallet_module, "_now_us", lambda: an_hour_ago)
+    assert [wallet.charge(one, 1).created_at for one in ids] == first
+    waiting = Waiting(wallet, *[partial(wallet.charge, one, 1) for one in ids])
+    assert [one.created_at for one in waiting.outcomes()] == first
+    check_books(wallet)
+
+
 def post_unfinished(connection, type, account_id, **request):
     """Post a movement as another process does, but for its COMMIT."""
     fields, stamp = wallet_module._parse_request(
@@ -643,6 +656,20 @@ def test_movements_that_were_not_begun_are_not_unknown_while_the_database_is_awa
         assert {type(one) for one in waiting.outcomes()} == {Unavailable}
 
 
+def test_while_the_database_is_taken_for_away_movements_do_not_wait_to_learn_it_again(relay):
+    with Wallet(relay.dsn, connections=1) as wallet:
+        ids = [wallet.register(f"No. {number}")[0].id for number in range(3)]
+        waiting = Waiting(wallet, *[partial(wallet.topup, one, 5) for one in ids])
+        wallet.database._away_until = float("inf")
+        assert {type(one) for one in waiting.outcomes()} == {Unavailable}
+        asked = relay.asked
+        with pytest.raises(Unavailable):
+            wallet.topup(ids[0], 5)
+        assert relay.asked == asked
+        wallet.database._away_until = 0
+        assert [wallet.topup(one, 5).balance for one in ids] == [5, 5, 5]
+
+
 # Where accounts are on several nodes ##############################################################
 
 
@@ -685,8 +712,11 @@ def test_where_accounts_are_on_several_nodes_each_statement_is_about_one_and_non
         assert together(*[partial(wallet.topup, one, 100, key="k") for one in ids]) == made
         charge = wallet.charge(ada, 40)
         wallet.refund(ada, charge.id, 10)
+        before = len(sent)
         wallet.transfer(bob, ada, 50)
         wallet.transfer(ada, bob, 5, key="t")
+        locked = [one for sql, ids in sent[before:] if sql.startswith("SELECT 1 ") for one in ids]
+        assert locked == sorted([ada, bob]) * 2  # So that no two wait for each other.
         assert wallet.transfer(ada, bob, 5, key="t").replayed
         wallet.capture(ada, wallet.hold(ada, 20).id, 10)
         wallet.release(ada, wallet.hold(ada, 20).id)
