@@ -560,7 +560,6 @@ def _as_us(moment: datetime) -> int:
     return (moment - EPOCH) // timedelta(microseconds=1)
 
 
-@lru_cache(16)  # All that a transaction writes has one time.
 def _as_time(time_us: int) -> datetime:
     return EPOCH + timedelta(microseconds=time_us)
 
@@ -891,7 +890,6 @@ class _Books:
             tx.many(LOCK % ", ".join("?" * len(parts[0])) + tx.row_lock, parts)
             # Only a statement that begins now sees all that was committed before.
             self._find(keys, "" if tx.waits else tx.row_lock)
-        self._now_us = _now_us()
 
     def _find(self, keys: list[tuple[str, str]], lock: str) -> None:
         if len(keys) == 1 or self.tx.is_sharded:
@@ -924,7 +922,7 @@ class _Books:
 
         Raises AccountNotFound, AccountFrozen, BalanceLimitExceeded, InsufficientFunds.
         """
-        account = self._account(entry.account_id)
+        account, now_us = self._account(entry.account_id), _now_us()
         change = SIGN_BY_TYPE.get(entry.type, 0) * entry.amount  # type: ignore[call-overload]
         if account.frozen:
             raise AccountFrozen()
@@ -936,7 +934,7 @@ class _Books:
             raise BalanceLimitExceeded(detail, balance=account.balance)
         held = account.held
         if 0 < held > balance - entry.held:
-            held -= self.tx(EXPIRED, account.id, self._now_us)[0][0]
+            held -= self.tx(EXPIRED, account.id, now_us)[0][0]
         if held > balance - entry.held:
             available, needed = account.balance - held, entry.held - change
             free = f", {available} of it available" if held else ""
@@ -944,10 +942,10 @@ class _Books:
                 f"The balance is {account.balance}{free}, and this needs {needed}.",
                 balance=account.balance, available=available, required=needed)
         if held < account.held:
-            self.end_expired(account.id)
+            self.end_expired(account.id, now_us)
         account.balance, account.held = balance, account.held + entry.held
         account.last_sequence += 1
-        account.updated_at_us = max(account.updated_at_us, self._now_us)  # It never goes back.
+        account.updated_at_us = max(account.updated_at_us, now_us)  # It never goes back.
         row = (account.last_sequence, entry.type, entry.amount, balance, entry.description,
                entry.metadata_json, entry.reference, account.updated_at_us)
         self._changed[account.id] = account
@@ -955,12 +953,12 @@ class _Books:
         self._earlier[account.id, stamp.key] = (stamp.fingerprint, *row)
         return _as_transaction(account.id, row)
 
-    def end_expired(self, account_id: str) -> None:
+    def end_expired(self, account_id: str, now_us: int) -> None:
         """Stop counting the holds that have expired."""
         account = self._account(account_id)
         ended = self.tx("""UPDATE holds SET status = 'expired'
                            WHERE account_id = ? AND status = 'active' AND expires_at <= ?
-                           RETURNING amount""", account_id, self._now_us)
+                           RETURNING amount""", account_id, now_us)
         account.held -= sum(amount for amount, in ended)
         self._changed[account_id] = account
 
@@ -1228,7 +1226,7 @@ class Wallet:
         def hold(books: _Books) -> Hold:
             made = books.begin(account_id, stamp)
             if not made:
-                books.end_expired(account_id)
+                books.end_expired(account_id, _now_us())
                 made = books.post(_Entry(account_id, "hold", **fields, held=amount), stamp)
                 books.write()
                 begun_us = min(_as_us(made.created_at), _now_us())  # The account's may be ahead.

@@ -157,7 +157,8 @@ def load_settings(given: Mapping[str, Any] = {}) -> dict[str, Any]:
     if _is_of_service():
         found["port"] = None
     settings = {one.name: one.parse(given.get(one.name, found[one.name])) for one in SETTINGS}
-    _import_part("overview").check_issuer_token(settings["issuer-token"])
+    if settings["issuer-token"] is not None:
+        _import_part("overview").check_issuer_token(settings["issuer-token"])
     if settings["trusted-proxy"] is not None:
         _import_part("proxies").Proxy(settings["trusted-proxy"])
     if settings["cors-origin"]:

@@ -183,7 +183,7 @@ class PostgresDatabase(Database):
                     with suppress(_NotTogether):
                         return line.stand(write)
                 finally:
-                    if line.leader is None:
+                    if line.leader is None and self._busy.get(account_id) is line:
                         self._busy.pop(account_id, None)
         return self._call(partial(_run_one, function, item), True, None, write)
 

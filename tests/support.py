@@ -2268,8 +2268,7 @@ def end_expired(wallet, account_id):
 
     def end(tx):
         books = wallet_module._Books(tx, (account_id, wallet_module._make_stamp(None, None)))
-        books._now_us = wallet_module._now_us()
-        books.end_expired(account_id)
+        books.end_expired(account_id, wallet_module._now_us())
         books.write()
 
     wallet.database.write(end)
