@@ -302,7 +302,7 @@ def test_versions_are_pinned_once_and_the_commands_are_the_same_everywhere():
 @pytest.mark.slow
 def test_uv_runs_the_wallet_with_what_it_says_it_needs(tmp_path):
     for name in ("wallet.py", "wallet_books.py", "wallet_cli.py", "wallet_commands.py",
-                 "wallet_server.py", "schema.sql"):
+                 "wallet_server.py", "wallet_times.py", "schema.sql"):
         shutil.copy(HERE / name, tmp_path)
     with served(
         python=(find_uv_bin(), "run"),

@@ -285,8 +285,8 @@ WAYS = pytest.mark.parametrize("way", [["pytest"], ["python", "-m", "pytest"]], 
 
 @pytest.fixture
 def project(tmp_path):
-    """A project with two vendored files, and tests of them."""
-    for name in ("wallet.py", "wallet_server.py", "schema.sql"):
+    """A project with some vendored files, and tests of them."""
+    for name in ("wallet.py", "wallet_overview.py", "wallet_server.py", "schema.sql"):
         shutil.copy(HERE / name, tmp_path)
     (tmp_path / "test_vendored.py").write_text(VENDORED_TESTS)
     return tmp_path
