@@ -802,7 +802,10 @@ FIND = f"""
         t.{ENTRY_COLUMNS.replace(", ", ", t.")} FROM"""
 FIND_ONE = f"""{FIND} accounts LEFT JOIN transactions t
     ON t.account_id = id AND t.idempotency_key = ? WHERE id = ?"""
-# Where a statement may do all of it, it does so without a wait, or makes nothing.
+FIND_MANY = f"""WITH sent (sent_key, account) AS (VALUES %s) {FIND} sent
+    JOIN accounts ON id = account
+    LEFT JOIN transactions t ON t.account_id = id AND t.idempotency_key = sent_key"""
+# A topup or a charge in one statement, on Postgres: it waits for no lock, and does all or nothing.
 POST_AT_ONCE = f"""
     WITH free AS (SELECT id FROM accounts WHERE id = ? FOR UPDATE SKIP LOCKED), posted AS (
         UPDATE accounts SET balance = balance + ?, last_sequence = last_sequence + 1,
@@ -814,9 +817,6 @@ POST_AT_ONCE = f"""
     INSERT INTO transactions ({ENTRY_COLUMNS})
     SELECT id, ?, ?, last_sequence, ?, ?, balance, ?, ?, NULL, updated_at FROM posted
     RETURNING {TRANSACTION_COLUMNS}"""
-FIND_MANY = f"""WITH sent (sent_key, account) AS (VALUES %s) {FIND} sent
-    JOIN accounts ON id = account
-    LEFT JOIN transactions t ON t.account_id = id AND t.idempotency_key = sent_key"""
 ACTIVE = "FROM holds WHERE account_id = accounts.id AND status = 'active' AND expires_at"
 ACCOUNT = f"""
     SELECT token_hash, id, name, balance,
@@ -1552,6 +1552,7 @@ def _post_each(tx: _Tx, moves: Sequence[tuple[_Entry, _Stamp]],
 
 
 def _post_at_once(tx: _Tx, entry: _Entry, stamp: _Stamp) -> Transaction | None:
+    """Post a movement in one statement. Return None if that cannot do it, whatever the reason."""
     change = entry.amount if entry.type == "topup" else -entry.amount
     rows = tx(POST_AT_ONCE, entry.account_id, change, _now_us(), change, AMOUNT_MAX,
               stamp.token_hash, stamp.key, stamp.key, stamp.fingerprint, entry.type, entry.amount,
