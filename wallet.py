@@ -2039,13 +2039,10 @@ class _Line(Generic[W]):
                 self.waiting = [other for other in self.waiting if other is not write]
             raise
         finally:
-            if self.leader is write:
-                with self.lock:
-                    for other in self._taken:
-                        if other is not write:
-                            other.turn.release()
-                    self._taken = []
-                    self._appoint_leader()
+            try:
+                self._hand_over(write)
+            finally:  # That may have been interrupted too.
+                self._hand_over(write)
         if write.error or not write.done:  # The leader may have been interrupted.
             raise write.error or OutcomeUnknown()
         return write.outcome
@@ -2065,14 +2062,24 @@ class _Line(Generic[W]):
 
     def _take(self, leader: W) -> None:
         """Take what is like the leader's write out of the line. The lock is held."""
-        self._was_large, entries, left = leader.size > 1, 0, list[W]()
+        self._was_large, entries, taken, left = leader.size > 1, 0, list[W](), list[W]()
         for write in self.waiting:
             if (write.size > 1) is self._was_large and entries + write.size <= BATCH_MAX:
-                self._taken.append(write)
+                taken.append(write)
                 entries += write.size
             else:
                 left.append(write)
-        self.waiting = left
+        self._taken, self.waiting = taken, left
+
+    def _hand_over(self, write: W) -> None:
+        """If this write led, let those whose writes are done go on, and another one lead."""
+        if self.leader is write:
+            with self.lock:
+                for other in self._taken:
+                    if other is not write and other.turn.locked():
+                        other.turn.release()
+                self._taken = []
+                self._appoint_leader()
 
     def _appoint_leader(self) -> None:
         """Let the first in line work next, of those whose turn it is. The lock is held."""

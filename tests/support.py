@@ -1169,22 +1169,7 @@ def record(dsn, folder, program, kills):
 
 def hold_the_writer(wallet, sql="SELECT 1"):
     """Begin a write that waits. Return the function that lets it go."""
-    begun, go = threading.Event(), threading.Event()
-
-    def slow(tx):
-        begun.set()
-        assert go.wait(timeout=30)
-        tx(sql)
-
-    thread = threading.Thread(target=wallet.database.write, args=(slow, 60))
-    thread.start()
-    assert begun.wait(timeout=30)
-
-    def release():
-        go.set()
-        thread.join()
-
-    return release
+    return _hold(lambda slow: wallet.database.write(slow, 60), lambda tx: tx(sql))
 
 
 def hold_the_line(wallet):
@@ -1192,14 +1177,21 @@ def hold_the_line(wallet):
 
     Return the function that lets it go.
     """
+    return _hold(
+        lambda slow: wallet.database.gather(slow, None, ""),
+        lambda tx, items: ["done"] * len(items),
+    )
+
+
+def _hold(write, finish):
     begun, go = threading.Event(), threading.Event()
 
-    def slow(tx, items):
+    def slow(*arguments):
         begun.set()
         assert go.wait(timeout=30)
-        return ["done"] * len(items)
+        return finish(*arguments)
 
-    thread = threading.Thread(target=wallet.database.gather, args=(slow, None, ""))
+    thread = threading.Thread(target=write, args=(slow,))
     thread.start()
     assert begun.wait(timeout=30)
 

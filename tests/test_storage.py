@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import http.client
 import itertools
 import json
@@ -1087,6 +1088,45 @@ def test_interrupt_before_anything_is_done_leaves_nobody_waiting(wallet, monkeyp
     with pytest.raises(KeyboardInterrupt):
         wallet.topup(ada.id, 100)
     assert wallet.topup(ada.id, 1).balance == 1
+
+
+def test_interrupt_at_any_step_of_who_leads_wedges_nothing(wallet):
+    """Each place at which Python looks for Ctrl-C is tried, while another write waits."""
+    ada, _ = wallet.register("Ada")
+    places = ("CALL", "JUMP_BACKWARD", "JUMP_ABSOLUTE", "RESUME")
+    functions = ("stand", "_hand_over", "_appoint_leader", "_take", "_commit", "_gather")
+    for number in itertools.count():
+        steps, opcodes = itertools.count(), {}
+
+        def trace(frame, event, _, number=number, steps=steps, opcodes=opcodes):
+            frame.f_trace_opcodes = True
+            if frame.f_code.co_name in functions and event == "opcode":
+                before = opcodes.get(frame, "")
+                opcodes[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+                if before.startswith(places) and next(steps) == number:
+                    raise KeyboardInterrupt
+            return trace
+
+        def interrupted(trace=trace):
+            sys.settrace(trace)
+            try:
+                return wallet.topup(ada.id, 1)
+            finally:
+                sys.settrace(None)
+
+        release = hold_the_line(wallet)
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(interrupted)
+            while not wallet.database._line.waiting and not first.done():
+                time.sleep(0.001)
+            other = threads.submit(wallet.topup, ada.id, 1)
+            wait_for_queue(wallet, 1 if first.done() else 2)
+            release()
+            assert isinstance(other.exception(timeout=30), (OutcomeUnknown, type(None)))
+        if next(steps) <= number:  # There are no more.
+            assert first.result().amount == 1 and number > 20
+            break
+        assert isinstance(first.exception(), KeyboardInterrupt)
 
 
 def test_interrupt_of_who_commits_for_others_leaves_none_of_them_waiting(wallet, monkeypatch):
