@@ -64,6 +64,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
@@ -1592,6 +1593,18 @@ class _Tx(_Execute, Protocol):
 
 
 _Each = Callable[[_Tx, Sequence[Any]], Sequence[Any]]
+# By this, a thread tells its server that it waits for a database, -1, or goes on, +1.
+count_running = ContextVar[Callable[[int], None]]("count_running", default=lambda change: None)
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    count = count_running.get()
+    count(-1)
+    try:
+        yield
+    finally:
+        count(+1)
 
 
 class Database(Protocol):
@@ -1777,7 +1790,6 @@ class SQLiteDatabase(Database):
                                           " wallet before you do that."))
 
     def usage(self) -> dict[str, int]:
-        # What waits is a write, for the commit before it.
         return {"idle": len(self._idle_readers), "in_use": self._reading,
                 "waiting": len(self._line.waiting)}
 
@@ -1805,7 +1817,7 @@ class SQLiteDatabase(Database):
             write.done = True
         self.observe([write.error for write in batch])
 
-    def _try_commit(self, batch: list[_Write]) -> Unavailable | None:
+    def _try_commit(self, batch: list[_Write], one_by_one: bool = False) -> Unavailable | None:
         """Commit the batch. Return why that failed as a whole, or may have.
 
         A write that failed by itself has its own error, and is not committed.
@@ -1815,9 +1827,9 @@ class SQLiteDatabase(Database):
         try:
             execute("BEGIN IMMEDIATE")
             self._look_for_others()
-            groups: dict[_Each, list[_Write]] = {}
+            groups: dict[object, list[_Write]] = {}
             for write in batch:
-                groups.setdefault(write.function, []).append(write)
+                groups.setdefault(write if one_by_one else write.function, []).append(write)
             # Many together come first, as a savepoint that grows is a file.
             for writes in sorted(groups.values(), key=len, reverse=True):
                 if len(writes) == 1 < len(batch):
@@ -1825,11 +1837,9 @@ class SQLiteDatabase(Database):
                     if not self._run(writes):  # What it did is undone, and nothing else.
                         execute("ROLLBACK TO one_write")
                     execute("RELEASE one_write")
-                elif not self._run(writes):
-                    for write in writes:  # One may be at fault for all: so each runs by itself.
-                        write.function = partial(write.function)
+                elif not self._run(writes):  # Maybe by the fault of one of them.
                     execute("ROLLBACK")
-                    return self._try_commit(batch) if len(batch) > 1 else None
+                    return self._try_commit(batch, one_by_one=True) if len(batch) > 1 else None
             committing = True
             execute("COMMIT")
             return None
@@ -2017,6 +2027,7 @@ class _Line(Generic[W]):
         self.leader: W | None = None  # Whose thread works at the moment.
         self._was_large = self.is_closed = False
 
+    @_waiting()
     def stand(self, write: W) -> Any:
         """Wait until the write is done. Return its outcome, or raise it if it is an error."""
         try:
@@ -2512,7 +2523,7 @@ class App:
         if "body" in takes:
             arguments |= takes["body"](_parse_body(environ, takes))
             if takes.get("access") == "both" and caller and self.has_issuer:
-                _refuse_topups(arguments["transactions"])
+                _import_part("overview").refuse_topups(arguments["transactions"])
         return arguments
 
     def _authenticate(self, environ: WSGIEnvironment, takes: Mapping[str, Any],
@@ -2538,13 +2549,6 @@ class App:
         if takes.get("key") or takes.get("token"):
             arguments["token"] = token
         return _parse_token(token) if takes.get("key") else self.wallet.authenticate(token)
-
-
-def _refuse_topups(transactions: object) -> None:
-    """Raise Forbidden, with its index, for a topup in a batch that is not the issuer's."""
-    for index, one in enumerate(transactions if isinstance(transactions, list) else ()):
-        if isinstance(one, dict) and one.get("type") == "topup":
-            raise Forbidden("This wallet has an issuer, and a topup needs its token.", index=index)
 
 
 def _make_request_id(sent: str) -> str:

@@ -1,4 +1,4 @@
-"""What an issuer needs besides: a fit token, the list of all accounts, and the overview of them.
+"""What an issuer needs besides: a fit token, topups that are its own, all accounts, their overview.
 
 wallet.py loads this for the first of these.
 """
@@ -23,6 +23,7 @@ from wallet import (
     AccountNotFound,
     AccountTransaction,
     ConfigurationError,
+    Forbidden,
     Hour,
     MalformedRequest,
     Overview,
@@ -37,6 +38,7 @@ from wallet import (
     _parse_time,
     _Row,
     _text,
+    _waiting,
 )
 
 ISSUER_TOKEN_CHARACTERS_MIN = 32  # Nobody guesses as many.
@@ -85,6 +87,13 @@ ACCOUNTS = f"""
     ORDER BY created_at DESC, id DESC LIMIT ?"""
 
 
+def refuse_topups(transactions: object) -> None:
+    """Raise Forbidden, with its index, for a topup in a batch that is not the issuer's."""
+    for index, one in enumerate(transactions if isinstance(transactions, list) else ()):
+        if isinstance(one, dict) and one.get("type") == "topup":
+            raise Forbidden("This wallet has an issuer, and a topup needs its token.", index=index)
+
+
 def list_accounts(
         asked: Wallet, rows_max: int, cursor: str | None, *, name: str | None = None,
         since: str | datetime | None = None, until: str | datetime | None = None,
@@ -131,6 +140,7 @@ class _Line:
         self.begun = self.answered = 0  # Each that is read has a number.
         self.answer: Overview | None = None
 
+    @_waiting()
     def ask(self, asked: Wallet) -> Overview:
         """Return an overview that is begun from now on. Raises Unavailable."""
         with self.changed:

@@ -43,6 +43,7 @@ from wallet import (
     _Line,
     _Row,
     _Tx,
+    _waiting,
     _Write,
 )
 
@@ -250,6 +251,7 @@ class PostgresDatabase(Database):
             write.outcome, write.done = _NotTogether() if outcome is None else outcome, True
         self.observe([None for write in writes if not write.error])
 
+    @_waiting()
     def _call(self, function: Callable[[_Tx], T], is_write: bool, timeout_s: float | None,
               earlier: _Together | None = None) -> T:
         """Run `function` until it succeeds, while running it again may help and there is time."""

@@ -28,7 +28,7 @@ from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
-from waitress.task import WSGITask
+from waitress.task import ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import BadRequest
 
 from wallet import (
@@ -51,6 +51,7 @@ from wallet import (
     WalletError,
     _import_part,
     _loggable,
+    count_running,
     logger,
 )
 
@@ -71,6 +72,8 @@ WARNING_PAUSE_S = 60  # Between two warnings that all connections are taken.
 WATCH_INTERVAL_S = 1  # Between two looks for clients that are late.
 STOP_TIMEOUT_S = 10  # To finish when the server is told to stop. Supervisors often kill after 30 s.
 STOP_IDLE_S = 0.5  # A connection that was used so recently may be sending its next request.
+RUNNING_MAX = 2  # Requests that could go on at once, of which Python runs one.
+PATIENCE_S = 0.002  # Then one more begins: those may wait for a disk, which Python does not.
 QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take.
 # Why a socket cannot be had yet, and what to do.
 MAY_PASS = {errno.EADDRINUSE: "stop what has it, or choose another",
@@ -196,6 +199,56 @@ class _Channel(HTTPChannel):
         return now - self.step_at > limit_s
 
 
+class _Turns:
+    """Lets few requests run at once, besides those that wait for the database.
+
+    Python runs one thread at a time: the more there are that could run, the longer each waits for
+    its next turn, and the more of the processor the turns take.
+    """
+
+    def __init__(self, pool: ThreadedTaskDispatcher) -> None:
+        self.ready, self._pool, self._lock = deque[_Channel](), pool, threading.Lock()
+        self._running, self._begun_at = 0, 0.0
+
+    def add(self, channel: _Channel) -> None:
+        self.ready.append(channel)
+        self.count(0)
+
+    def count(self, change: int, running_max: float = RUNNING_MAX) -> None:
+        """Count those that run. Let a thread begin if there is work, and they are few."""
+        with self._lock:
+            self._running += change
+            if not self.ready or self._running >= running_max:
+                return
+            self._running += 1
+        self._pool.add_task(self)
+
+    def look(self, now: float) -> None:
+        """Let one more run if none has begun for a while: something else takes long."""
+        is_idle = self._pool.active_count < len(self._pool.threads)
+        if is_idle and self.ready and now - self._begun_at > PATIENCE_S:
+            self.count(0, math.inf)
+
+    def service(self) -> None:
+        """Serve one request after the other. A thread of the pool calls this."""
+        count_running.set(self.count)
+        try:
+            while channel := self._take():
+                channel.service()
+                if self._running > RUNNING_MAX:  # Those that waited have gone on.
+                    break
+        finally:
+            self.count(-1)
+
+    def cancel(self) -> None:
+        """Do nothing: the pool has no thread left for it."""
+
+    def _take(self) -> _Channel | None:
+        with self._lock:
+            self._begun_at = time.monotonic()
+            return self.ready.popleft() if self.ready else None
+
+
 class Server(TcpWSGIServer):
     channel_class, logger = _Channel, logging.Logger("waitress", logging.ERROR)
     serve_until = next_channel_cleanup = math.inf  # `turn` cleans up, by a clock nobody can set.
@@ -213,17 +266,20 @@ class Server(TcpWSGIServer):
         settings.socket_options = SOCKET_OPTIONS
         super().__init__(app, map=self.sockets, _sock=bound, bind_socket=False, adj=settings,
                          sockinfo=(bound.family, bound.type, bound.proto, bound.getsockname()))
+        self.turns = _Turns(self.task_dispatcher)
         self.task_dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)
 
     def add_task(self, task: _Channel) -> None:
         """Queue a request, but let the loop answer /livez, even while all threads are busy."""
         task.queued_at = time.monotonic()
-        (self.probes.append if task.requests[0].path == "/livez" else super().add_task)(task)
+        (self.probes.append if task.requests[0].path == "/livez" else self.turns.add)(task)
 
     def turn(self, timeout_s: float, idle_s: float) -> None:
         """Handle what happens next. Now and then, let go of clients that are late."""
-        wasyncore.loop(timeout_s, use_poll=True, map=self.sockets, count=1)
+        wait_s = min(timeout_s, PATIENCE_S) if self.turns.ready else timeout_s
+        wasyncore.loop(wait_s, use_poll=True, map=self.sockets, count=1)
         self.is_woken = False
+        self.turns.look(time.monotonic())
         while self.probes:
             self.probes.popleft().service()
         if (now := time.monotonic()) - self.looked_at >= timeout_s:
@@ -242,6 +298,7 @@ class Server(TcpWSGIServer):
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while self.active_channels and time.monotonic() < deadline:
             self.turn(0.05, STOP_IDLE_S)
+        self.turns.ready.clear()
         self.task_dispatcher.shutdown(timeout=1)
         with self.ending:
             wasyncore.close_all(self.sockets)
@@ -310,8 +367,7 @@ def is_spooling(server: Server) -> bool:
 
 def usage(server: Server) -> dict[str, int]:
     """Return how many requests wait and run, and how many connections are open."""
-    pool = server.task_dispatcher
-    return {"waiting": len(pool.queue), "running": pool.active_count,
+    return {"waiting": len(server.turns.ready), "running": server.task_dispatcher.active_count,
             "connections": len(server.active_channels)}
 
 

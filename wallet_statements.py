@@ -24,6 +24,7 @@ from wallet import (
     _format_time,
     _make_entry_id,
     _Row,
+    _waiting,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def take_turn(chunks: Iterator[bytes]) -> Iterator[bytes]:
         statements.release()
 
 
+@_waiting()
 def _make_next(chunks: Iterator[bytes]) -> bytes:
     with _turn:
         began, began_cpu = time.monotonic(), time.thread_time()
