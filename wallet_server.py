@@ -209,6 +209,7 @@ class _Turns:
     def __init__(self, pool: ThreadedTaskDispatcher) -> None:
         self.ready, self._pool, self._lock = deque[_Channel](), pool, threading.Lock()
         self._running, self._begun_at = 0, 0.0
+        pool.queue_logger = logging.Logger("waitress.queue", logging.ERROR)
 
     def add(self, channel: _Channel) -> None:
         self.ready.append(channel)
@@ -223,11 +224,12 @@ class _Turns:
             self._running += 1
         self._pool.add_task(self)
 
-    def look(self, now: float) -> None:
-        """Let one more run if none has begun for a while: something else takes long."""
+    def look(self, timeout_s: float) -> float:
+        """Let one more run if none has begun for a while. Return when to look again."""
         is_idle = self._pool.active_count < len(self._pool.threads)
-        if is_idle and self.ready and now - self._begun_at > PATIENCE_S:
+        if is_idle and self.ready and time.monotonic() - self._begun_at > PATIENCE_S:
             self.count(0, math.inf)
+        return min(timeout_s, PATIENCE_S) if self.ready else timeout_s
 
     def service(self) -> None:
         """Serve one request after the other. A thread of the pool calls this."""
@@ -239,6 +241,11 @@ class _Turns:
                     break
         finally:
             self.count(-1)
+
+    def end(self) -> None:
+        """Begin nothing more, and wait a second for what runs."""
+        self.ready.clear()
+        self._pool.shutdown(timeout=1)
 
     def cancel(self) -> None:
         """Do nothing: the pool has no thread left for it."""
@@ -267,7 +274,6 @@ class Server(TcpWSGIServer):
         super().__init__(app, map=self.sockets, _sock=bound, bind_socket=False, adj=settings,
                          sockinfo=(bound.family, bound.type, bound.proto, bound.getsockname()))
         self.turns = _Turns(self.task_dispatcher)
-        self.task_dispatcher.queue_logger = logging.Logger("waitress.queue", logging.ERROR)
 
     def add_task(self, task: _Channel) -> None:
         """Queue a request, but let the loop answer /livez, even while all threads are busy."""
@@ -276,10 +282,8 @@ class Server(TcpWSGIServer):
 
     def turn(self, timeout_s: float, idle_s: float) -> None:
         """Handle what happens next. Now and then, let go of clients that are late."""
-        wait_s = min(timeout_s, PATIENCE_S) if self.turns.ready else timeout_s
-        wasyncore.loop(wait_s, use_poll=True, map=self.sockets, count=1)
+        wasyncore.loop(self.turns.look(timeout_s), use_poll=True, map=self.sockets, count=1)
         self.is_woken = False
-        self.turns.look(time.monotonic())
         while self.probes:
             self.probes.popleft().service()
         if (now := time.monotonic()) - self.looked_at >= timeout_s:
@@ -298,8 +302,7 @@ class Server(TcpWSGIServer):
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while self.active_channels and time.monotonic() < deadline:
             self.turn(0.05, STOP_IDLE_S)
-        self.turns.ready.clear()
-        self.task_dispatcher.shutdown(timeout=1)
+        self.turns.end()
         with self.ending:
             wasyncore.close_all(self.sockets)
         logger.info("stopped")

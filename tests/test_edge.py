@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -39,6 +40,7 @@ from tests.support import (
     connect,
     environment,
     free_port,
+    hold_the_line,
     hold_the_writer,
     limited,
     load_yaml,
@@ -338,7 +340,7 @@ def make_the_queue_long(wallet, url, server, token, clients=12):
     with ThreadPoolExecutor(clients) as threads:
         asked = [threads.submit(ask) for _ in range(clients)]
         deadline = time.monotonic() + 30
-        while len(server.task_dispatcher.queue) < clients - 1:
+        while len(server.turns.ready) < clients - 1:
             assert time.monotonic() < deadline
         busy = wallet_server.usage(server)
         until = time.monotonic() + 1
@@ -364,6 +366,85 @@ def test_durations_have_the_wait_in_the_queue_and_gauges_show_it(file_wallet, ca
     total_s = value_of(text, f"wallet_request_duration_seconds_sum{{{route}}}")
     assert total_s == pytest.approx(sum(told_s), rel=0.01)
     assert value_of(text, f'wallet_request_duration_seconds_bucket{{le="0.5",{route}}}') == 0
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def served_while_reads_hang(wallet, monkeypatch, reads, threads=8):
+    """Send so many reads, each of which hangs. Yield the server, and the list of those begun."""
+    _, token = wallet.register("Ada")
+    begun, go, read = [], threading.Event(), wallet.authenticate
+
+    def hang(token):
+        begun.append(token)
+        assert go.wait(timeout=30)
+        return read(token)
+
+    with ThreadPoolExecutor(reads) as clients, watched_server(wallet, threads) as (url, _, server):
+        monkeypatch.setattr(wallet, "authenticate", hang)
+        asked = [clients.submit(send, url, "GET", "/api/account", None, token) for _ in range(reads)]
+        try:
+            yield server, begun
+        finally:
+            go.set()
+        assert [one.result()[0] for one in asked] == [200] * reads
+
+
+def test_few_requests_run_at_once_and_the_others_are_served_behind_them(file_wallet, monkeypatch):
+    monkeypatch.setattr(wallet_server, "PATIENCE_S", 60)
+    with served_while_reads_hang(file_wallet, monkeypatch, 8) as (server, begun):
+        few = wallet_server.RUNNING_MAX
+        wait_until(lambda: (len(begun), len(server.turns.ready)) == (few, 8 - few))
+
+
+def test_requests_that_take_long_let_others_run_on_all_threads(file_wallet, monkeypatch):
+    with served_while_reads_hang(file_wallet, monkeypatch, 10) as (server, begun):
+        wait_until(lambda: len(begun) == 8)
+        wait_until(lambda: len(server.turns.ready) == 2)
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_requests_that_wait_for_the_database_are_not_in_the_way_of_others(
+    wallet, monkeypatch, careless
+):
+    monkeypatch.setattr(wallet_server, "PATIENCE_S", 60)
+    if careless:  # Nobody is told of who waits.
+        unheard = ContextVar("unheard", default=lambda change: None)
+        monkeypatch.setattr(wallet_server, "count_running", unheard)
+    _, token = wallet.register("Ada")
+    release = hold_the_line(wallet)
+    line = wallet.database._line
+    with ThreadPoolExecutor(9) as clients, watched_server(wallet, 10) as (url, _, server):
+        try:
+            post = partial(send, url, "POST", "/api/transactions/topup", {"amount": 1}, token)
+            posted = [clients.submit(post) for _ in range(8)]
+            few = wallet_server.RUNNING_MAX if careless else 8
+            wait_until(lambda: (len(line.waiting), len(server.turns.ready)) == (few, 8 - few))
+            if not careless:
+                assert send(url, "GET", "/openapi.json")[0] == 200
+        finally:
+            release()
+        assert [one.result()[0] for one in posted] == [201] * 8
+
+
+def test_stop_leaves_what_no_thread_has_begun_when_its_time_is_over(file_wallet, monkeypatch):
+    monkeypatch.setattr(wallet_server, "STOP_TIMEOUT_S", 0.1)
+    account, token = file_wallet.register("Ada")
+    release = hold_the_line(file_wallet)
+    with ThreadPoolExecutor(4) as clients:
+        with watched_server(file_wallet, 1) as (url, _, server):
+            post = partial(send, url, "POST", "/api/transactions/topup", {"amount": 1}, token)
+            posted = [clients.submit(post) for _ in range(4)]
+            wait_until(lambda: len(server.turns.ready) == 3)
+        release()
+        assert all(isinstance(one.exception(), OSError) for one in posted)
+    wait_until(lambda: file_wallet.account(account.id).balance == 1)
 
 
 def test_request_behind_another_of_its_connection_counts_from_its_own_end(file_wallet, caplog):
