@@ -212,6 +212,8 @@ class _Turns:
         pool.queue_logger = logging.Logger("waitress.queue", logging.ERROR)
 
     def add(self, channel: _Channel) -> None:
+        if not self.ready:  # Nobody has had to wait so far.
+            self._begun_at = channel.queued_at
         self.ready.append(channel)
         self.count(0)
 
