@@ -10,7 +10,7 @@ import re
 import sqlite3
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
@@ -46,6 +46,7 @@ VERIFY_ACCOUNTS = 100  # To a statement, which is one step of the progress bar.
 # To a statement too, unless one account has more: what one check has read is in SQLite's cache then
 # for the next one.
 VERIFY_ENTRIES = 10_000
+VERIFY_LARGE = 500_000  # Entries of one account of which each check is a step of its own.
 VERIFY_THREADS = 4  # Each of them keeps one processor busy, or one connection of Postgres.
 # Each table's key, which its first columns are.
 KEY_COLUMNS = {"accounts": ("id",), "transactions": ("account_id", "sequence"),
@@ -97,18 +98,17 @@ def _verify_books(tx: _Execute, report: Report, threads: int = 0,
                 SELECT max(account_id) FROM transactions UNION ALL
                 SELECT max(account_id) FROM holds) AS ends) FROM accounts""")
 
-    def check_part(low: str, high: str, page: list[_Row]) -> list[_Row]:
+    def steps(low: str, high: str) -> Iterator[Callable[[], None]]:
         if file:
-            file.check_rows(low, high)
+            yield partial(file.check_rows, low, high)
         for check in checks:
-            # A check without any looks at all accounts, once.
+            # A check without any question mark looks at all accounts, once.
             if (pairs := check.count("?") // 2) or high == end:
-                _refuse(tx(f"{check} LIMIT 1", *(low, high) * pairs))
+                yield partial(_refuse_any, tx, check, *(low, high) * pairs)
         if file:
-            file.check_counts(low, high)
-        return page
+            yield partial(file.check_counts, low, high)
 
-    def parts() -> Iterator[Callable[[], list[_Row]]]:
+    def parts() -> Iterator[Callable[[], tuple[int, int]]]:
         low = ""
         while low != end:
             page = tx(f"""SELECT id, last_sequence FROM accounts WHERE id > ? AND id <= ?
@@ -118,21 +118,36 @@ def _verify_books(tx: _Execute, report: Report, threads: int = 0,
                     if count < VERIFY_ENTRIES]
             # The last part has what belongs to no account too.
             high = part[-1][0] if len(part) == VERIFY_ACCOUNTS or part != page else end
-            yield partial(check_part, low, high, part)
+            entries, pieces = sum(row[1] for row in part), [[*steps(low, high)]]
+            if entries > VERIFY_LARGE:  # So that several threads look at it, and the bar moves.
+                pieces = [[step] for step in pieces[0]]
+            for piece in pieces[:-1]:
+                yield partial(_take, piece, (0, entries // len(pieces)))
+            rest = entries - (len(pieces) - 1) * (entries // len(pieces))
+            yield partial(_take, pieces[-1], (len(part), rest))
             low = high
         if file:
-            yield from (partial(file.check_index, name) for name in file.indexes)
+            yield from (partial(_take, [partial(file.check_index, name)], (0, 0))
+                        for name in file.indexes)
 
     accounts = entries = 0
-    for page in _run_in_order(parts(), threads):
-        accounts, entries = accounts + len(page), entries + sum(row[1] for row in page)
-        if page:
+    for done in _run_in_order(parts(), threads):
+        accounts, entries = accounts + done[0], entries + done[1]
+        if any(done):
             report(accounts + entries, total)
     return accounts, entries
 
 
-def _refuse(found: list[_Row]) -> None:
-    for table, account_id, sequence, wrong in found:
+def _take(steps: Iterable[Callable[[], None]], done: tuple[int, int]) -> tuple[int, int]:
+    """Take steps, and return how many accounts and entries are done then."""
+    for step in steps:
+        step()
+    return done
+
+
+def _refuse_any(tx: _Execute, check: str, *parameters: str) -> None:
+    """Raise WrongBooks for the first row that a check finds, if any."""
+    for table, account_id, sequence, wrong in tx(f"{check} LIMIT 1", *parameters):
         row = account_id if sequence is None else f"{account_id}, {sequence}"
         raise WrongBooks(f"{table} ({row}): {wrong}")
 
@@ -237,11 +252,10 @@ class _FileChecks:
         if missing:
             self._refuse(f"wrong # of entries in index {self._primary}")
 
-    def check_index(self, name: str) -> list[_Row]:
+    def check_index(self, name: str) -> None:
         """See that an index has no entry too many."""
         if self._tx(self.indexes[name]) != [(0,)]:
             self._refuse(f"wrong # of entries in index {name}")
-        return []
 
     def _refuse(self, found: str) -> NoReturn:
         raise WrongBooks(f"{self._location} is damaged: {' '.join(found.split())}")

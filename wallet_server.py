@@ -145,6 +145,7 @@ class _Task(WSGITask):
 
     def write(self, data: bytes) -> None:
         if not data or self.wrote_header or self.content_length != len(data):
+            _keep_small(self.channel)
             super().write(data)
             self.chunked_response &= self.request.command != "HEAD"  # Which has no last chunk.
         else:
@@ -261,18 +262,17 @@ class _Turns:
 class Server(TcpWSGIServer):
     channel_class, logger = _Channel, logging.Logger("waitress", logging.ERROR)
     serve_until = next_channel_cleanup = math.inf  # `turn` cleans up, by a clock nobody can set.
-    looked_at, warned_until, ending = 0.0, 0.0, threading.RLock()
-    is_draining = is_woken = False
+    looked_at, warned_until, is_draining, is_woken = 0.0, 0.0, False, False
 
     def __init__(self, app: App, bound: socket.socket, threads: int) -> None:
-        self.url, self.sockets, self.probes = url_of(bound), dict[int, Any](), deque[_Channel]()
+        self.url, self.ending, self.probes = url_of(bound), threading.RLock(), deque[_Channel]()
         settings = Adjustments(
             ident="", backlog=CONNECTIONS_MAX, threads=threads,
             connection_limit=connections_max(threads),
             max_request_header_size=HEADER_BYTES_MAX + 1, max_request_body_size=BODY_BYTES_MAX + 1,
             outbuf_high_watermark=sys.maxsize,  # What is not read yet is spooled, not waited for.
             log_socket_errors=False, clear_untrusted_proxy_headers=False)
-        settings.socket_options = SOCKET_OPTIONS
+        settings.socket_options, self.sockets = SOCKET_OPTIONS, dict[int, Any]()
         super().__init__(app, map=self.sockets, _sock=bound, bind_socket=False, adj=settings,
                          sockinfo=(bound.family, bound.type, bound.proto, bound.getsockname()))
         self.turns = _Turns(self.task_dispatcher)
@@ -329,6 +329,15 @@ def _leave_to_loop(channel: _Channel, answer: bytes) -> None:
     with channel.outbuf_lock:
         channel.outbufs.append(outbuf)
         channel.total_outbufs_len += len(answer)
+
+
+def _keep_small(channel: _Channel) -> None:
+    """Let waitress begin another buffer, so that it forgets what was sent of a long answer.
+
+    One that spools to a file needs no memory, and goes on.
+    """
+    if not channel.outbufs[-1].overflowed and channel.current_outbuf_count > UNREAD_BYTES_MAX:
+        channel.current_outbuf_count = sys.maxsize
 
 
 def _find_refusal(channel: _Channel, request: _Parser) -> WalletError | None:

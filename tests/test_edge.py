@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import partial
@@ -445,6 +446,42 @@ def test_stop_leaves_what_no_thread_has_begun_when_its_time_is_over(file_wallet,
         release()
         assert all(isinstance(one.exception(), OSError) for one in posted)
     wait_until(lambda: file_wallet.account(account.id).balance == 1)
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_long_answer_takes_no_memory_for_what_its_client_has_read(
+    file_wallet, monkeypatch, careless
+):
+    if careless:
+        monkeypatch.setattr(wallet_server, "_keep_small", lambda channel: None)
+    chunk, chunks, sent, length = b"x" * 60_000, 400, 0, 0
+
+    def keeps_up():
+        return length >= sent
+
+    def write(*_, **__):
+        nonlocal sent
+        for _ in range(chunks):
+            yield chunk
+            wait_until(keeps_up)
+            sent += len(chunk)
+
+    monkeypatch.setattr(wallet_statements, "to_csv", write)
+    _, token = file_wallet.register("Ada")
+    with watched_server(file_wallet, 2) as (url, _, _), connect(url) as connection:
+        connection.sendall(
+            f"GET /api/transactions.csv HTTP/1.0\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+        )
+        buffer = bytearray(1 << 20)
+        tracemalloc.start()
+        try:
+            while count := connection.recv_into(buffer):
+                length += count
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert length > len(chunk) * chunks
+    assert (peak < 8_000_000) is not careless
 
 
 def test_request_behind_another_of_its_connection_counts_from_its_own_end(file_wallet, caplog):
