@@ -62,7 +62,7 @@ class Metrics:
             ["route", "reason"])
         self.commits = histogram(
             "wallet_commit_writes",
-            "how many writes one commit kept: SQLite commits several at once",
+            "how many writes one commit kept: those that wait go together",
             buckets=WRITES_BUCKETS)
         self.errors = counter(
             "wallet_database_errors", "reads and writes that failed in the database", ["code"])

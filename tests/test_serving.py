@@ -1007,7 +1007,7 @@ def ask_again_and_again(url):
 
 
 def test_no_answer_waits_until_the_server_looks_by_itself(serving):
-    with serving(WATCH_INTERVAL_S=60) as url:
+    with serving(WATCH_INTERVAL_S=60, PATIENCE_S=60) as url:
         ask_again_and_again(url)
 
 
@@ -1015,7 +1015,7 @@ def test_control_a_server_that_is_woken_only_once_forgets_answers(serving, monke
     woken = property(lambda server: server.served, lambda server, _: setattr(server, "served", True))
     monkeypatch.setattr(wallet_server.Server, "served", False, raising=False)
     monkeypatch.setattr(wallet_server.Server, "is_woken", woken)
-    with serving(WATCH_INTERVAL_S=8) as url, pytest.raises(TimeoutError):
+    with serving(WATCH_INTERVAL_S=8, PATIENCE_S=60) as url, pytest.raises(TimeoutError):
         ask_again_and_again(url)
 
 
