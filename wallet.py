@@ -1600,10 +1600,12 @@ count_running = ContextVar[Callable[[int], None]]("count_running", default=lambd
 @contextmanager
 def _waiting() -> Iterator[None]:
     count = count_running.get()
+    outer = count_running.set(lambda change: None)  # What waits within this counts once.
     count(-1)
     try:
         yield
     finally:
+        count_running.reset(outer)
         count(+1)
 
 

@@ -74,6 +74,7 @@ STOP_TIMEOUT_S = 10  # To finish when the server is told to stop. Supervisors of
 STOP_IDLE_S = 0.5  # A connection that was used so recently may be sending its next request.
 RUNNING_MAX = 2  # Requests that could go on at once, of which Python runs one.
 PATIENCE_S = 0.002  # Then one more begins: those may wait for a disk, which Python does not.
+BUSY_PATIENCE_S = 0.02  # While no thread is free. Each look is at all connections.
 QUEUE_TIMEOUT_S = 5  # For a request to wait for a thread: as long as those before it may take.
 # Why a socket cannot be had yet, and what to do.
 MAY_PASS = {errno.EADDRINUSE: "stop what has it, or choose another",
@@ -229,10 +230,13 @@ class _Turns:
 
     def look(self, timeout_s: float) -> float:
         """Let one more run if none has begun for a while. Return when to look again."""
-        is_idle = self._pool.active_count < len(self._pool.threads)
-        if is_idle and self.ready and time.monotonic() - self._begun_at > PATIENCE_S:
+        pool, now = self._pool, time.monotonic()
+        is_idle = pool.active_count + len(pool.queue) < len(pool.threads)
+        if is_idle and self.ready and now - self._begun_at > PATIENCE_S:
+            self._begun_at = now  # Else each turn of the loop lets one more run meanwhile.
             self.count(0, math.inf)
-        return min(timeout_s, PATIENCE_S) if self.ready else timeout_s
+        pause_s = PATIENCE_S if is_idle else BUSY_PATIENCE_S
+        return min(timeout_s, pause_s) if self.ready else timeout_s
 
     def service(self) -> None:
         """Serve one request after the other. A thread of the pool calls this."""
@@ -336,7 +340,9 @@ def _keep_small(channel: _Channel) -> None:
 
     One that spools to a file needs no memory, and goes on.
     """
-    if not channel.outbufs[-1].overflowed and channel.current_outbuf_count > UNREAD_BYTES_MAX:
+    is_read = channel.total_outbufs_len < channel.adj.outbuf_overflow  # Else the last one spools.
+    is_long = channel.current_outbuf_count > UNREAD_BYTES_MAX
+    if is_read and is_long and not channel.outbufs[-1].overflowed:
         channel.current_outbuf_count = sys.maxsize
 
 

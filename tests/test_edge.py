@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -482,6 +483,59 @@ def test_long_answer_takes_no_memory_for_what_its_client_has_read(
             tracemalloc.stop()
     assert length > len(chunk) * chunks
     assert (peak < 8_000_000) is not careless
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_long_answer_that_nobody_reads_is_in_a_file_and_not_in_memory(
+    file_wallet, monkeypatch, careless
+):
+    if careless:  # However much is not read yet.
+        def begin_another(channel):
+            channel.current_outbuf_count = sys.maxsize
+
+        monkeypatch.setattr(wallet_server, "_keep_small", begin_another)
+    made = threading.Event()
+
+    def write(*_, **__):
+        for _ in range(400):
+            yield b"x" * 60_000
+        made.set()
+
+    monkeypatch.setattr(wallet_statements, "to_csv", write)
+    _, token = file_wallet.register("Ada")
+    with watched_server(file_wallet, 2) as (url, _, _), connect(url) as connection:
+        tracemalloc.start()
+        try:
+            connection.sendall(
+                f"GET /api/transactions.csv HTTP/1.0\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+            )
+            assert made.wait(timeout=30)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert (peak < 8_000_000) is not careless
+
+
+def test_only_as_many_more_begin_as_there_are_idle_threads():
+    pool = SimpleNamespace(threads={0, 1, 2}, active_count=0, queue=[])
+    pool.add_task = pool.queue.append  # No thread wakes up yet.
+    turns = wallet_server._Turns(pool)
+    turns.ready.append(None)
+    for _ in range(10):
+        turns._begun_at = 0.0
+        turns.look(1)
+    assert pool.queue == [turns] * 3
+
+
+def test_what_waits_for_the_database_within_a_wait_counts_once():
+    counted = []
+    token = wallet_module.count_running.set(counted.append)
+    try:
+        with wallet_module._waiting(), wallet_module._waiting():
+            assert counted == [-1]
+    finally:
+        wallet_module.count_running.reset(token)
+    assert counted == [-1, +1]
 
 
 def test_request_behind_another_of_its_connection_counts_from_its_own_end(file_wallet, caplog):
