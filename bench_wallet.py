@@ -413,7 +413,7 @@ def nuisances(port: int, load: str, accounts: Sequence[Account]) -> Iterator[lis
 Target = Callable[[str, int, int], Run]  # It takes a load, a number of connections and of seconds.
 
 # As docs/operating.md has it.
-GRANIAN = ("-m", "granian", "--interface", "wsgi", "--blocking-threads", "64", "--no-log")
+GRANIAN = ("-m", "granian", "--interface", "wsgi", "--blocking-threads", "32", "--no-log")
 COMMANDS = {
     "waitress": ("wallet.py", "--log-level", "warning"),
     "granian": (*GRANIAN, "--factory", "wallet:create_app"),

@@ -821,7 +821,7 @@ def under_granian(dsn, **settings):
     """Serve a wallet with Granian, as docs/operating.md does. Yield its URL."""
     port = free_port()
     command = ["granian", "--interface", "wsgi", "--factory", "wallet:create_app",
-               "--blocking-threads", "64", "--port", str(port)]  # fmt: skip
+               "--blocking-threads", "32", "--port", str(port)]  # fmt: skip
     assert " ".join(command[:-1]) in PAGES["operating.md"]
     server = subprocess.Popen(
         [sys.executable, "-m", *command],
